@@ -1,0 +1,35 @@
+"""Training a conditional and an unconditional model jointly: Algorithm 1 of arXiv:2207.12598."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int, Key, UInt32
+
+from cfd.guidance import drop_labels
+from cfd.process import cosine_logsnr, diffuse
+
+
+def eps_loss(
+    key: Key[Array, ""] | UInt32[Array, "2"],
+    eps_fn: Callable[[Array, Array, Array], Array],
+    x: Float[Array, "b ..."],
+    labels: Int[Array, "b"],
+    *,
+    p_uncond: Float[Array, ""] | float = 0.1,
+    logsnr_min: float = -20.0,
+    logsnr_max: float = 20.0,
+) -> Float[Array, ""]:
+    """E ‖ε_θ(z_λ, c) − ε‖², the mean over batch and dimensions: Eq. 5 and Algorithm 1, Ho and Salimans.
+
+    `eps_fn(z, logsnr, labels) -> eps` sees NULL_LABEL where the label was dropped. x [B, ...] is data in [−1, 1].
+    Raises ValueError if p_uncond is a number outside [0, 1].
+    """
+    key_u, key_eps, key_drop = jax.random.split(key, 3)
+    labels = drop_labels(key_drop, labels, p_uncond)
+    u = jax.random.uniform(key_u, x.shape[:1])
+    logsnr = cosine_logsnr(u, logsnr_min, logsnr_max)
+    eps = jax.random.normal(key_eps, x.shape)
+    z = diffuse(x, eps, logsnr)
+    return jnp.mean(jnp.square(eps_fn(z, logsnr, labels) - eps))

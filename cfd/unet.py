@@ -1,0 +1,198 @@
+"""The U-Net of ADM: Dhariwal and Nichol, Diffusion Models Beat GANs (arXiv:2105.05233), Section 3 and Table 4.
+
+`UNet(**config.model)` is an `eps_fn` once its parameters are bound:
+`lambda z, logsnr, labels: net.apply({"params": params}, z, logsnr, labels)`.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+
+class UNet(nn.Module):
+    """ε_θ(z, λ, c): a residual U-Net with attention, conditioned on λ and the class.
+
+    The resolutions of `attention_resolutions` are the heights of feature maps. Give `head_channels`, or `num_heads`,
+    and 0 for the other. `num_classes` = 0 makes an unconditional network. `dtype` is the compute dtype; parameters,
+    input and output are float32.
+    """
+
+    num_classes: int
+    out_channels: int
+    base_channels: int
+    channel_mult: tuple[int, ...]
+    num_res_blocks: int
+    attention_resolutions: tuple[int, ...]
+    head_channels: int
+    num_heads: int
+    resblock_updown: bool
+    scale_shift_norm: bool
+    dropout: float
+    dtype: str
+    remat: bool
+
+    @nn.compact
+    def __call__(
+        self,
+        z: Float[Array, "b h w c"],
+        logsnr: Float[Array, "b"],
+        labels: Int[Array, "b"],
+        train: bool = False,
+    ) -> Float[Array, "b h w k"]:
+        """ε with the height and width of z and `out_channels` channels. Label NULL_LABEL (any below 0) is ∅."""
+        levels = len(self.channel_mult)
+        if z.shape[1] % 2 ** (levels - 1) or z.shape[2] % 2 ** (levels - 1):
+            raise ValueError(
+                f"z is {z.shape[1]}x{z.shape[2]}; {levels} levels need sides divisible by {2 ** (levels - 1)}: "
+                "change image_size or channel_mult"
+            )
+        emb = ConditionEmbedding(self.num_classes, self.base_channels, name="embed")(logsnr, labels).astype(self.dtype)
+
+        def res(name: str, h: Array, channels: int, resample: str = "none") -> Array:
+            block = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock
+            return block(channels, resample, self.scale_shift_norm, self.dropout, self.dtype, name=name)(h, emb, train)
+
+        def attend(name: str, h: Array) -> Array:
+            block = nn.remat(AttentionBlock) if self.remat else AttentionBlock
+            return block(self.head_channels, self.num_heads, self.dtype, name=name)(h)
+
+        h = conv3(self.base_channels * self.channel_mult[0], self.dtype, "conv_in")(z.astype(self.dtype))
+        skips = [h]
+        for level, mult in enumerate(self.channel_mult):
+            for i in range(self.num_res_blocks):
+                h = res(f"down_{level}_{i}_res", h, mult * self.base_channels)
+                if h.shape[1] in self.attention_resolutions:
+                    h = attend(f"down_{level}_{i}_attn", h)
+                skips.append(h)
+            if level < levels - 1:
+                if self.resblock_updown:
+                    h = res(f"down_{level}_sample", h, h.shape[-1], "down")
+                else:
+                    h = nn.Conv(
+                        h.shape[-1], (3, 3), 2, ((1, 1), (1, 1)), dtype=self.dtype, name=f"down_{level}_sample"
+                    )(h)
+                skips.append(h)
+
+        h = res("mid_0_res", h, h.shape[-1])
+        h = attend("mid_attn", h)
+        h = res("mid_1_res", h, h.shape[-1])
+
+        for level, mult in reversed(tuple(enumerate(self.channel_mult))):
+            for i in range(self.num_res_blocks + 1):
+                h = res(f"up_{level}_{i}_res", jnp.concatenate([h, skips.pop()], -1), mult * self.base_channels)
+                if h.shape[1] in self.attention_resolutions:
+                    h = attend(f"up_{level}_{i}_attn", h)
+            if level > 0:
+                if self.resblock_updown:
+                    h = res(f"up_{level}_sample", h, h.shape[-1], "up")
+                else:
+                    h = conv3(h.shape[-1], self.dtype, f"up_{level}_sample")(upsample(h))
+
+        h = nn.silu(Norm(name="norm_out")(h))
+        return conv3(self.out_channels, self.dtype, "conv_out", zero=True)(h).astype(jnp.float32)
+
+
+class ConditionEmbedding(nn.Module):
+    """The embedding of (λ, c) that every residual block sees: an MLP of the time plus the class vector, zero for ∅."""
+
+    num_classes: int
+    base_channels: int
+
+    @nn.compact
+    def __call__(self, logsnr: Float[Array, "b"], labels: Int[Array, "b"]) -> Float[Array, "b d"]:
+        width = 4 * self.base_channels
+        emb = sinusoidal(cosine_time(logsnr), self.base_channels)
+        emb = nn.Dense(width, name="time_1")(nn.silu(nn.Dense(width, name="time_0")(emb)))
+        if self.num_classes:
+            vector = nn.Embed(self.num_classes, width, embedding_init=nn.initializers.normal(1.0), name="label")(labels)
+            emb = emb + jnp.where(labels[:, None] >= 0, vector, 0.0)
+        return emb
+
+
+class ResBlock(nn.Module):
+    """ADM's residual block: norm, SiLU, (resampling,) conv; norm modulated by the embedding, SiLU, dropout, conv."""
+
+    channels: int
+    resample: str  # "none", "down" or "up"
+    scale_shift_norm: bool
+    dropout: float
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"], emb: Float[Array, "b d"], train: bool) -> Float[Array, "b h2 w2 k"]:
+        change = {"none": lambda h: h, "down": downsample, "up": upsample}[self.resample]
+        h = change(nn.silu(Norm(name="norm_0")(x)))
+        h = conv3(self.channels, self.dtype, "conv_0")(h)
+        emb = nn.Dense((1 + self.scale_shift_norm) * self.channels, dtype=self.dtype, name="emb")(nn.silu(emb))
+        emb = emb[:, None, None, :]
+        if self.scale_shift_norm:
+            scale, shift = jnp.split(emb, 2, -1)
+            h = Norm(name="norm_1")(h) * (1.0 + scale) + shift
+        else:
+            h = Norm(name="norm_1")(h + emb)
+        h = nn.Dropout(self.dropout, deterministic=not train)(nn.silu(h))
+        h = conv3(self.channels, self.dtype, "conv_1", zero=True)(h)
+        x = change(x)
+        if x.shape[-1] != self.channels:
+            x = nn.Dense(self.channels, dtype=self.dtype, name="skip")(x)
+        return x + h
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over the positions of a feature map, with a residual connection."""
+
+    head_channels: int
+    num_heads: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        b, height, width, channels = x.shape
+        heads = self.num_heads or channels // self.head_channels
+        if channels % heads:
+            raise ValueError(f"{channels} channels do not divide into {heads} heads: change head_channels or num_heads")
+        h = Norm(name="norm")(x).reshape(b, height * width, channels)
+        qkv = nn.DenseGeneral((3, heads, channels // heads), dtype=self.dtype, name="qkv")(h)
+        h = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+        h = nn.DenseGeneral(channels, (-2, -1), kernel_init=nn.initializers.zeros, dtype=self.dtype, name="out")(h)
+        return x + h.reshape(x.shape)
+
+
+class Norm(nn.Module):
+    """Group normalisation over 32 groups, its moments in float32 whatever the dtype of x."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        norm = nn.GroupNorm(32, epsilon=1e-5, dtype=jnp.float32, use_fast_variance=False, name="group")
+        return norm(x.astype(jnp.float32)).astype(x.dtype)
+
+
+def conv3(channels: int, dtype: str, name: str, zero: bool = False) -> nn.Conv:
+    """A 3x3 convolution that keeps the resolution; `zero` starts it at 0, as ADM does at the end of every branch."""
+    init = nn.initializers.zeros if zero else nn.initializers.lecun_normal()
+    return nn.Conv(channels, (3, 3), padding=((1, 1), (1, 1)), kernel_init=init, dtype=dtype, name=name)
+
+
+def downsample(h: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+    """Halve the resolution by the mean of 2x2 blocks."""
+    return nn.avg_pool(h, (2, 2), (2, 2))
+
+
+def upsample(h: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+    """Double the resolution by repetition."""
+    return jnp.repeat(jnp.repeat(h, 2, axis=1), 2, axis=2)
+
+
+def cosine_time(logsnr: Float[Array, "b"]) -> Float[Array, "b"]:
+    """1000 · (2/π) · arctan(e^{−λ/2}): the cosine schedule's own time in [0, 1000], from data to noise."""
+    return (2000.0 / jnp.pi) * jnp.arctan(jnp.exp(-0.5 * logsnr))
+
+
+def sinusoidal(time: Float[Array, "b"], width: int) -> Float[Array, "b d"]:
+    """[cos, sin] of the time at width/2 frequencies from 1 down to 1/10000: Vaswani et al. (arXiv:1706.03762)."""
+    half = width // 2
+    frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+    angle = time[:, None] * frequencies[None, :]
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
