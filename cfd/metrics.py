@@ -1,0 +1,236 @@
+"""FID, sFID, Inception Score, precision and recall, with the definitions of ADM's evaluator (arXiv:2105.05233).
+
+No network here: every function takes features or class probabilities. Sums are float64 records that add up over
+batches, devices and hosts in any order: no images are held, and for FID and IS no features either. sFID is
+`frechet_distance` on spatial features.
+"""
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+from jax import Array
+from jaxtyping import Float, Int
+from scipy.special import xlogy
+
+Rows = Float[np.ndarray, "n d"] | Float[Array, "n d"]
+
+SPLIT_SIZE = 5000  # of the Inception Score, in ADM's evaluator
+BLOCK_ELEMENTS = 2**25  # of one block of distances: 128 MB
+SPARE_CANDIDATES = 4  # neighbours that float32 may have put in the wrong order
+
+
+@dataclass(frozen=True)
+class Moments:
+    """The mean of `count` feature vectors and the sum of outer products about that mean, float64."""
+
+    count: int
+    mean: Float[np.ndarray, " d"]
+    scatter: Float[np.ndarray, "d d"]
+
+
+def moments(features: Rows) -> Moments:
+    """The moments of a batch of features [n, d]. Raises ValueError where it is empty or not finite."""
+    x = finite_rows(features, "features").astype(np.float64)
+    mean = x.mean(axis=0)
+    x = x - mean
+    return Moments(len(x), mean, x.T @ x)
+
+
+def merge(a: Moments, b: Moments) -> Moments:
+    """The moments of the union of two disjoint sets (Chan, Golub and LeVeque 1983): no difference of large sums."""
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(f"moments of {len(a.mean)} and {len(b.mean)} features cannot be merged: same feature network?")
+    count = a.count + b.count
+    step = b.mean - a.mean
+    between = np.outer(step, step) * (a.count * b.count / count)
+    return Moments(count, a.mean + step * (b.count / count), a.scatter + b.scatter + between)
+
+
+def mean_and_cov(m: Moments) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, "d d"]]:
+    """(mean, unbiased covariance), the statistics of ADM's evaluator. Warns where all features are equal."""
+    if m.count < 2:
+        raise ValueError(f"a covariance needs at least 2 samples, got {m.count}")
+    if np.trace(m.scatter) <= 1e-24 * m.count * (m.mean @ m.mean):
+        warnings.warn(f"all {m.count} feature vectors are equal: the set is constant", stacklevel=2)
+    return m.mean, m.scatter / (m.count - 1)
+
+
+def check_rank(count: int, dim: int) -> None:
+    """Warns where `count` samples cannot give a full-rank covariance of `dim` features: that takes dim + 1."""
+    if count <= dim:
+        warnings.warn(
+            f"{count} samples give a covariance of rank {max(count - 1, 0)} at most, of {dim} features: "
+            f"the Fréchet distance is biased; use at least {dim + 1} samples",
+            stacklevel=2,
+        )
+
+
+def frechet_distance(
+    mu1: Float[np.ndarray, " d"],
+    sigma1: Float[np.ndarray, "d d"],
+    mu2: Float[np.ndarray, " d"],
+    sigma2: Float[np.ndarray, "d d"],
+) -> float:
+    """|μ1 − μ2|² + tr(Σ1 + Σ2 − 2 (Σ1^½ Σ2 Σ1^½)^½), the FID of Heusel et al. (arXiv:1706.08500), in float64.
+
+    Both roots come from symmetric eigenvalues. Raises ValueError for statistics that are not finite, not symmetric, or
+    whose covariance has a negative eigenvalue beyond rounding.
+    """
+    if mu1.shape != mu2.shape:
+        raise ValueError(f"statistics of {len(mu1)} and {len(mu2)} features: same feature network on both sides?")
+    mu1, mu2 = np.asarray(mu1, np.float64), np.asarray(mu2, np.float64)
+    if not (np.isfinite(mu1).all() and np.isfinite(mu2).all()):
+        raise ValueError("a mean holds NaN or infinity: look for broken images in the set it comes from")
+    sigma1, root1 = covariance_root(sigma1, "first")
+    sigma2, root2 = covariance_root(sigma2, "second")
+    # With Σ = R Rᵀ, the eigenvalues of Σ1^½ Σ2 Σ1^½ are the squares of the singular values of R1ᵀ R2. The Gram matrix
+    # of its smaller side has no null space left to turn rounding of 1e-16 into roots of 1e-8.
+    cross = root1.T @ root2
+    if cross.shape[0] > cross.shape[1]:
+        cross = cross.T
+    eigenvalues = scipy.linalg.eigh(cross @ cross.T, eigvals_only=True, check_finite=False)
+    overlap = np.sqrt(np.maximum(eigenvalues, 0.0)).sum()
+    distance = np.sum((mu1 - mu2) ** 2) + np.trace(sigma1) + np.trace(sigma2) - 2.0 * overlap
+    return max(float(distance), 0.0)
+
+
+def covariance_root(
+    sigma: Float[np.ndarray, "d d"], which: str
+) -> tuple[Float[np.ndarray, "d d"], Float[np.ndarray, "d r"]]:
+    """Σ in float64 and R with Σ = R Rᵀ, one column a nonzero eigenvalue."""
+    sigma = np.asarray(sigma, np.float64)
+    if not np.isfinite(sigma).all():
+        raise ValueError(
+            f"the {which} covariance holds NaN or infinity: look for broken images in the set it comes from"
+        )
+    if not np.allclose(sigma, sigma.T, rtol=1e-3, atol=1e-6 * np.abs(sigma).max(initial=0.0)):
+        raise ValueError(f"the {which} covariance is not symmetric")
+    eigenvalues, vectors = scipy.linalg.eigh(sigma, check_finite=False, driver="evd")
+    largest = eigenvalues[-1]
+    if eigenvalues[0] < -1e-4 * max(largest, 0.0) or largest < 0.0:
+        raise ValueError(f"the {which} covariance has the eigenvalue {eigenvalues[0]:.3g}: it is no covariance")
+    nonzero = eigenvalues > largest * len(sigma) * np.finfo(np.float64).eps
+    return sigma, vectors[:, nonzero] * np.sqrt(eigenvalues[nonzero])
+
+
+@dataclass(frozen=True)
+class ScoreSums:
+    """Sums of the Inception Score, one row a split: images, Σ p log p and Σ p."""
+
+    count: Int[np.ndarray, " s"]
+    plogp: Float[np.ndarray, " s"]
+    p: Float[np.ndarray, "s k"]
+
+
+def score_sums(probs: Rows, index: Int[np.ndarray, " n"], num_samples: int, split_size: int = SPLIT_SIZE) -> ScoreSums:
+    """The sums of a batch of class probabilities [n, k]; image i of `num_samples` is in split i // split_size."""
+    p = finite_rows(probs, "class probabilities").astype(np.float64)
+    if (p < 0.0).any() or (np.abs(p.sum(axis=1) - 1.0) > 1e-3).any():
+        raise ValueError(
+            "class probabilities must be >= 0 and add up to 1 in each row: pass the softmax, not the logits"
+        )
+    if index.shape != (len(p),) or (index < 0).any() or (index >= num_samples).any():
+        raise ValueError(f"image numbers must be one a row and in [0, {num_samples}), got {index!r} for {len(p)} rows")
+    splits, split = -(-num_samples // split_size), index // split_size
+    sums = np.zeros((splits, p.shape[1]))
+    np.add.at(sums, split, p)
+    plogp = np.bincount(split, weights=xlogy(p, p).sum(axis=1), minlength=splits)
+    return ScoreSums(np.bincount(split, minlength=splits), plogp, sums)
+
+
+def merge_score_sums(a: ScoreSums, b: ScoreSums) -> ScoreSums:
+    """The sums of the union of two disjoint sets of images."""
+    if a.p.shape != b.p.shape:
+        raise ValueError(f"sums of {a.p.shape} and {b.p.shape} (splits, classes) cannot be merged")
+    return ScoreSums(a.count + b.count, a.plogp + b.plogp, a.p + b.p)
+
+
+def inception_score_from_sums(s: ScoreSums) -> float:
+    """The mean over splits of exp E KL(p(y|x) ‖ p(y)), with E KL = E Σ p log p − Σ p̄ log p̄."""
+    if (s.count == 0).any():
+        raise ValueError(f"splits without images: {s.count.tolist()} images a split")
+    mean = s.p / s.count[:, None]
+    return float(np.exp(s.plogp / s.count - xlogy(mean, mean).sum(axis=1)).mean())
+
+
+def inception_score(probs: Rows, split_size: int = SPLIT_SIZE) -> float:
+    """The Inception Score of Salimans et al. (arXiv:1606.03498) as in ADM's evaluator: mean over splits of 5,000."""
+    return inception_score_from_sums(score_sums(probs, np.arange(len(probs)), len(probs), split_size))
+
+
+def precision_recall(reference_features: Rows, sample_features: Rows, k: int = 3) -> tuple[float, float]:
+    """Improved precision and recall of Kynkäänniemi et al. (arXiv:1904.06991): (precision, recall).
+
+    Precision is the fraction of samples within the k-th neighbour's distance of some reference, recall the fraction of
+    references within that of some sample. Blocks of float32 distances on the device find the candidates and float64
+    decides between them, so that the figures do not depend on the device or on the block.
+    """
+    reference = finite_rows(reference_features, "reference features")
+    samples = finite_rows(sample_features, "sample features")
+    if reference.shape[1] != samples.shape[1]:
+        raise ValueError(
+            f"{reference.shape[1]} reference and {samples.shape[1]} sample features: same feature network?"
+        )
+    if min(len(reference), len(samples)) <= k:
+        raise ValueError(
+            f"k = {k} neighbours need more than {k} of both: {len(reference)} references, {len(samples)} samples"
+        )
+    reference_radii, sample_radii = squared_radii(reference, k), squared_radii(samples, k)
+    return within(samples, reference, reference_radii), within(reference, samples, sample_radii)
+
+
+def squared_radii(x: Rows, k: int) -> Float[np.ndarray, " n"]:
+    """The squared distance from each row to its k-th neighbour, itself not counted."""
+    blocks = candidates(x, x, np.zeros(len(x)), k + 1 + SPARE_CANDIDATES)
+    return np.concatenate([np.partition(squared, k, axis=1)[:, k] for squared, _ in blocks])
+
+
+def within(x: Rows, centres: Rows, squared: Float[np.ndarray, " m"]) -> float:
+    """The fraction of rows of x in some ball, `squared` the squares of the radii."""
+    blocks = candidates(x, centres, squared, 1 + SPARE_CANDIDATES)
+    return float(np.concatenate([(distance <= squared[index]).any(axis=1) for distance, index in blocks]).mean())
+
+
+def candidates(
+    x: Rows, centres: Rows, offset: Float[np.ndarray, " m"], count: int
+) -> Iterator[tuple[Float[np.ndarray, "r c"], Int[np.ndarray, "r c"]]]:
+    """For a block of rows at a time: squared distances to the `count` centres of least distance − offset, and which."""
+    # Distances do not change when the mean is taken away, and |x|² + |c|² − 2 x·c then loses least.
+    mean = centres.mean(axis=0, dtype=np.float64).astype(centres.dtype)
+    shifted = centres - mean
+    constant = np.einsum("md,md->m", shifted, shifted, dtype=np.float64) - offset
+    device_centres, device_constant = jnp.asarray(shifted, jnp.float32), jnp.asarray(constant, jnp.float32)
+    rows = max(1, BLOCK_ELEMENTS // len(centres))
+    for start in range(0, len(x), rows):
+        block = x[start : start + rows]
+        found = nearest(
+            jnp.asarray(block - mean, jnp.float32), device_centres, device_constant, min(count, len(centres))
+        )
+        index, exact = np.asarray(found), block.astype(np.float64)
+        yield np.stack([np.sum((exact - centres[column]) ** 2, axis=1) for column in index.T], axis=1), index
+
+
+@partial(jax.jit, static_argnames="count")
+def nearest(
+    x: Float[Array, "n d"], centres: Float[Array, "m d"], constant: Float[Array, " m"], count: int
+) -> Int[Array, "n c"]:
+    """The `count` centres of least constant − 2 x·c, for each row of x: |x|² is the same for all of them."""
+    dots = jnp.matmul(x, centres.T, precision=jax.lax.Precision.HIGHEST)
+    return jax.lax.top_k(2.0 * dots - constant[None, :], count)[1]
+
+
+def finite_rows(x: Rows, what: str) -> Float[np.ndarray, "n d"]:
+    """x on the host; raises ValueError where it is not [n, d], is empty, or has a row that is not finite."""
+    rows = np.asarray(x)
+    if rows.ndim != 2 or rows.size == 0:
+        raise ValueError(f"{what} must be [n, d] with n and d > 0, got shape {rows.shape}")
+    broken = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+    if len(broken):
+        raise ValueError(f"{what}: {len(broken)} of {len(rows)} rows hold NaN or infinity, first row {broken[0]}")
+    return rows
