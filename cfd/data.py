@@ -14,9 +14,10 @@ import io
 import os
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import grain
 import numpy as np
@@ -111,6 +112,12 @@ def open_dataset(
     return Dataset(read, read_labels, num_examples, image_size, channels, class_names, on_bad_image)
 
 
+def from_config(group: Mapping[str, Any], split: str) -> Dataset:
+    """`open_dataset` with the fields of a config's `data` group, but for the split."""
+    loading = ("flip", "num_workers")
+    return open_dataset(**{key: value for key, value in group.items() if key not in loading} | {"split": split})
+
+
 _Source = tuple[Callable[[int], tuple[np.ndarray, int]], Callable[[], np.ndarray], int, tuple[str, ...]]
 
 
@@ -179,7 +186,7 @@ def _read_file(file: str, root: Path) -> bytes:
         if status.st_size > MAX_BYTES:
             raise BadImage(f"{file} has {status.st_size} bytes, the limit is {MAX_BYTES}: shrink or remove it")
         with open(file, "rb", buffering=0) as f:
-            return f.read(MAX_BYTES)
+            return f.read(status.st_size)
     except FileNotFoundError:
         raise BadImage(f"{file} is gone, or a link to nothing: remove the link, or start again") from None
     except OSError as error:
