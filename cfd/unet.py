@@ -4,19 +4,25 @@
 `lambda z, logsnr, labels: net.apply({"params": params}, z, logsnr, labels)`.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+from cfd.adm import adm_time
+
 
 class UNet(nn.Module):
     """ε_θ(z, λ, c): a residual U-Net with attention, conditioned on λ and the class.
 
     The resolutions of `attention_resolutions` are the heights of feature maps. Give `head_channels`, or `num_heads`,
-    and 0 for the other. `num_classes` = 0 makes an unconditional network. `dtype` is the compute dtype; parameters,
-    input and output are float32.
+    and 0 for the other. `num_classes` = 0 makes an unconditional network. `time` is how λ enters: "cosine" for
+    networks trained here, "adm_cosine" or "adm_linear" for the discrete time of imported ones. `dtype` is the compute
+    dtype; parameters, input and output are float32.
     """
 
     num_classes: int
@@ -30,6 +36,7 @@ class UNet(nn.Module):
     resblock_updown: bool
     scale_shift_norm: bool
     dropout: float
+    time: str
     dtype: str
     remat: bool
 
@@ -42,43 +49,9 @@ class UNet(nn.Module):
         train: bool = False,
     ) -> Float[Array, "b h w k"]:
         """ε with the height and width of z and `out_channels` channels. Label NULL_LABEL (any below 0) is ∅."""
-        levels = len(self.channel_mult)
-        if z.shape[1] % 2 ** (levels - 1) or z.shape[2] % 2 ** (levels - 1):
-            raise ValueError(
-                f"z is {z.shape[1]}x{z.shape[2]}; {levels} levels need sides divisible by {2 ** (levels - 1)}: "
-                "change image_size or channel_mult"
-            )
-        emb = ConditionEmbedding(self.num_classes, self.base_channels, name="embed")(logsnr, labels).astype(self.dtype)
-
-        def res(name: str, h: Array, channels: int, resample: str = "none") -> Array:
-            block = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock
-            return block(channels, resample, self.scale_shift_norm, self.dropout, self.dtype, name=name)(h, emb, train)
-
-        def attend(name: str, h: Array) -> Array:
-            block = nn.remat(AttentionBlock) if self.remat else AttentionBlock
-            return block(self.head_channels, self.num_heads, self.dtype, name=name)(h)
-
-        h = conv3(self.base_channels * self.channel_mult[0], self.dtype, "conv_in")(z.astype(self.dtype))
-        skips = [h]
-        for level, mult in enumerate(self.channel_mult):
-            for i in range(self.num_res_blocks):
-                h = res(f"down_{level}_{i}_res", h, mult * self.base_channels)
-                if h.shape[1] in self.attention_resolutions:
-                    h = attend(f"down_{level}_{i}_attn", h)
-                skips.append(h)
-            if level < levels - 1:
-                if self.resblock_updown:
-                    h = res(f"down_{level}_sample", h, h.shape[-1], "down")
-                else:
-                    h = nn.Conv(
-                        h.shape[-1], (3, 3), 2, ((1, 1), (1, 1)), dtype=self.dtype, name=f"down_{level}_sample"
-                    )(h)
-                skips.append(h)
-
-        h = res("mid_0_res", h, h.shape[-1])
-        h = attend("mid_attn", h)
-        h = res("mid_1_res", h, h.shape[-1])
-
+        emb = ConditionEmbedding(self.num_classes, self.base_channels, self.time, name="embed")(logsnr, labels)
+        res, attend = blocks(self, emb.astype(self.dtype), train)
+        h, skips = encode(self, res, attend, z)
         for level, mult in reversed(tuple(enumerate(self.channel_mult))):
             for i in range(self.num_res_blocks + 1):
                 h = res(f"up_{level}_{i}_res", jnp.concatenate([h, skips.pop()], -1), mult * self.base_channels)
@@ -94,18 +67,64 @@ class UNet(nn.Module):
         return conv3(self.out_channels, self.dtype, "conv_out", zero=True)(h).astype(jnp.float32)
 
 
+def blocks(net: Any, emb: Float[Array, "b d"], train: bool) -> tuple[Callable[..., Array], Callable[..., Array]]:
+    """(residual block, attention block) as functions that make them inside `net`, a module with the fields of UNet."""
+
+    def res(name: str, h: Array, channels: int, resample: str = "none") -> Array:
+        block = nn.remat(ResBlock, static_argnums=(3,)) if net.remat else ResBlock
+        return block(channels, resample, net.scale_shift_norm, net.dropout, net.dtype, name=name)(h, emb, train)
+
+    def attend(name: str, h: Array) -> Array:
+        block = nn.remat(AttentionBlock) if net.remat else AttentionBlock
+        return block(net.head_channels, net.num_heads, net.dtype, name=name)(h)
+
+    return res, attend
+
+
+def encode(
+    net: Any, res: Callable[..., Array], attend: Callable[..., Array], z: Float[Array, "b h w c"]
+) -> tuple[Float[Array, "b h2 w2 k"], list[Array]]:
+    """The downward half of `net` and its middle: the lowest feature map, and every one that the upward half takes."""
+    levels = len(net.channel_mult)
+    if z.shape[1] % 2 ** (levels - 1) or z.shape[2] % 2 ** (levels - 1):
+        raise ValueError(
+            f"z is {z.shape[1]}x{z.shape[2]}; {levels} levels need sides divisible by {2 ** (levels - 1)}: "
+            "change image_size or channel_mult"
+        )
+    h = conv3(net.base_channels * net.channel_mult[0], net.dtype, "conv_in")(z.astype(net.dtype))
+    skips = [h]
+    for level, mult in enumerate(net.channel_mult):
+        for i in range(net.num_res_blocks):
+            h = res(f"down_{level}_{i}_res", h, mult * net.base_channels)
+            if h.shape[1] in net.attention_resolutions:
+                h = attend(f"down_{level}_{i}_attn", h)
+            skips.append(h)
+        if level < levels - 1:
+            if net.resblock_updown:
+                h = res(f"down_{level}_sample", h, h.shape[-1], "down")
+            else:
+                conv = nn.Conv(h.shape[-1], (3, 3), 2, ((1, 1), (1, 1)), dtype=net.dtype, name=f"down_{level}_sample")
+                h = conv(h)
+            skips.append(h)
+
+    h = res("mid_0_res", h, h.shape[-1])
+    h = attend("mid_attn", h)
+    return res("mid_1_res", h, h.shape[-1]), skips
+
+
 class ConditionEmbedding(nn.Module):
     """The embedding of (λ, c) that every residual block sees: an MLP of the time plus the class vector, zero for ∅."""
 
     num_classes: int
     base_channels: int
+    time: str
 
     @nn.compact
-    def __call__(self, logsnr: Float[Array, "b"], labels: Int[Array, "b"]) -> Float[Array, "b d"]:
+    def __call__(self, logsnr: Float[Array, "b"], labels: Int[Array, "b"] | None) -> Float[Array, "b d"]:
         width = 4 * self.base_channels
-        emb = sinusoidal(cosine_time(logsnr), self.base_channels)
+        emb = sinusoidal(network_time(logsnr, self.time), self.base_channels)
         emb = nn.Dense(width, name="time_1")(nn.silu(nn.Dense(width, name="time_0")(emb)))
-        if self.num_classes:
+        if self.num_classes and labels is not None:
             vector = nn.Embed(self.num_classes, width, embedding_init=nn.initializers.normal(1.0), name="label")(labels)
             emb = emb + jnp.where(labels[:, None] >= 0, vector, 0.0)
         return emb
@@ -150,9 +169,13 @@ class AttentionBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         b, height, width, channels = x.shape
-        heads = self.num_heads or channels // self.head_channels
-        if channels % heads:
-            raise ValueError(f"{channels} channels do not divide into {heads} heads: change head_channels or num_heads")
+        unit = self.num_heads or self.head_channels
+        if not unit or channels % unit:
+            raise ValueError(
+                f"{channels} channels do not divide into heads with num_heads = {self.num_heads}, head_channels = "
+                f"{self.head_channels}: give a divisor as one of them, and 0 for the other"
+            )
+        heads = self.num_heads or channels // unit
         h = Norm(name="norm")(x).reshape(b, height * width, channels)
         qkv = nn.DenseGeneral((3, heads, channels // heads), dtype=self.dtype, name="qkv")(h)
         h = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
@@ -183,6 +206,15 @@ def downsample(h: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
 def upsample(h: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
     """Double the resolution by repetition."""
     return jnp.repeat(jnp.repeat(h, 2, axis=1), 2, axis=2)
+
+
+def network_time(logsnr: Float[Array, "b"], time: str) -> Float[Array, "b"]:
+    """The time that the network embeds, in [0, 1000], from data to noise, for UNet's field `time`."""
+    if time == "cosine":
+        return cosine_time(logsnr)
+    if time in ("adm_cosine", "adm_linear"):
+        return adm_time(logsnr, time.removeprefix("adm_"))
+    raise ValueError(f'time is {time!r}; choose "cosine", "adm_cosine" or "adm_linear"')
 
 
 def cosine_time(logsnr: Float[Array, "b"]) -> Float[Array, "b"]:

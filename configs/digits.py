@@ -32,6 +32,7 @@ def get_config() -> ConfigDict:
                 resblock_updown=True,
                 scale_shift_norm=True,
                 dropout=0.0,
+                time="cosine",
                 dtype="float32",
                 remat=False,
             ),

@@ -1,0 +1,86 @@
+"""The noisy classifier p(c | z) of classifier guidance: ADM's encoder half with attention pooling, and its loss.
+
+Dhariwal and Nichol, Diffusion Models Beat GANs (arXiv:2105.05233), Section 4. `cfd.guidance` turns one into guidance.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int, Key, UInt32
+
+from cfd.process import cosine_logsnr, diffuse
+from cfd.unet import ConditionEmbedding, Norm, blocks, encode
+
+ClassifierFn = Callable[[Array, Array], Array]
+"""(z [B, ...], logsnr [B]) -> logits [B, K]."""
+
+
+class Classifier(nn.Module):
+    """The logits of log p(c | z) at noise level λ. The fields are those of `UNet`, with the same meaning.
+
+    The attention pooling has a vector a position, so that a trained classifier takes one image size.
+    """
+
+    num_classes: int
+    base_channels: int
+    channel_mult: tuple[int, ...]
+    num_res_blocks: int
+    attention_resolutions: tuple[int, ...]
+    head_channels: int
+    num_heads: int
+    resblock_updown: bool
+    scale_shift_norm: bool
+    dropout: float
+    time: str
+    dtype: str
+    remat: bool
+
+    @nn.compact
+    def __call__(
+        self, z: Float[Array, "b h w c"], logsnr: Float[Array, "b"], train: bool = False
+    ) -> Float[Array, "b k"]:
+        """One logit a class, float32."""
+        emb = ConditionEmbedding(0, self.base_channels, self.time, name="embed")(logsnr, None)
+        h, _ = encode(self, *blocks(self, emb.astype(self.dtype), train), z)
+        h = nn.silu(Norm(name="norm_out")(h.astype(jnp.float32)))
+        return AttentionPool(self.num_classes, self.head_channels, self.num_heads, name="pool")(h)
+
+
+class AttentionPool(nn.Module):
+    """One attention layer over the positions and their mean, read at the mean: CLIP's pooling (arXiv:2103.00020)."""
+
+    out_features: int
+    head_channels: int
+    num_heads: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b k"]:
+        b, height, width, channels = x.shape
+        heads = self.num_heads or channels // self.head_channels
+        x = x.reshape(b, height * width, channels)
+        x = jnp.concatenate([jnp.mean(x, axis=1, keepdims=True), x], axis=1)
+        init = nn.initializers.normal(channels**-0.5)
+        x = x + self.param("position", init, (1, height * width + 1, channels))
+        qkv = nn.DenseGeneral((3, heads, channels // heads), name="qkv")(x)
+        h = jax.nn.dot_product_attention(qkv[:, :1, 0], qkv[:, :, 1], qkv[:, :, 2])
+        return nn.Dense(self.out_features, name="out")(h.reshape(b, channels))
+
+
+def classifier_loss(
+    key: Key[Array, ""] | UInt32[Array, "2"],
+    classifier_fn: ClassifierFn,
+    x: Float[Array, "b ..."],
+    labels: Int[Array, "b"],
+    *,
+    logsnr_min: float = -20.0,
+    logsnr_max: float = 20.0,
+) -> Float[Array, ""]:
+    """E[−log p(c | z_λ)], the mean over the batch, with λ drawn as in `eps_loss`. x [B, ...] is data in [−1, 1]."""
+    key_u, key_eps = jax.random.split(key)
+    logsnr = cosine_logsnr(jax.random.uniform(key_u, x.shape[:1]), logsnr_min, logsnr_max)
+    z = diffuse(x, jax.random.normal(key_eps, x.shape), logsnr)
+    log_p = jax.nn.log_softmax(classifier_fn(z, logsnr))
+    return -jnp.mean(jnp.take_along_axis(log_p, labels[:, None], axis=-1))
