@@ -1,0 +1,445 @@
+"""Checkpoints: one atomic step of Orbax holds the state, the data iterator, the config and a digest of every array.
+
+A step is never trusted because it is there: its digests are computed again from what was read. A step that fails is
+set aside, in checkpoints/quarantine/, and the one before it is taken.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from flax.traverse_util import unflatten_dict
+from jax import Array
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jaxtyping import Float, Int, UInt32
+
+from cfd.unet import UNet
+from cfd.workdir import CHECKPOINTS, config_differences, fsync, read_config
+
+QUARANTINE = "quarantine"
+TRASH = "trash"
+MAX_FAILED_SAVES = 3
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written, or read, and what to do about it."""
+
+
+@dataclasses.dataclass
+class Manager:
+    """An Orbax manager and what is known of its saves. It changes, because a save ends after the call that began it."""
+
+    directory: Path
+    keep: int
+    orbax: ocp.CheckpointManager
+    saving: int | None = None
+    failed_saves: int = 0
+
+
+def open_manager(workdir: str | os.PathLike[str], *, keep: int) -> Manager:
+    """The checkpoints of a run, of which the newest `keep` are kept. Call it under `workdir.lock`, on every process.
+
+    What a killed run left half written or half deleted is removed.
+    """
+    directory = Path(workdir).absolute() / CHECKPOINTS
+    manager = Manager(directory, keep, _open_orbax(directory, keep))
+    _empty_trash(directory)
+    return manager
+
+
+def _open_orbax(directory: Path, keep: int) -> ocp.CheckpointManager:
+    if jax.process_index() == 0:
+        for litter in directory.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(litter)
+    return ocp.CheckpointManager(
+        directory,
+        options=ocp.CheckpointManagerOptions(
+            preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+            todelete_subdir=TRASH,  # a rename: a kill never leaves a listed step half deleted
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=lambda: _fsync_unfinished(directory)),
+        ),
+    )
+
+
+def _fsync_unfinished(directory: Path) -> None:
+    """Just before the rename that makes a step: Orbax syncs its arrays, and not its small files."""
+    for step in directory.glob("*.orbax-checkpoint-tmp*"):
+        for path in (*step.rglob("*"), step):
+            fsync(path)
+
+
+def _empty_trash(directory: Path) -> None:
+    if jax.process_index() == 0:
+        for old in (directory / TRASH).glob("*"):
+            shutil.rmtree(old)
+
+
+def save(manager: Manager, step: int, state: Any, *, data_state: dict[str, Any], config_json: dict[str, Any]) -> None:
+    """Begins to write a step; the state is copied before it returns. A step that is there already is left as it is.
+
+    A save that fails (disk full) is logged, at the latest by the next call, and the run goes on; after
+    MAX_FAILED_SAVES in a row it raises CheckpointError. So does a state with NaN or Inf, which is never written.
+    """
+    wait(manager)
+    if step in manager.orbax.all_steps():
+        return
+    arrays, nonfinite = _describe(state)
+    if nonfinite:
+        raise CheckpointError(
+            f"the state of step {step} is not saved: NaN or Inf in {_some(nonfinite)}. The last good checkpoint of "
+            f"{manager.directory} is step {manager.orbax.latest_step()}"
+        )
+    meta = _seal({"step": step, "arrays": arrays, "data_state": data_state, "config": config_json})
+    args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+    manager.saving = step
+    try:
+        manager.orbax.save(step, args=args, force=True)
+    except Exception as e:  # Orbax and TensorStore have no common class
+        _finish(manager, e)
+
+
+def wait(manager: Manager) -> None:
+    """Blocks until the save in progress, if any, is on the disk or has failed."""
+    if manager.saving is None:
+        return
+    try:
+        manager.orbax.wait_until_finished()
+        error = None if _step_directory(manager.directory, manager.saving).is_dir() else "no step was written"
+    except Exception as e:  # as above
+        error = e
+    _finish(manager, error)
+
+
+def _finish(manager: Manager, error: Exception | str | None) -> None:
+    step, manager.saving = manager.saving, None
+    if _all_agree(error is None):
+        manager.failed_saves = 0
+        _empty_trash(manager.directory)
+        return
+    manager.failed_saves += 1
+    reason = _reason(error) if error else "another process failed"
+    logging.error("checkpoint of step %s was not written, %s: %s", step, manager.directory, reason)
+    try:
+        manager.orbax.close()
+    except Exception as e:  # it closes what it can; it is replaced by the next line
+        logging.info("closing after a failed save: %s", _reason(e))
+    manager.orbax = _open_orbax(manager.directory, manager.keep)
+    if manager.failed_saves >= MAX_FAILED_SAVES:
+        raise CheckpointError(
+            f"{manager.failed_saves} saves in a row failed in {manager.directory}, the last of step {step}: {reason}. "
+            f"The last good checkpoint is step {manager.orbax.latest_step()}; free space and start again"
+        )
+
+
+def close(manager: Manager) -> None:
+    """Waits for the save in progress and closes. Raises CheckpointError if that last save failed."""
+    last = manager.saving
+    wait(manager)
+    failed = manager.failed_saves > 0 and last is not None
+    manager.orbax.close()
+    if failed:
+        raise CheckpointError(f"the last checkpoint, step {last}, was not written in {manager.directory}: see the log")
+
+
+def restore(
+    manager: Manager, abstract_state: Any, *, allow_fresh_start: bool = False
+) -> tuple[int, Any, dict[str, Any]] | None:
+    """(step, state, data_state) of the newest step whose digests are right; None if there is no step at all.
+
+    `abstract_state` is the state's pytree with a ShapeDtypeStruct and a sharding for every array: any mesh will do.
+    Damaged steps newer than the one taken are moved to checkpoints/quarantine/. Raises CheckpointError if all steps
+    are damaged (unless `allow_fresh_start`: then they are all moved, and the result is None), or if the state is of
+    another structure, shape or dtype than the template; then nothing is moved.
+    """
+    damaged: list[tuple[int, str]] = []
+    found = None
+    for step in _newest_first(manager.orbax.all_steps()):
+        result = _read_verified(manager.directory, step, lambda meta, step=step: _match(meta, abstract_state, step))
+        if isinstance(result, str):
+            logging.warning("checkpoint of step %d in %s is damaged, skipped: %s", step, manager.directory, result)
+            damaged.append((step, result))
+        else:
+            found = (step, *result)
+            break
+    if damaged and found is None and not allow_fresh_start:
+        raise CheckpointError(
+            f"all checkpoints in {manager.directory} are damaged ("
+            + "; ".join(f"step {step}: {reason}" for step, reason in damaged)
+            + "). Restore the folder from a copy, or start again from step 0 with --allow_fresh_start"
+        )
+    for step, _ in damaged:
+        _quarantine(manager.directory, step)
+    if damaged:
+        _sync("cfd.checkpoint.quarantine")
+        manager.orbax.reload()
+    if found is None:
+        return None
+    step, state, meta = found
+    return step, state, meta["data_state"]
+
+
+def _quarantine(directory: Path, step: int) -> None:
+    if jax.process_index() != 0:
+        return
+    place = directory / QUARANTINE
+    place.mkdir(exist_ok=True)
+    number = 0
+    while (target := place / f"{step}.{number}").exists():
+        number += 1
+    os.rename(_step_directory(directory, step), target)
+
+
+def _read_verified(
+    directory: Path, step: int, template: Callable[[dict[str, Any]], Any]
+) -> tuple[Any, dict[str, Any]] | str:
+    """(arrays, meta) of a step, or the reason for which it is damaged: the same kind of answer on every process.
+
+    `template` makes the pytree to read from the meta data; what it raises is raised. Handlers are used in place of
+    the manager, whose restore has barriers that a process with an unreadable file would never reach.
+    """
+    path = _step_directory(directory, step)
+    meta = _attempt(lambda: _unseal(ocp.JsonCheckpointHandler().restore(epath.Path(path / "meta"))))
+    if isinstance(meta, _Damage):
+        return meta.reason
+    wanted = template(meta)
+    handler = ocp.PyTreeCheckpointHandler()
+    args = ocp.args.PyTreeRestore(
+        wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
+    )
+    tree = _attempt(lambda: handler.restore(epath.Path(path / "state"), args=args))
+    if isinstance(tree, _Damage):
+        return tree.reason
+    arrays, _ = _describe(tree)
+    wrong = [key for key, value in arrays.items() if value != meta["arrays"][key]]
+    return f"the digest of {_some(wrong)} is not the one saved" if wrong else (tree, meta)
+
+
+class _Damage(NamedTuple):
+    reason: str
+
+
+def _attempt(read: Callable[[], Any]) -> Any:
+    try:
+        result = read()
+    except (MemoryError, jax.errors.JaxRuntimeError):  # of this machine, not of the file
+        raise
+    except Exception as e:  # JSON, TensorStore and Orbax raise ValueError, KeyError, OSError, TypeError ...
+        result = _Damage(_reason(e))
+    if not _all_agree(not isinstance(result, _Damage)):
+        return result if isinstance(result, _Damage) else _Damage("not readable by another process")
+    return result
+
+
+def _match(meta: dict[str, Any], abstract_state: Any, step: int) -> Any:
+    """The template, if the step holds exactly its arrays."""
+    held = {key: (tuple(shape), dtype) for key, (shape, dtype, _) in meta["arrays"].items()}
+    wanted = {key: (tuple(x.shape), str(x.dtype)) for key, x in _leaves(abstract_state)}
+    faults = [
+        *(f"{key} is missing in the checkpoint" for key in wanted.keys() - held.keys()),
+        *(f"{key} of the checkpoint is not in the state" for key in held.keys() - wanted.keys()),
+        *(
+            f"{key} is {held[key][1]}{list(held[key][0])} in the checkpoint and {wanted[key][1]}{list(wanted[key][0])} "
+            "in the state"
+            for key in wanted.keys() & held.keys()
+            if wanted[key] != held[key]
+        ),
+    ]
+    if faults:
+        raise CheckpointError(
+            f"step {step} is of another model or optimizer: {_some(sorted(faults), '; ')}. Use the config that wrote "
+            "it, or another --workdir"
+        )
+    return abstract_state
+
+
+class Loaded(NamedTuple):
+    """A trained model, ready to sample from."""
+
+    eps_fn: Callable[[Float[Array, "b h w c"], Float[Array, "b"], Int[Array, "b"]], Float[Array, "b h w c"]]
+    params: Any
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    class_names: tuple[str, ...]
+    config: dict[str, Any]
+    step: int
+
+
+def load(workdir: str | os.PathLike[str], step: int | None = None, *, sharding: Sharding | None = None) -> Loaded:
+    """The model of a run's folder, with the EMA weights of its newest good step, or of `step`.
+
+    `eps_fn(z, logsnr, labels)` is a `jax.tree_util.Partial`: it can also be an argument of a jitted function, its
+    weights then being arguments too. It raises ValueError for labels that are not below the number of classes.
+    The weights are on one device unless `sharding` says otherwise. Raises ValueError (no run, no such step) and
+    CheckpointError (damage).
+    """
+    params, config_json, step = load_ema(workdir, "diffusion", step, sharding=sharding)
+    config = config_json["config"]
+    num_classes = config["model"]["num_classes"]
+    net = UNet(**{name: tuple(v) if isinstance(v, list) else v for name, v in config["model"].items()})
+
+    def eps_fn(params: Any, z: Array, logsnr: Array, labels: Array) -> Array:
+        if not isinstance(labels, jax.core.Tracer) and np.max(labels, initial=-1) >= num_classes:
+            raise ValueError(
+                f"label {np.max(labels)} is not below the number of classes, {num_classes}; -1 is no class"
+            )
+        return net.apply({"params": params}, z, logsnr, labels)  # pyright: ignore[reportReturnType]
+
+    size = config["data"]["image_size"]
+    return Loaded(
+        eps_fn=jax.tree_util.Partial(eps_fn, params),
+        params=params,
+        image_shape=(size, size, config["data"]["channels"]),
+        num_classes=num_classes,
+        class_names=tuple(config_json["class_names"]),
+        config=config,
+        step=step,
+    )
+
+
+def load_ema(
+    workdir: str | os.PathLike[str], kind: str, step: int | None = None, *, sharding: Sharding | None = None
+) -> tuple[Any, dict[str, Any], int]:
+    """(EMA weights, content of config.json, step) of a run whose "kind" is `kind`; reads only, and only the EMA.
+
+    A damaged newest step is passed over with a warning; one that is asked for raises CheckpointError.
+    """
+    config_json = read_config(workdir)
+    if config_json["kind"] != kind:
+        raise ValueError(f"{os.fspath(workdir)} holds a {config_json['kind']} run; a {kind} run was expected")
+    directory = Path(workdir).absolute() / CHECKPOINTS
+    steps = sorted(int(p.name) for p in directory.glob("*") if p.name.isdecimal())
+    if not steps or (step is not None and step not in steps):
+        raise ValueError(f"{directory} has no step{'' if step is None else f' {step}'}; its steps are {steps}")
+    sharding = sharding or SingleDeviceSharding(jax.local_devices()[0])
+
+    def template(meta: dict[str, Any]) -> Any:
+        if differences := config_differences(meta["config"], config_json):
+            raise ValueError(f"step {meta['step']} was not written with {workdir}/config.json: {_some(differences)}")
+        ema = {
+            tuple(key.split("/")): jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+            for key, (shape, dtype, _) in meta["arrays"].items()
+            if key.startswith("ema/")
+        }
+        return unflatten_dict(ema)
+
+    damaged = []
+    for candidate in reversed(steps) if step is None else [step]:
+        result = _read_verified(directory, candidate, template)
+        if not isinstance(result, str):
+            tree, _ = result
+            return tree["ema"], config_json, candidate
+        logging.warning("checkpoint of step %d in %s is damaged, passed over: %s", candidate, directory, result)
+        damaged.append(f"step {candidate}: {result}")
+    raise CheckpointError(f"no undamaged checkpoint in {directory} ({'; '.join(damaged)})")
+
+
+@jax.jit
+def _fingerprint(x: Array) -> UInt32[Array, "3"]:
+    """Two 32-bit sums of mixed (value, position), and the number of NaN and Inf.
+
+    Sums modulo 2^32 are the same in any order, hence for any sharding. Each term of each sum is a bijection of the
+    value's bits, so that a change of one value is always seen.
+    """
+    nonfinite = jnp.sum(~jnp.isfinite(x), dtype=jnp.uint32) if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.uint32(0)
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
+    v = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+    # The position, without a reshape: that would gather a sharded array.
+    i = jnp.zeros((), jnp.uint32)
+    for axis, size in enumerate(v.shape):
+        i = i * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, v.shape, axis)
+    h = (v ^ (i * jnp.uint32(0x9E3779B1))) * jnp.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+    g = (v + i) * jnp.uint32(0x27D4EB2F)
+    g = (g ^ (g >> 15)) * jnp.uint32(0x165667B1)
+    sums = [jnp.sum(m, dtype=jnp.uint32) for m in (h ^ (h >> 16), g ^ (g >> 12))]
+    return jnp.stack([*sums, nonfinite])
+
+
+def _describe(tree: Any) -> tuple[dict[str, list[Any]], list[str]]:
+    """{key: [shape, dtype, digest]} of every array, and the keys of those with NaN or Inf."""
+    leaves = _leaves(tree)
+    for key, x in leaves:
+        if not isinstance(x, Array):
+            raise ValueError(f"{key} of the state is a {type(x).__name__}; a state is made of jax arrays")
+    prints = jax.device_get([_replicated_fingerprint(x) for _, x in leaves])
+    arrays = {
+        key: [list(x.shape), str(x.dtype), f"{h:08x}{g:08x}"]
+        for (key, x), (h, g, _) in zip(leaves, prints, strict=True)
+    }
+    return arrays, [key for (key, _), (*_, nonfinite) in zip(leaves, prints, strict=True) if nonfinite]
+
+
+def _replicated_fingerprint(x: Array) -> UInt32[Array, "3"]:
+    y = _fingerprint(x)
+    if isinstance(x.sharding, NamedSharding) and not y.is_fully_replicated:
+        y = jax.device_put(y, NamedSharding(x.sharding.mesh, PartitionSpec()))
+    return y
+
+
+def _leaves(tree: Any) -> list[tuple[str, Any]]:
+    """(key, leaf) of a pytree; the key is "ema/conv_in/kernel", the same for a NamedTuple and a dict."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in flat]
+
+
+def _seal(meta: dict[str, Any]) -> dict[str, Any]:
+    meta = json.loads(json.dumps(meta, allow_nan=False))
+    return meta | {"sha256": _sha256(meta)}
+
+
+def _unseal(meta: dict[str, Any]) -> dict[str, Any]:
+    sealed = meta.pop("sha256")
+    if sealed != _sha256(meta):
+        raise ValueError("the SHA-256 of its meta data is not the one saved")
+    return meta
+
+
+def _sha256(meta: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
+def _step_directory(directory: Path, step: int) -> Path:
+    return directory / str(step)
+
+
+def _newest_first(steps: Any) -> list[int]:
+    return sorted(steps, reverse=True)
+
+
+def _all_agree(yes: bool) -> bool:
+    """Whether it is so on every process."""
+    if jax.process_count() == 1:
+        return yes
+    return bool(np.all(multihost_utils.process_allgather(np.int32(yes))))
+
+
+def _sync(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def _reason(error: Exception | str) -> str:
+    text = " ".join(str(error).split())
+    kind = "" if isinstance(error, str) else f"{type(error).__name__}: "
+    return kind + (text if len(text) <= 200 else f"{text[:200]}...")
+
+
+def _some(names: list[str], separator: str = ", ") -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return separator.join(names[:3]) + more

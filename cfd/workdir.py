@@ -1,0 +1,239 @@
+"""A run's folder: its lock, its config.json, its metrics.jsonl and TensorBoard files.
+
+    config.json             the whole config, class names and conventions
+    checkpoints/<step>/     cfd.checkpoint
+    metrics.jsonl           one object a line, by rising step
+    tensorboard/            the same scalars, and images
+
+The folder lies on a file system that all processes of the run see, with atomic renames and `flock`.
+"""
+
+import contextlib
+import datetime
+import fcntl
+import json
+import math
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+from jaxtyping import Float, UInt8
+from tensorboardX import SummaryWriter
+
+CHECKPOINTS = "checkpoints"
+CONFIG = "config.json"
+LOCK = "lock"
+METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+
+FREE_FIELDS = (
+    "data.path",
+    "data.num_workers",
+    "train.num_steps",
+    "train.checkpoint_every_steps",
+    "train.keep_checkpoints",
+    "train.log_every_steps",
+    "train.sample_every_steps",
+    "mesh",
+    "sample",
+    "eval",
+)
+"""What may change between restarts of a run: the state at a step is a function of all the other fields. (`data.path`
+is where the data set lies, not which one it is; `mesh` moves the last bits of a float32 and no more.)"""
+
+
+@contextlib.contextmanager
+def lock(workdir: str | os.PathLike[str]) -> Iterator[None]:
+    """Holds the folder for this job: at most one writes there at a time.
+
+    Process 0 locks for all processes of a job, so every process calls it. The operating system frees the lock of a
+    process that died. Raises ValueError at once if another live job holds it.
+    """
+    path = Path(workdir) / LOCK
+    held = None
+    holder = ""
+    if jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        held = open(path, "a+")  # noqa: SIM115  not "w": the file is the holder's until the lock is ours
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            held.seek(0)
+            holder = held.read()
+            held.close()
+            held = None
+    if not _from_process_0(held is not None):
+        raise ValueError(
+            f"{os.fspath(workdir)} is {_describe_holder(holder)}: two jobs cannot write to one workdir; stop the other "
+            "or give another --workdir"
+        )
+    try:
+        if held is not None:
+            held.truncate(0)
+            started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            json.dump({"pid": os.getpid(), "host": socket.gethostname(), "start_time": started}, held)
+            held.flush()
+        yield
+    finally:
+        if held is not None:
+            held.truncate(0)
+            held.close()
+
+
+def _describe_holder(text: str) -> str:
+    try:
+        holder = json.loads(text)
+        return f"locked by pid {holder['pid']} on {holder['host']} since {holder['start_time']}"
+    except (ValueError, KeyError, TypeError):
+        return "locked by another job that has just started or stops just now"
+
+
+def _from_process_0(value: bool) -> bool:
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def write_config(workdir: str | os.PathLike[str], config_json: Mapping[str, Any]) -> None:
+    """Writes config.json if there is none; otherwise checks that this is the same run.
+
+    Fields of FREE_FIELDS may differ from the file's, which is then rewritten. Every process calls it. Raises
+    ValueError if another field differs, and if the file of process 0 is not seen by the other processes.
+    """
+    path = Path(workdir) / CONFIG
+    new = json.loads(json.dumps(config_json, allow_nan=False))
+    if jax.process_index() == 0 and not path.exists():
+        write_atomically(path, json.dumps(new, indent=2) + "\n")
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("cfd.workdir.write_config")
+    if not path.exists():
+        raise ValueError(f"{path} was written by process 0 and is not seen here: the workdir must be on a shared disk")
+    old = read_config(workdir)
+    if differences := config_differences(old, new):
+        more = f" and {len(differences) - 4} more" if len(differences) > 4 else ""
+        raise ValueError(
+            f"{path} is another run's: {'; '.join(differences[:4])}{more}. Give another --workdir, or the same config "
+            f"(only {', '.join(FREE_FIELDS)} may change)"
+        )
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("cfd.workdir.write_config.compared")
+    if jax.process_index() == 0 and new != old:
+        write_atomically(path, json.dumps(new, indent=2) + "\n")
+
+
+def read_config(workdir: str | os.PathLike[str]) -> dict[str, Any]:
+    """The content of config.json. JSON only: no file of a run's folder is ever executed. Raises ValueError."""
+    path = Path(workdir) / CONFIG
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist: {os.fspath(workdir)} is not the folder of a run") from None
+    except ValueError as e:
+        raise ValueError(f"{path} is not JSON ({e}): restore it from {CHECKPOINTS}/<step>/meta or a backup") from None
+    if not isinstance(content, dict) or not {"kind", "config"} <= content.keys():
+        raise ValueError(f'{path} has no "kind" and "config": it is not the config of a run')
+    return content
+
+
+def config_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """ "field: old -> new" for every field, outside of FREE_FIELDS, in which two contents of config.json differ."""
+    free = tuple(f"config.{field}" for field in FREE_FIELDS)
+    a, b = _flatten(old), _flatten(new)
+    return [
+        f"{name.removeprefix('config.')}: {a.get(name, 'absent')} there, {b.get(name, 'absent')} here"
+        for name in (a | b)
+        if a.get(name, "absent") != b.get(name, "absent") and not f"{name}.".startswith(tuple(f"{f}." for f in free))
+    ]
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = json.dumps(value)
+    return flat
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The file holds the whole text or what it held before, also after a power cut."""
+    tmp = path.with_name(f"{path.name}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(tmp, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(tmp, path)
+    fsync(path.parent)
+
+
+def fsync(path: Path) -> None:
+    """Flushes a file or a directory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class MetricsLog(NamedTuple):
+    """Where scalars and images go. Open on process 0, and a sink without files on the others."""
+
+    lines: TextIO | None
+    board: SummaryWriter | None
+
+
+@contextlib.contextmanager
+def metrics_log(workdir: str | os.PathLike[str], step: int) -> Iterator[MetricsLog]:
+    """The log of a run that goes on from `step`: lines of later steps, and a torn last line, are dropped first.
+
+    With a line flushed before the checkpoint of its step is saved, no step is ever missing or there twice.
+    """
+    if jax.process_index() != 0:
+        yield MetricsLog(None, None)
+        return
+    workdir = Path(workdir)
+    path = workdir / METRICS
+    _truncate(path, step)
+    with open(path, "a") as lines, SummaryWriter(str(workdir / TENSORBOARD), purge_step=step + 1) as board:
+        yield MetricsLog(lines, board)
+
+
+def _truncate(path: Path, step: int) -> None:
+    old = path.read_bytes() if path.exists() else b""
+    kept = []
+    for number, line in enumerate(old.splitlines(keepends=True), 1):
+        try:
+            if json.loads(line)["step"] <= step and line.endswith(b"\n"):
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            logging.warning("%s: line %d is torn, dropped: %r", path, number, line[:80])
+    new = b"".join(kept)
+    if new != old:
+        write_atomically(path, new.decode())
+
+
+def write_metrics(log: MetricsLog, step: int, metrics: Mapping[str, float | int]) -> None:
+    """Appends {"step": step, **metrics} as one line of JSON. NaN and Inf, which JSON has not, become null."""
+    if log.lines is None or log.board is None:
+        return
+    finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    log.lines.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
+    log.lines.flush()
+    for name, value in metrics.items():
+        log.board.add_scalar(name, value, step)
+
+
+def write_image(
+    log: MetricsLog, step: int, name: str, image: UInt8[np.ndarray, "h w c"] | Float[np.ndarray, "h w c"]
+) -> None:
+    """One image for TensorBoard, uint8 or in [0, 1]."""
+    if log.board is not None:
+        log.board.add_image(name, image, step, dataformats="HWC")
