@@ -115,7 +115,8 @@ def open_dataset(
 def from_config(group: Mapping[str, Any], split: str) -> Dataset:
     """`open_dataset` with the fields of a config's `data` group, but for the split."""
     loading = ("flip", "num_workers")
-    return open_dataset(**{key: value for key, value in group.items() if key not in loading} | {"split": split})
+    fields: dict[str, Any] = {key: value for key, value in group.items() if key not in loading} | {"split": split}
+    return open_dataset(**fields)
 
 
 _Source = tuple[Callable[[int], tuple[np.ndarray, int]], Callable[[], np.ndarray], int, tuple[str, ...]]
@@ -130,10 +131,10 @@ def _digits(split: str, image_size: int, channels: int) -> _Source:
         raise ValueError(
             f"data.image_size is {image_size}; the digits are 8x8: give 8, a multiple of 8, or less than 8"
         )
-    bunch = load_digits()
-    chosen = (np.arange(len(bunch.target)) % 6 == 5) == (split == "test")
-    levels = np.round(bunch.images[chosen] * (255 / 16)).astype(np.uint8)
-    labels = bunch.target[chosen].astype(np.int32)
+    pixels, target = load_digits(return_X_y=True)
+    chosen = (np.arange(len(target)) % 6 == 5) == (split == "test")
+    levels = np.round(pixels[chosen].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    labels = target[chosen].astype(np.int32)
     box = (image_size, image_size)
     small = np.stack([np.asarray(Image.fromarray(level).resize(box, Image.Resampling.BOX)) for level in levels])
     images = np.repeat(small[..., None], channels, axis=-1)
@@ -200,7 +201,7 @@ def _tfds(name: str, split: str, path: str, image_size: int, channels: int) -> _
     data_dir = str(Path(path).expanduser()) if path else None
     builder = f"tfds.builder({name!r}, data_dir={data_dir!r}, file_format='array_record')"
     try:
-        records = tfds.data_source(
+        records: Any = tfds.data_source(
             name, split=split, data_dir=data_dir, download=False, decoders={"image": tfds.decode.SkipDecoding()}
         )
     except (ValueError, AssertionError, NotImplementedError) as error:
@@ -245,42 +246,40 @@ def decode(encoded: bytes, name: str, image_size: int, channels: int) -> UInt8[n
     """
     try:
         image = Image.open(io.BytesIO(encoded), formats=FORMATS)
-        width, height = image.size
-        if width * height <= MAX_PIXELS:
-            image.load()
-    except MemoryError:
+        _check_size(*image.size, name, image_size)
+        image.load()
+    except (BadImage, MemoryError):
         raise
     except Exception as error:  # whatever a decoder raises here, it says that the bytes are bad
         raise BadImage(f"{name} cannot be decoded as {', '.join(FORMATS)} ({error}): remove or replace it") from error
-    if width * height > MAX_PIXELS:
-        raise BadImage(f"{name} has {width}x{height} pixels, the limit is {MAX_PIXELS} in all: shrink or remove it")
-    side = min(width, height)
-    if side < image_size:
-        raise BadImage(
-            f"{name} has {width}x{height} pixels, smaller than data.image_size = {image_size}: "
-            "lower data.image_size, or remove it (images are never enlarged)"
-        )
     image = _to_mode(image, name, channels)
-    if (width, height) != (image_size, image_size):
-        left, top = (width - side) // 2, (height - side) // 2
+    if image.size != (image_size, image_size):
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
         box = (left, top, left + side, top + side)
         image = image.resize((image_size, image_size), Image.Resampling.BOX, box=box)
     pixels = np.asarray(image)
     return pixels if channels == 3 else pixels[:, :, None]
 
 
+def _check_size(width: int, height: int, name: str, image_size: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise BadImage(f"{name} has {width}x{height} pixels, the limit is {MAX_PIXELS} in all: shrink or remove it")
+    if min(width, height) < image_size:
+        raise BadImage(
+            f"{name} has {width}x{height} pixels, fewer than data.image_size = {image_size}: "
+            "lower data.image_size, or remove it (images are never enlarged)"
+        )
+
+
 def _to_mode(image: Image.Image, name: str, channels: int) -> Image.Image:
-    if image.mode == ("RGB" if channels == 3 else "L") and not image.info.get("transparency"):
+    if image.mode == ("RGB" if channels == 3 else "L") and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I"):
-        # Pillow's own conversion clips 16-bit grey at 255 instead of scaling it.
+    deep = image.mode.startswith("I")
+    if image.has_transparency_data and (deep or np.asarray(image.convert("RGBA"))[:, :, 3].min() < 255):
+        raise BadImage(f"{name} has transparent pixels: put it on a background, or remove it")
+    if deep:  # Pillow's own conversion clips 16-bit grey at 255 instead of scaling it
         image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
-    if image.has_transparency_data:
-        lowest = image.convert("RGBA").getextrema()[3][0]
-        if lowest < 255:
-            raise BadImage(
-                f"{name} has transparent pixels (alpha {lowest} of 255): put it on a background, or remove it"
-            )
     grey = image.mode in ("1", "L", "LA", "La")
     if channels == 1 and not grey:
         raise BadImage(
@@ -290,8 +289,8 @@ def _to_mode(image: Image.Image, name: str, channels: int) -> Image.Image:
     return image.convert("L" if grey else "RGB").convert("RGB" if channels == 3 else "L")
 
 
-def epoch_order(seed: int, positions: np.ndarray | range, num_examples: int) -> list[int]:
-    """The example at each position of the endless sequence: each one once an epoch, each epoch in an order of its own."""
+def epoch_order(seed: int, positions: range, num_examples: int) -> list[int]:
+    """The example at each position of the endless sequence: each one once an epoch, in an order of the epoch's own."""
     order, epoch, shuffle_seed = [], -1, 0
     for position in positions:
         if position // num_examples != epoch:
@@ -354,18 +353,18 @@ def batches(
     rows = batch_size // process_count
 
     class Steps:
-        """grain's random-access source, whose element number s is the batch of step s."""
+        """grain's random-access source, whose element s is this process's part of the batch of step s."""
 
         def __len__(self) -> int:
             return sys.maxsize // batch_size
 
-        def __getitem__(self, step: int) -> dict[str, np.ndarray | int]:
-            first = step * batch_size + process_index * rows
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            first = index * batch_size + process_index * rows
             image = np.empty((rows, dataset.image_size, dataset.image_size, dataset.channels), np.uint8)
             label = np.empty(rows, np.int32)
             skipped = 0
-            for row, index in enumerate(epoch_order(seed, range(first, first + rows), len(dataset))):
-                image[row], label[row], bad = _read_good(dataset, index)
+            for row, example in enumerate(epoch_order(seed, range(first, first + rows), len(dataset))):
+                image[row], label[row], bad = _read_good(dataset, example)
                 skipped += bad > 0
             if flip:
                 flips = _flips(seed, first, rows)

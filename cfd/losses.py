@@ -24,12 +24,15 @@ def eps_loss(
     """E ‖ε_θ(z_λ, c) − ε‖², the mean over batch and dimensions: Eq. 5 and Algorithm 1, Ho and Salimans.
 
     `eps_fn(z, logsnr, labels) -> eps` sees NULL_LABEL where the label was dropped. x [B, ...] is data in [−1, 1].
-    Raises ValueError if p_uncond is a number outside [0, 1].
+    Raises ValueError if p_uncond is a number outside [0, 1] or if eps_fn does not return the shape of z.
     """
     key_u, key_eps, key_drop = jax.random.split(key, 3)
     labels = drop_labels(key_drop, labels, p_uncond)
-    u = jax.random.uniform(key_u, x.shape[:1])
+    u = jax.random.uniform(key_u, x.shape[:1], jnp.float32)
     logsnr = cosine_logsnr(u, logsnr_min, logsnr_max)
-    eps = jax.random.normal(key_eps, x.shape)
+    eps = jax.random.normal(key_eps, x.shape, jnp.float32)
     z = diffuse(x, eps, logsnr)
-    return jnp.mean(jnp.square(eps_fn(z, logsnr, labels) - eps))
+    eps_hat = eps_fn(z, logsnr, labels)
+    if eps_hat.shape != eps.shape:
+        raise ValueError(f"eps_fn returned shape {eps_hat.shape}; it must return the noise of z, shape {eps.shape}")
+    return jnp.mean(jnp.square(eps_hat - eps))

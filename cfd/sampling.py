@@ -41,7 +41,7 @@ def ddim() -> StepRule:
 def guided_sample(
     key: Key[Array, "*b"] | UInt32[Array, "*b 2"],
     eps_fn: EpsFn,
-    labels: PyTree[Array],
+    labels: PyTree,
     shape: tuple[int, ...],
     *,
     w: Any = 0.0,
@@ -71,6 +71,7 @@ def guided_sample(
     Returns float32 [B, *shape]. Raises ValueError on num_steps < 1 or arguments whose shapes do not agree.
     """
     batch = _batch_size(labels)
+    labels = jax.tree.map(jnp.asarray, labels)
     keys = _image_keys(key, batch)
     if num_steps < 1:
         raise ValueError(
@@ -80,10 +81,11 @@ def guided_sample(
 
     u = 1.0 - jnp.arange(num_steps, dtype=jnp.float32) / max(num_steps - 1, 1)
     logsnr = cosine_logsnr(u, logsnr_min, logsnr_max)
-    logsnr_next = jnp.concatenate([logsnr[1:], logsnr[-1:]])
+    # The last λ' is never reached; a step of zero length there would make the gradients of some rules NaN.
+    logsnr_next = jnp.concatenate([logsnr[1:], logsnr[-1:] + 1.0])
 
     def noise(t: Array | int) -> Array:
-        return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, t), shape))(keys)
+        return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, t), shape, jnp.float32))(keys)
 
     def step(z: Array, at: tuple[Array, Array, Array]) -> tuple[Array, None]:
         t, logsnr, logsnr_next = at
@@ -98,26 +100,31 @@ def guided_sample(
 
 
 def _guided(
-    eps_fn: EpsFn, labels: PyTree[Array], null: PyTree, w: Any, batch: int, doubled: bool
+    eps_fn: EpsFn, labels: PyTree, null: PyTree, w: Any, batch: int, doubled: bool
 ) -> Callable[[Array, Array], Array]:
     """(z, λ) -> ε̃, with one or two evaluations of the network."""
     if jax.tree.structure(null) != jax.tree.structure(labels):
         raise ValueError(f"null is {null!r}; it must have the structure of labels, {jax.tree.structure(labels)}")
     nulls = jax.tree.map(lambda n, c: jnp.broadcast_to(jnp.asarray(n, c.dtype), c.shape), null, labels)
 
+    def evaluate(z: Array, logsnr: Array, labels: PyTree) -> Array:
+        eps = eps_fn(z, jnp.broadcast_to(logsnr, z.shape[:1]), labels)
+        if eps.shape != z.shape:
+            raise ValueError(f"eps_fn returned shape {eps.shape}; it must return the noise of z, shape {z.shape}")
+        return eps.astype(jnp.float32)
+
     def one(z: Array, logsnr: Array) -> Array:
-        return eps_fn(z, jnp.broadcast_to(logsnr, (batch,)), labels)
+        return evaluate(z, logsnr, labels)
 
     def both(z: Array, logsnr: Array, weight: Any) -> Array:
         weight = jnp.asarray(weight, jnp.float32)
         if weight.shape not in ((), (batch,)):
             raise ValueError(f"w has shape {weight.shape}; give a scalar or one weight a label, shape ({batch},)")
         if not doubled:
-            return guide(one(z, logsnr), eps_fn(z, jnp.broadcast_to(logsnr, (batch,)), nulls), weight)
+            return guide(evaluate(z, logsnr, labels), evaluate(z, logsnr, nulls), weight)
         # The two of a pair lie side by side, so that a sharded batch keeps both on one device.
-        pairs = jax.tree.map(lambda c, n: _interleave(c, n), (z, labels), (z, nulls))
-        eps = eps_fn(pairs[0], jnp.broadcast_to(logsnr, (2 * batch,)), pairs[1])
-        eps = eps.reshape(batch, 2, *z.shape[1:])
+        z_pairs, label_pairs = jax.tree.map(_interleave, (z, labels), (z, nulls))
+        eps = evaluate(z_pairs, logsnr, label_pairs).reshape(batch, 2, *z.shape[1:])
         return guide(eps[:, 0], eps[:, 1], weight)
 
     if isinstance(w, Interval):
@@ -137,7 +144,7 @@ def _interleave(a: Array, b: Array) -> Array:
     return jnp.stack([a, b], axis=1).reshape(2 * a.shape[0], *a.shape[1:])
 
 
-def _batch_size(labels: PyTree[Array]) -> int:
+def _batch_size(labels: PyTree) -> int:
     leading = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(labels)}
     if len(leading) != 1 or leading == {()}:
         raise ValueError(
@@ -148,6 +155,8 @@ def _batch_size(labels: PyTree[Array]) -> int:
 
 def _image_keys(key: Array, batch: int) -> Array:
     """[B] keys, one an image; one key gives image i `fold_in(key, i)`."""
+    if isinstance(key, int):
+        raise ValueError(f"key is {key}; give a PRNG key, jax.random.key({key})")
     shape = key.shape if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key.shape[:-1]
     if shape == ():
         return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))

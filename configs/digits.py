@@ -73,7 +73,10 @@ def get_config() -> ConfigDict:
                 num_samples=500,
                 seed=1000,
                 features="classifier",
+                inception_path="",
+                test_split="test",
                 classifier_steps=400,
             ),
+            xla=dict(compilation_cache=""),
         )
     )

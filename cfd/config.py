@@ -1,0 +1,194 @@
+"""What a config may say: every field of every group with its type and range, checked before anything is compiled."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+
+class Field(NamedTuple):
+    """The type of a field, what it must satisfy, and that in words."""
+
+    type: type
+    holds: Callable[[Any], bool]
+    words: str
+
+
+def at_least(low: int) -> Field:
+    return Field(int, lambda x: x >= low, f"an integer >= {low}")
+
+
+def number(low: float, high: float = math.inf, *, above: bool = False) -> Field:
+    words = f"a number {'>' if above else '>='} {low:g}" + (f" and <= {high:g}" if high < math.inf else "")
+    return Field(float, lambda x: (x > low if above else x >= low) and x <= high and math.isfinite(x), words)
+
+
+def one_of(*values: str) -> Field:
+    return Field(str, lambda x: x in values, f"one of {', '.join(values)}")
+
+
+def each(field: Field, words: str, *, empty: bool = True) -> Field:
+    return Field(tuple, lambda x: (empty or len(x) > 0) and all(fits(field, item) for item in x), words)
+
+
+def fits(field: Field, value: Any) -> bool:
+    """Whether a value has the type (an int passes for a float, a bool for nothing else) and the range of a field."""
+    types = (int, float) if field.type is float else (field.type,)
+    return isinstance(value, types) and (field.type is bool or not isinstance(value, bool)) and field.holds(value)
+
+
+ANY = Field(str, lambda _: True, "a string")
+BOOL = Field(bool, lambda _: True, "True or False")
+WEIGHTS = "a tuple of guidance weights, each finite and >= -1 (w = -1 is the unconditional model)"
+LOGSNR = Field(float, math.isfinite, "a finite number")
+
+FIELDS: dict[str, Field] = {
+    "seed": at_least(0),
+    "data.source": one_of("digits", "folder", "tfds"),
+    "data.name": ANY,
+    "data.split": ANY,
+    "data.path": ANY,
+    "data.image_size": at_least(1),
+    "data.channels": Field(int, lambda x: x in (1, 3), "1 or 3"),
+    "data.num_classes": at_least(1),
+    "data.flip": BOOL,
+    "data.on_bad_image": one_of("raise", "skip"),
+    "data.num_workers": at_least(0),
+    "model.num_classes": at_least(0),
+    "model.out_channels": at_least(1),
+    "model.base_channels": Field(int, lambda x: x > 0 and x % 32 == 0, "a multiple of 32, the number of norm groups"),
+    "model.channel_mult": each(at_least(1), "a tuple of integers >= 1", empty=False),
+    "model.num_res_blocks": at_least(1),
+    "model.attention_resolutions": each(at_least(1), "a tuple of integers >= 1"),
+    "model.head_channels": at_least(0),
+    "model.num_heads": at_least(0),
+    "model.resblock_updown": BOOL,
+    "model.scale_shift_norm": BOOL,
+    "model.dropout": Field(float, lambda x: 0 <= x < 1, "a probability in [0, 1)"),
+    "model.dtype": one_of("float32", "bfloat16"),
+    "model.remat": BOOL,
+    "process.logsnr_min": LOGSNR,
+    "process.logsnr_max": LOGSNR,
+    "train.num_steps": at_least(1),
+    "train.batch_size": at_least(1),
+    "train.p_uncond": number(0, 1),
+    "train.learning_rate": number(0, above=True),
+    "train.warmup_steps": at_least(0),
+    "train.adam_b1": Field(float, lambda x: 0 <= x < 1, "a number in [0, 1)"),
+    "train.adam_b2": Field(float, lambda x: 0 <= x < 1, "a number in [0, 1)"),
+    "train.weight_decay": number(0),
+    "train.grad_clip": number(0, above=True),
+    "train.ema_decay": Field(float, lambda x: 0 <= x < 1, "a number in [0, 1)"),
+    "train.num_microbatches": at_least(1),
+    "train.nonfinite_limit": at_least(1),
+    "train.checkpoint_every_steps": at_least(1),
+    "train.keep_checkpoints": at_least(1),
+    "train.log_every_steps": at_least(1),
+    "train.sample_every_steps": at_least(0),
+    "mesh.data": Field(int, lambda x: x == -1 or x >= 1, "-1 (what fsdp leaves) or an integer >= 1"),
+    "mesh.fsdp": at_least(1),
+    "sample.num_steps": at_least(1),
+    "sample.sampler": one_of("ancestral", "ddim"),
+    "sample.v": number(0, 1),
+    "sample.w": each(number(-1), WEIGHTS, empty=False),
+    "sample.interval": each(LOGSNR, "() or (logsnr_lo, logsnr_hi)"),
+    "sample.doubled": BOOL,
+    "sample.clip": BOOL,
+    "sample.classes": each(at_least(0), "a tuple of class numbers; () for the first ten"),
+    "sample.seeds": each(at_least(0), "a tuple of integers >= 0", empty=False),
+    "sample.batch_size": at_least(1),
+    "eval.weights": each(number(-1), WEIGHTS),
+    "eval.num_samples": at_least(4),
+    "eval.seed": at_least(0),
+    "eval.features": one_of("classifier", "inception"),
+    "eval.inception_path": ANY,
+    "eval.test_split": ANY,
+    "eval.classifier_steps": at_least(1),
+    "xla.compilation_cache": ANY,
+}
+
+
+CONVENTIONS = {
+    "w": "the paper's weight: eps = (1 + w) eps(z, c) - w eps(z); w = 0 is conditional, w = -1 unconditional",
+    "labels": "int32, 0 to num_classes - 1 in the order of class_names; -1 is the null label",
+    "logsnr": "z = alpha x + sigma eps, alpha^2 = sigmoid(logsnr), sigma^2 = sigmoid(-logsnr)",
+    "images": "float32 [B, H, W, C] in [-1, 1]; uint8 is round((clip(x) + 1) * 127.5)",
+}
+
+
+def describe(kind: str, config: ConfigDict, class_names: Sequence[str]) -> dict[str, Any]:
+    """The content of a run's config.json: the config, what the labels are, and the conventions; kind is the network's."""
+    return dict(kind=kind, config=config.to_dict(), class_names=list(class_names), conventions=CONVENTIONS)
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises ValueError, naming the field, its value and what was expected, at the first that does not hold."""
+    values = dict(_leaves(config, ""))
+    for name in FIELDS.keys() - values.keys():
+        raise ValueError(f"config.{name} is missing; every field is written out: add it as {FIELDS[name].words}")
+    for name in values.keys() - FIELDS.keys():
+        raise ValueError(f"config.{name} is not a field; the group has {_siblings(name)}")
+    for name, field in FIELDS.items():
+        if not fits(field, values[name]):
+            raise ValueError(f"config.{name} is {values[name]!r}; expected {field.words}")
+    _validate_together(config)
+
+
+def _validate_together(config: ConfigDict) -> None:
+    """The conditions that join two fields."""
+    data, model, sample, train = config.data, config.model, config.sample, config.train
+    if model.num_classes != data.num_classes:
+        raise ValueError(
+            f"config.model.num_classes is {model.num_classes}, data.num_classes {data.num_classes}: set both the same"
+        )
+    if model.out_channels != data.channels:
+        raise ValueError(
+            f"config.model.out_channels is {model.out_channels}, data.channels {data.channels}: set both the same"
+        )
+    if (model.head_channels > 0) == (model.num_heads > 0):
+        raise ValueError(
+            f"config.model.head_channels is {model.head_channels} and num_heads {model.num_heads}: "
+            "give one of them, and 0 for the other"
+        )
+    factor = 2 ** (len(model.channel_mult) - 1)
+    if data.image_size % factor:
+        raise ValueError(
+            f"config.data.image_size is {data.image_size}; {len(model.channel_mult)} levels of model.channel_mult "
+            f"need a multiple of {factor}"
+        )
+    if config.process.logsnr_min >= config.process.logsnr_max:
+        raise ValueError(
+            f"config.process.logsnr_min is {config.process.logsnr_min}; "
+            f"it must be below logsnr_max, {config.process.logsnr_max}"
+        )
+    if train.batch_size % train.num_microbatches:
+        raise ValueError(
+            f"config.train.batch_size is {train.batch_size}, "
+            f"which num_microbatches {train.num_microbatches} does not divide"
+        )
+    if len(sample.interval) not in (0, 2) or tuple(sorted(sample.interval)) != tuple(sample.interval):
+        raise ValueError(
+            f"config.sample.interval is {sample.interval}; expected () or (logsnr_lo, logsnr_hi) with lo <= hi"
+        )
+    for label in sample.classes:
+        if label >= data.num_classes:
+            raise ValueError(f"config.sample.classes has {label}; classes are 0 to {data.num_classes - 1}")
+    if config.eval.features == "inception" and not config.eval.inception_path:
+        raise ValueError(
+            "config.eval.features is 'inception' without eval.inception_path; "
+            "make the file with `python -m cfd.convert inception FILE OUT`"
+        )
+
+
+def _leaves(group: ConfigDict, prefix: str) -> list[tuple[str, Any]]:
+    leaves = []
+    for name, value in group.items():
+        leaves += _leaves(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else [(prefix + name, value)]
+    return leaves
+
+
+def _siblings(name: str) -> str:
+    group = name.rpartition(".")[0]
+    known = [field.rpartition(".")[2] for field in FIELDS if field.rpartition(".")[0] == group]
+    return ", ".join(known) or f"no group {group!r}; groups are {sorted({field.split('.')[0] for field in FIELDS})}"

@@ -1,0 +1,75 @@
+"""`python -m cfd.main --config=FILE [--workdir=DIR] [--mode=train|sample|sweep] [--config.GROUP.FIELD=VALUE ...]`
+
+Trains, and then sweeps the guidance weight as the config's `eval` asks. The same command again resumes.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from cfd import evaluation, generate, parallel, preemption, train, workdir, xla
+from cfd.checkpoint import CheckpointError
+from cfd.config import validate
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file of configs/.", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; runs/<config name> by default.")
+
+
+def train_and_sweep(config: ConfigDict, folder: str) -> None:
+    """The whole job: train, then sweep the weights that `eval` asks for."""
+    train.train(config, folder)
+    if config.eval.weights:
+        evaluation.sweep(config, folder)
+
+
+def sample(config: ConfigDict, folder: str) -> None:
+    """Draw the grid of `sample`'s classes, seeds and weights."""
+    print(f"Wrote {generate.sample(config, folder)} and the .npz beside it.")
+
+
+def sweep(config: ConfigDict, folder: str) -> None:
+    """Measure every weight of `eval.weights`."""
+    evaluation.sweep(config, folder)
+    print(f"Wrote {folder}/sweep.csv, sweep.png and samples/sweep.png.")
+
+
+MODES: dict[str, Callable[[ConfigDict, str], None]] = {"train": train_and_sweep, "sample": sample, "sweep": sweep}
+MODE = flags.DEFINE_enum("mode", "train", sorted(MODES), "What to do.")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run one mode in one folder. What a user can mend is said in a line or two, without a traceback."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}; fields are set by --config.GROUP.FIELD=VALUE")
+    try:
+        config = CONFIG.value
+        validate(config)
+        folder = WORKDIR.value or os.path.join(
+            "runs", Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+        )
+        parallel.init_distributed()
+        xla.use_compilation_cache(config.xla.compilation_cache)
+        preemption.install()
+        with workdir.lock(folder):
+            MODES[MODE.value](config, folder)
+    except preemption.Stopped as stopped:
+        print(f"{stopped}; the same command resumes.", flush=True)
+    except (ValueError, CheckpointError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """absl's parser, with the errors of the config file and of its overrides in one line."""
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
+        sys.exit(f"error: {type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,37 @@
+"""Stopping on request: SIGTERM (a preemption) or SIGINT ends a run at the next step, saved, with exit code 0."""
+
+import signal
+import threading
+from types import FrameType
+
+import jax
+from jax.experimental import multihost_utils
+
+_requested = threading.Event()
+
+
+class Stopped(Exception):
+    """The run was asked to stop and did, with everything saved; the same command resumes it."""
+
+
+def install() -> None:
+    """From now on the first SIGTERM or SIGINT asks the run to stop; a second SIGINT stops it at once.
+
+    With several processes SIGTERM is left to jax.distributed, which makes all of them agree on the step.
+    """
+    _requested.clear()
+
+    def request(number: int, frame: FrameType | None) -> None:
+        _requested.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, request)
+    if jax.process_count() == 1:
+        signal.signal(signal.SIGTERM, request)
+
+
+def requested(step: int) -> bool:
+    """Whether the run must stop after `step`. Every process must ask with the same numbers."""
+    if jax.process_count() == 1:
+        return _requested.is_set()
+    return multihost_utils.reached_preemption_sync_point(step)

@@ -1,0 +1,252 @@
+"""Training: the state, one pure step, and a linear loop that resumes where it stopped."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from cfd import checkpoint, data, generate, parallel, preemption, workdir, xla
+from cfd.config import describe
+from cfd.losses import eps_loss
+from cfd.unet import UNet
+
+LossFn = Callable[[Array, Any, Array, Array], Array]
+"""(key, params, x [B, H, W, C], labels [B]) -> scalar loss, the mean over the batch."""
+
+
+class TrainState(NamedTuple):
+    """All that a step changes. Float32 but for the counts, which are int32 scalars."""
+
+    step: Array
+    params: Any
+    ema: Any
+    opt_state: Any
+    nonfinite_steps: Array
+    nonfinite_in_a_row: Array
+
+
+def initial_state(init: Callable[[Array], Any], optimizer: optax.GradientTransformation, key: Array) -> TrainState:
+    """Step 0: fresh parameters, an EMA equal to them, an empty optimizer."""
+    params = init(key)
+    count = jnp.zeros((), jnp.int32)
+    return TrainState(count, params, jax.tree.map(jnp.copy, params), optimizer.init(params), count, count)
+
+
+def train_step(
+    state: TrainState,
+    batch: dict[str, Array],
+    key: Array,
+    *,
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    ema_decay: float,
+    num_microbatches: int,
+) -> tuple[TrainState, dict[str, Array]]:
+    """One step on the mean loss of the global batch, its randomness `fold_in(key, step)`.
+
+    A step whose loss or gradient is not finite leaves parameters, EMA and optimizer as they were, and is counted.
+    """
+    key = jax.random.fold_in(key, state.step)
+    loss, grads = _loss_and_grads(state.params, batch, key, loss_fn, num_microbatches)
+    grad_norm = optax.global_norm(grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = jax.tree.map(lambda e, p: e + (1.0 - ema_decay) * (p - e), state.ema, params)
+
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+
+    def keep(new: Any, old: Any) -> Any:
+        return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+    skipped = 1 - finite.astype(jnp.int32)
+    state = TrainState(
+        step=state.step + 1,
+        params=keep(params, state.params),
+        ema=keep(ema, state.ema),
+        opt_state=keep(opt_state, state.opt_state),
+        nonfinite_steps=state.nonfinite_steps + skipped,
+        nonfinite_in_a_row=skipped * (state.nonfinite_in_a_row + 1),
+    )
+    metrics = dict(
+        loss=loss,
+        grad_norm=grad_norm,
+        nonfinite_steps=state.nonfinite_steps,
+        nonfinite_in_a_row=state.nonfinite_in_a_row,
+    )
+    return state, metrics
+
+
+def _loss_and_grads(
+    params: Any, batch: dict[str, Array], key: Array, loss_fn: LossFn, num_microbatches: int
+) -> tuple[Array, Any]:
+    value_and_grad = jax.value_and_grad(loss_fn, argnums=1)
+    if num_microbatches == 1:
+        return value_and_grad(key, params, batch["image"], batch["label"])
+    # Microbatch i takes every num_microbatches-th row, so that each device works on rows it already holds.
+    split = jax.tree.map(
+        lambda x: jnp.moveaxis(x.reshape(x.shape[0] // num_microbatches, num_microbatches, *x.shape[1:]), 1, 0), batch
+    )
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_microbatches))
+
+    def add(total: Any, at: tuple[Array, dict[str, Array]]) -> tuple[Any, None]:
+        one = value_and_grad(at[0], params, at[1]["image"], at[1]["label"])
+        return jax.tree.map(lambda t, g: t + g / num_microbatches, total, one), None
+
+    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    return jax.lax.scan(add, zero, (keys, split))[0]
+
+
+def make_optimizer(train: ConfigDict) -> optax.GradientTransformation:
+    """Clip by the global norm, then AdamW with a linear warm-up to a constant rate."""
+    rate = (
+        optax.linear_schedule(0.0, train.learning_rate, train.warmup_steps)
+        if train.warmup_steps
+        else train.learning_rate
+    )
+    adam = optax.adamw(rate, b1=train.adam_b1, b2=train.adam_b2, weight_decay=train.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(train.grad_clip), adam)
+
+
+def diffusion(config: ConfigDict) -> tuple[Callable[[Array], Any], LossFn]:
+    """(key -> initial parameters, loss) of the diffusion model: the joint training of Algorithm 1."""
+    net = UNet(**config.model)
+    shape = (1, config.data.image_size, config.data.image_size, config.data.channels)
+
+    def init(key: Array) -> Any:
+        return net.init(key, jnp.zeros(shape), jnp.zeros(1), jnp.zeros(1, jnp.int32))["params"]
+
+    def loss_fn(key: Array, params: Any, x: Array, labels: Array) -> Array:
+        key_loss, key_dropout = jax.random.split(key)
+
+        def eps_fn(z: Array, logsnr: Array, labels: Array) -> Array:
+            return net.apply({"params": params}, z, logsnr, labels, train=True, rngs={"dropout": key_dropout})
+
+        return eps_loss(key_loss, eps_fn, x, labels, p_uncond=config.train.p_uncond, **config.process)
+
+    return init, loss_fn
+
+
+def train(config: ConfigDict, folder: str) -> None:
+    """Train the diffusion model of `config` in the run folder `folder`, or resume it there."""
+    mesh = parallel.make_mesh(**config.mesh)
+    dataset = data.from_config(config.data, config.data.split)
+    init, loss_fn = diffusion(config)
+    config_json = describe("diffusion", config, dataset.class_names)
+    draw = generate.preview(config, mesh, folder, dataset.class_names) if config.train.sample_every_steps else None
+    fit(config.train, folder, mesh, dataset, config_json, init, loss_fn, draw, seed=config.seed, loading=config.data)
+
+
+def fit(
+    settings: ConfigDict,
+    folder: str,
+    mesh: Mesh,
+    dataset: data.Dataset,
+    config_json: dict[str, Any],
+    init: Callable[[Array], Any],
+    loss_fn: LossFn,
+    draw: Callable[[int, Any], np.ndarray] | None,
+    *,
+    seed: int,
+    loading: ConfigDict,
+) -> None:
+    """Build, restore, then batch, step, log, draw and save until `settings.num_steps`.
+
+    `settings` is a config's `train` group and `loading` its `data` group; `draw(step, ema)` makes a picture every
+    `sample_every_steps`. Raises FloatingPointError after `nonfinite_limit` non-finite steps in a row, and
+    `preemption.Stopped` when asked to stop; either way the same call resumes from the newest checkpoint.
+    """
+    parallel.check_batch(
+        "train.batch_size / train.num_microbatches", settings.batch_size // settings.num_microbatches, mesh
+    )
+    workdir.write_config(folder, config_json)
+    key_init, key_steps = jax.random.split(jax.random.key(seed))
+    optimizer = make_optimizer(settings)
+    init_state = partial(initial_state, init, optimizer)
+    abstract = parallel.placed(mesh, jax.eval_shape(init_state, key_init))
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+
+    manager = checkpoint.open_manager(folder, keep=settings.keep_checkpoints)
+    restored = checkpoint.restore(manager, abstract)
+    start, state = (0, jax.jit(init_state, out_shardings=shardings)(key_init)) if restored is None else restored[:2]
+    if restored is not None:
+        print(f"Resuming {folder} at step {start} of {settings.num_steps}.", flush=True)
+
+    step_fn = partial(
+        train_step,
+        loss_fn=loss_fn,
+        optimizer=optimizer,
+        ema_decay=settings.ema_decay,
+        num_microbatches=settings.num_microbatches,
+    )
+    step_fn = xla.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))
+    batches = data.batches(
+        dataset,
+        seed=seed,
+        batch_size=settings.batch_size,
+        flip=loading.flip,
+        start_step=start,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        num_workers=loading.num_workers,
+    )
+    unchecked: tuple[int, dict[str, Array]] | None = None
+    last_logged, clock, waited = start, time.perf_counter(), 0.0
+    with workdir.metrics_log(folder, start) as log, closing(batches), closing_manager(manager):
+        for step in tqdm(range(start + 1, settings.num_steps + 1), "train", unit="step", disable=None):
+            before = time.perf_counter()
+            batch = parallel.global_batch(mesh, next(batches))
+            waited += time.perf_counter() - before
+            state, metrics = step_fn(state, batch, key_steps)
+            # One step late, so that the device always has a step queued while the host waits.
+            check_finite(unchecked, settings.nonfinite_limit, manager)
+            unchecked = step, metrics
+
+            stop = preemption.requested(step)
+            last = stop or step == settings.num_steps
+            if last or step % settings.log_every_steps == 0:
+                values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+                elapsed = time.perf_counter() - clock
+                values["images_per_second"] = (step - last_logged) * settings.batch_size / elapsed
+                values["data_wait"] = waited / elapsed
+                workdir.write_metrics(log, step, values)
+                last_logged, clock, waited = step, time.perf_counter(), 0.0
+            if draw is not None and (step == settings.num_steps or step % settings.sample_every_steps == 0):
+                workdir.write_image(log, step, "samples", draw(step, state.ema))
+            if last or step % settings.checkpoint_every_steps == 0:
+                check_finite(unchecked, settings.nonfinite_limit, manager)
+                checkpoint.save(manager, step, state, data_state={"next_step": step}, config_json=config_json)
+            if stop:
+                raise preemption.Stopped(f"Stopped at step {step} of {settings.num_steps}, saved in {folder}")
+
+
+@contextmanager
+def closing_manager(manager: checkpoint.Manager) -> Iterator[None]:
+    """Waits for the last save, and raises if it failed, also when the block is left by an error."""
+    try:
+        yield
+    finally:
+        checkpoint.close(manager)
+
+
+def check_finite(unchecked: tuple[int, dict[str, Array]] | None, limit: int, manager: checkpoint.Manager) -> None:
+    """Raises FloatingPointError after `limit` non-finite steps in a row, naming the last good checkpoint."""
+    if unchecked is None:
+        return
+    step, metrics = unchecked
+    if int(metrics["nonfinite_in_a_row"]) >= limit:
+        good = manager.orbax.latest_step()
+        raise FloatingPointError(
+            f"the loss or its gradient is not finite at step {step} (loss {float(metrics['loss'])}), {limit} in a row; "
+            f"the last good checkpoint is {'none' if good is None else f'step {good}'} of {manager.directory}: "
+            "lower train.learning_rate or look at the data"
+        )

@@ -1,0 +1,47 @@
+"""What this project asks of XLA: one compiler option on the CPU, and the persistent compilation cache."""
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from absl import logging
+
+# On a CPU, XLA's experimental YNN library is fast at matrix products and slow at convolutions: keep the first alone.
+CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+
+
+def jit(fun: Callable, **kwargs: Any) -> Callable:
+    """`jax.jit` with the compiler options of the default backend."""
+    return jax.jit(fun, compiler_options=compiler_options(), **kwargs)
+
+
+@functools.cache
+def compiler_options() -> dict[str, str]:
+    """The options for this backend; on a CPU whose compiler rejects ours, none, and one logged line that says so."""
+    if jax.default_backend() != "cpu":
+        return {}
+    try:
+        jax.jit(lambda: 0, compiler_options=CPU_OPTIONS).lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        logging.warning("this XLA rejects %s (%s); convolutions on the CPU will be slower", CPU_OPTIONS, error)
+        return {}
+    return CPU_OPTIONS
+
+
+def use_compilation_cache(folder: str) -> None:
+    """Keep compiled programs in `folder` between starts; "" keeps none.
+
+    The cache holds native code: a folder that others can write to is refused with ValueError.
+    """
+    if not folder:
+        return
+    folder = os.path.abspath(os.path.expanduser(folder))
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    if os.stat(folder).st_mode & 0o022:
+        raise ValueError(
+            f"compilation cache {folder} can be written by other users, and it holds native code: chmod go-w it"
+        )
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -1,1 +1,0 @@
-"""One file an experiment; each is a complete lab note. Run one with `python -m cfd.main --config=configs/NAME.py`."""
