@@ -399,7 +399,7 @@ def _read_good(dataset: Dataset, index: int) -> tuple[np.ndarray, int, int]:
 
 
 def load_arrays(
-    dataset: Dataset, indices: np.ndarray | None = None, *, num_workers: int = 1
+    dataset: Dataset, indices: np.ndarray | None = None, *, num_workers: int = 0
 ) -> tuple[UInt8[np.ndarray, "n h w c"], Int32[np.ndarray, "n"]]:
     """The images (uint8) and labels at `indices`, in that order; of the whole data set if None. For evaluation.
 
@@ -419,7 +419,7 @@ def load_arrays(
                 _raise_or_log(dataset, error)
                 good[row] = False
 
-    with ThreadPoolExecutor(num_workers) as pool:
+    with ThreadPoolExecutor(max(num_workers, 1)) as pool:
         for _ in pool.map(fill, [range(i, min(i + 256, len(wanted))) for i in range(0, len(wanted), 256)]):
             pass
     return (image, label) if good.all() else (image[good], label[good])

@@ -3,7 +3,6 @@
 import functools
 import io
 import os
-import resource
 import struct
 import subprocess
 import sys
@@ -51,8 +50,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "pics"
 
 
-def open_folder(path: Path, **changes) -> data.Dataset:
-    return data.open_dataset(**{**FIELDS, "path": str(path), **changes})
+def open_folder(folder: Path, **changes) -> data.Dataset:
+    return data.open_dataset(**{**FIELDS, "path": str(folder), **changes})
 
 
 def take(dataset: data.Dataset, num_steps: int, **options) -> list[dict[str, np.ndarray]]:
@@ -161,7 +160,7 @@ def test_started_at_any_step_it_goes_on_with_the_same_bits(folder: Path):
 
 def test_flips_are_a_fair_coin_of_seed_and_position(folder: Path):
     dataset = open_folder(folder)
-    straight, flipped = take(dataset, 50, flip=False), take(dataset, 50)
+    straight, flipped = take(dataset, 30, flip=False), take(dataset, 30)
     coins = []
     for a, b in zip(straight, flipped, strict=True):
         for x, y in zip(a["image"], b["image"], strict=True):
@@ -289,10 +288,10 @@ def bad_images() -> dict[str, bytes]:
         "palette-transparent.png": encoded(Image.new("P", (8, 8), 0), transparency=0),
         "deep-transparent.png": encoded(Image.fromarray(np.zeros((8, 8), np.uint16)), transparency=0),
         "bomb-100-megapixel.png": png_header(10_000, 10_000),
-        "bomb-225-megapixel.png": png_header(15_000, 15_000),
-        "bomb-header.png": png_header(8, 8).replace(struct.pack(">II", 8, 8), struct.pack(">II", 2**31 - 1, 2**31 - 1)),
-        "zero-size.png": png_header(8, 8).replace(struct.pack(">II", 8, 8), struct.pack(">II", 0, 8)),
     }
+    for declared in ((15_000, 15_000), (2**31 - 1, 2**31 - 1), (0, 8)):
+        size = struct.pack(">II", *declared)
+        bad[f"declares-{declared[0]}x{declared[1]}.png"] = png_header(8, 8).replace(struct.pack(">II", 8, 8), size)
     for format, whole in (("png", png), ("jpg", jpeg), ("webp", webp)):
         for part in (4, 30, len(whole) // 2, len(whole) - 40):
             bad[f"first-{part}-bytes.{format}"] = whole[:part]
@@ -302,10 +301,32 @@ def bad_images() -> dict[str, bytes]:
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("file", bad_images())
-def test_a_bad_image_is_named_with_a_remedy(file: str):
-    with pytest.raises(data.BadImage, match=rf"^{file} .*(remove|shrink|lower|background)"):
-        data.decode(bad_images()[file], file, 8, 3)
+def test_each_bad_image_is_named_with_a_remedy():
+    for file, content in bad_images().items():
+        with pytest.raises(data.BadImage, match=rf"^{file} .*(remove|shrink|lower|background)"):
+            data.decode(content, file, 8, 3)
+
+
+DECODE_ALL = """
+import resource, sys, warnings
+from cfd import data
+warnings.simplefilter("ignore")
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+for file in sys.argv[1:]:
+    try:
+        data.decode(open(file, "rb").read(), file, 8, 3)
+    except data.BadImage:
+        continue
+    raise SystemExit(f"{file} was decoded")
+print((peak() - before) * (1 if sys.platform == "darwin" else 1024))
+"""
+
+
+def test_bad_images_take_little_memory(tmp_path: Path):
+    files = [str(write(tmp_path / file, content)) for file, content in bad_images().items()]
+    grown = subprocess.run([sys.executable, "-c", DECODE_ALL, *files], capture_output=True, text=True, check=True)
+    assert int(grown.stdout) < 200e6
 
 
 def test_colour_where_the_config_says_grey():
@@ -315,7 +336,7 @@ def test_colour_where_the_config_says_grey():
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_bad_images_are_skipped_and_counted_exactly_in_bounded_memory(folder: Path, tmp_path: Path, num_workers: int):
+def test_bad_images_are_skipped_and_counted_exactly(folder: Path, tmp_path: Path, num_workers: int):
     for file, content in bad_images().items():
         write(folder / "ant" / file, content)
     write(tmp_path / "outside.png", encoded(noise(99)))
@@ -328,14 +349,12 @@ def test_bad_images_are_skipped_and_counted_exactly_in_bounded_memory(folder: Pa
     dataset = open_folder(folder, on_bad_image="skip")
     assert len(dataset) == good + bad and bad > 40
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     iterator = data.batches(dataset, seed=1, batch_size=good + bad, flip=False, num_workers=num_workers)
     batches = [next(iterator)]
     assert iterator.skipped == bad
     batches.append(next(iterator))
     assert iterator.skipped == 2 * bad
     iterator.close()
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
 
     assert_same(batches, take(dataset, 2, seed=1, batch_size=good + bad, flip=False))
     halves = [take(dataset, 2, seed=1, process_index=p, process_count=2) for p in (0, 1)]
@@ -349,7 +368,7 @@ def test_bad_images_are_skipped_and_counted_exactly_in_bounded_memory(folder: Pa
         # The replacement brings its own label; 00.png is also the target of a link in the other class.
         assert allowed[pixels] == ("ant", "bee")[label] or pixels == next(iter(allowed))
 
-    image, label = data.load_arrays(dataset, num_workers=1 + num_workers)
+    image, label = data.load_arrays(dataset, num_workers=num_workers)
     assert len(image) == len(label) == good
     np.testing.assert_array_equal(np.bincount(label), [11, 7])
 
@@ -447,7 +466,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     splits = []
     for split, count in (("train", 11), ("test", 3), ("unlabelled", 1)):
         template = tfds.core.ShardedFileTemplate(
-            data_dir=folder, dataset_name="tiny", split=split, filetype_suffix="array_record"
+            data_dir=tfds.core.Path(folder), dataset_name="tiny", split=split, filetype_suffix="array_record"
         )
         writer = ArrayRecordWriter(str(folder / f"tiny-{split}.array_record-00000-of-00001"), "group_size:1")
         for i in range(count):
@@ -470,7 +489,7 @@ def test_tfds_reads_array_records_as_a_folder_of_the_same_images(prepared: Path,
         np.testing.assert_array_equal(image[i], data.decode(encoded(noise(i, 16, 16)), "x", 8, 3))
     np.testing.assert_array_equal(label, dataset.labels)
     assert_same(take(dataset, 4, num_workers=2), take(dataset, 4))
-    assert len(data.open_dataset(**{**fields, "split": "train[:50%]+test"})) == 5 + 3
+    assert len(data.open_dataset(**{**fields, "split": "train[:4]+test"})) == 4 + 3
 
 
 @pytest.mark.parametrize(
@@ -517,7 +536,8 @@ PROGRAM = """
 import sys
 from cfd import data
 fields = dict(source="digits", name="", split="train", path="", image_size=8, channels=1, num_classes=10)
-iterator = data.batches(data.open_dataset(**fields, on_bad_image="raise"), seed=0, batch_size=64, flip=False, num_workers=2)
+dataset = data.open_dataset(**fields, on_bad_image="raise")
+iterator = data.batches(dataset, seed=0, batch_size=64, flip=False, num_workers=2)
 while True:
     next(iterator)
     print("batch", "tensorflow" in sys.modules, flush=True)
