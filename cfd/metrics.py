@@ -18,7 +18,7 @@ from jax import Array
 from jaxtyping import Float, Int
 from scipy.special import xlogy
 
-Rows = Float[np.ndarray, "n d"] | Float[Array, "n d"]
+Rows = Float[np.ndarray, "_n _d"] | Float[Array, "_n _d"]  # of any two sizes: mismatches get a ValueError
 
 SPLIT_SIZE = 5000  # of the Inception Score, in ADM's evaluator
 BLOCK_ELEMENTS = 2**25  # of one block of distances: 128 MB
@@ -72,18 +72,19 @@ def check_rank(count: int, dim: int) -> None:
 
 
 def frechet_distance(
-    mu1: Float[np.ndarray, " d"],
-    sigma1: Float[np.ndarray, "d d"],
-    mu2: Float[np.ndarray, " d"],
-    sigma2: Float[np.ndarray, "d d"],
+    mu1: Float[np.ndarray, " _d"],
+    sigma1: Float[np.ndarray, "_d _d"],
+    mu2: Float[np.ndarray, " _d"],
+    sigma2: Float[np.ndarray, "_d _d"],
 ) -> float:
     """|μ1 − μ2|² + tr(Σ1 + Σ2 − 2 (Σ1^½ Σ2 Σ1^½)^½), the FID of Heusel et al. (arXiv:1706.08500), in float64.
 
     Both roots come from symmetric eigenvalues. Raises ValueError for statistics that are not finite, not symmetric, or
     whose covariance has a negative eigenvalue beyond rounding.
     """
-    if mu1.shape != mu2.shape:
-        raise ValueError(f"statistics of {len(mu1)} and {len(mu2)} features: same feature network on both sides?")
+    if not mu1.shape * 2 == mu2.shape * 2 == sigma1.shape == sigma2.shape:
+        shapes = f"means {mu1.shape} and {mu2.shape}, covariances {sigma1.shape} and {sigma2.shape}"
+        raise ValueError(f"statistics that do not fit: {shapes}; are both of the same feature network?")
     mu1, mu2 = np.asarray(mu1, np.float64), np.asarray(mu2, np.float64)
     if not (np.isfinite(mu1).all() and np.isfinite(mu2).all()):
         raise ValueError("a mean holds NaN or infinity: look for broken images in the set it comes from")
@@ -128,7 +129,7 @@ class ScoreSums:
     p: Float[np.ndarray, "s k"]
 
 
-def score_sums(probs: Rows, index: Int[np.ndarray, " n"], num_samples: int, split_size: int = SPLIT_SIZE) -> ScoreSums:
+def score_sums(probs: Rows, index: Int[np.ndarray, " _n"], num_samples: int, split_size: int = SPLIT_SIZE) -> ScoreSums:
     """The sums of a batch of class probabilities [n, k]; image i of `num_samples` is in split i // split_size."""
     p = finite_rows(probs, "class probabilities").astype(np.float64)
     if (p < 0.0).any() or (np.abs(p.sum(axis=1) - 1.0) > 1e-3).any():

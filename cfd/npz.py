@@ -107,7 +107,7 @@ def sample_writer(path: str | Path, num_samples: int, image_shape: tuple[int, in
     with replacing(path) as archive:
         with new_member(archive, "arr_0", (num_samples, *image_shape), np.dtype(np.uint8)) as append:
 
-            def write(images: UInt8[np.ndarray, "b h w c"], batch_labels: Int[np.ndarray, " b"]) -> None:
+            def write(images: Shaped[np.ndarray, "_b ..."], batch_labels: Int[np.ndarray, " _n"]) -> None:
                 if images.shape[1:] != image_shape or images.dtype != np.uint8:
                     raise ValueError(
                         f"expected uint8 images of shape {image_shape}, got {images.dtype} {images.shape[1:]}"
