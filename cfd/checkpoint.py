@@ -7,9 +7,11 @@ set aside, in checkpoints/quarantine/, and the one before it is taken.
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +23,10 @@ from absl import logging
 from etils import epath
 from flax.traverse_util import unflatten_dict
 from jax import Array
+from jax.core import Tracer
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
-from jaxtyping import Float, Int, UInt32
+from jax.sharding import Sharding, SingleDeviceSharding
+from jaxtyping import Float, Int
 
 from cfd.unet import UNet
 from cfd.workdir import CHECKPOINTS, config_differences, fsync, read_config
@@ -83,7 +86,10 @@ def _fsync_unfinished(directory: Path) -> None:
 def _empty_trash(directory: Path) -> None:
     if jax.process_index() == 0:
         for old in (directory / TRASH).glob("*"):
-            shutil.rmtree(old)
+            try:
+                shutil.rmtree(old)
+            except OSError as e:  # it is tried again after the next save
+                logging.warning("an old checkpoint was not deleted: %s", _reason(e))
 
 
 def save(manager: Manager, step: int, state: Any, *, data_state: dict[str, Any], config_json: dict[str, Any]) -> None:
@@ -108,6 +114,12 @@ def save(manager: Manager, step: int, state: Any, *, data_state: dict[str, Any],
         manager.orbax.save(step, args=args, force=True)
     except Exception as e:  # Orbax and TensorStore have no common class
         _finish(manager, e)
+
+
+def latest_step(manager: Manager) -> int | None:
+    """The newest step on the disk; waits for the save in progress."""
+    wait(manager)
+    return manager.orbax.latest_step()
 
 
 def wait(manager: Manager) -> None:
@@ -223,7 +235,9 @@ def _read_verified(
         return tree.reason
     arrays, _ = _describe(tree)
     wrong = [key for key, value in arrays.items() if value != meta["arrays"][key]]
-    return f"the digest of {_some(wrong)} is not the one saved" if wrong else (tree, meta)
+    if not _all_agree(not wrong):
+        return f"the digest of {_some(wrong)} is not the one saved" if wrong else "damaged as another process reads it"
+    return tree, meta
 
 
 class _Damage(NamedTuple):
@@ -246,6 +260,8 @@ def _match(meta: dict[str, Any], abstract_state: Any, step: int) -> Any:
     """The template, if the step holds exactly its arrays."""
     held = {key: (tuple(shape), dtype) for key, (shape, dtype, _) in meta["arrays"].items()}
     wanted = {key: (tuple(x.shape), str(x.dtype)) for key, x in _leaves(abstract_state)}
+    if unplaced := [key for key, x in _leaves(abstract_state) if x.sharding is None]:
+        raise ValueError(f"abstract_state has no sharding for {_some(unplaced)}: give each ShapeDtypeStruct one")
     faults = [
         *(f"{key} is missing in the checkpoint" for key in wanted.keys() - held.keys()),
         *(f"{key} of the checkpoint is not in the state" for key in held.keys() - wanted.keys()),
@@ -287,10 +303,11 @@ def load(workdir: str | os.PathLike[str], step: int | None = None, *, sharding: 
     params, config_json, step = load_ema(workdir, "diffusion", step, sharding=sharding)
     config = config_json["config"]
     num_classes = config["model"]["num_classes"]
-    net = UNet(**{name: tuple(v) if isinstance(v, list) else v for name, v in config["model"].items()})
+    model: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in config["model"].items()}
+    net = UNet(**model)
 
     def eps_fn(params: Any, z: Array, logsnr: Array, labels: Array) -> Array:
-        if not isinstance(labels, jax.core.Tracer) and np.max(labels, initial=-1) >= num_classes:
+        if not isinstance(labels, Tracer) and np.max(labels, initial=-1) >= num_classes:
             raise ValueError(
                 f"label {np.max(labels)} is not below the number of classes, {num_classes}; -1 is no class"
             )
@@ -345,51 +362,67 @@ def load_ema(
     raise CheckpointError(f"no undamaged checkpoint in {directory} ({'; '.join(damaged)})")
 
 
-@jax.jit
-def _fingerprint(x: Array) -> UInt32[Array, "3"]:
-    """Two 32-bit sums of mixed (value, position), and the number of NaN and Inf.
-
-    Sums modulo 2^32 are the same in any order, hence for any sharding. Each term of each sum is a bijection of the
-    value's bits, so that a change of one value is always seen.
-    """
-    nonfinite = jnp.sum(~jnp.isfinite(x), dtype=jnp.uint32) if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.uint32(0)
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        x = jax.random.key_data(x)
-    if x.dtype == jnp.bool_:
-        x = x.astype(jnp.uint8)
-    unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
-    v = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-    # The position, without a reshape: that would gather a sharded array.
-    i = jnp.zeros((), jnp.uint32)
-    for axis, size in enumerate(v.shape):
-        i = i * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, v.shape, axis)
-    h = (v ^ (i * jnp.uint32(0x9E3779B1))) * jnp.uint32(0x85EBCA6B)
-    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
-    g = (v + i) * jnp.uint32(0x27D4EB2F)
-    g = (g ^ (g >> 15)) * jnp.uint32(0x165667B1)
-    sums = [jnp.sum(m, dtype=jnp.uint32) for m in (h ^ (h >> 16), g ^ (g >> 12))]
-    return jnp.stack([*sums, nonfinite])
-
-
 def _describe(tree: Any) -> tuple[dict[str, list[Any]], list[str]]:
-    """{key: [shape, dtype, digest]} of every array, and the keys of those with NaN or Inf."""
+    """{key: [shape, dtype, digest]} of every array, and the keys of those with NaN or Inf.
+
+    Each process sums over its own shards, then all add up: no array is gathered.
+    """
     leaves = _leaves(tree)
     for key, x in leaves:
         if not isinstance(x, Array):
             raise ValueError(f"{key} of the state is a {type(x).__name__}; a state is made of jax arrays")
-    prints = jax.device_get([_replicated_fingerprint(x) for _, x in leaves])
+    sums = jax.device_get([_shard_sums(x) for _, x in leaves])
+    totals = np.stack([np.sum(np.reshape(s, (-1, 3)), axis=0, dtype=np.uint32) for s in sums])
+    if jax.process_count() > 1:
+        everywhere = np.asarray(multihost_utils.process_allgather(totals)).sum(axis=0, dtype=np.uint32)
+        local = np.array([[x.is_fully_addressable] for _, x in leaves])
+        totals = np.where(local, totals, everywhere)
     arrays = {
         key: [list(x.shape), str(x.dtype), f"{h:08x}{g:08x}"]
-        for (key, x), (h, g, _) in zip(leaves, prints, strict=True)
+        for (key, x), (h, g, _) in zip(leaves, totals, strict=True)
     }
-    return arrays, [key for (key, _), (*_, nonfinite) in zip(leaves, prints, strict=True) if nonfinite]
+    return arrays, [key for (key, _), (*_, nonfinite) in zip(leaves, totals, strict=True) if nonfinite]
 
 
-def _replicated_fingerprint(x: Array) -> UInt32[Array, "3"]:
-    y = _fingerprint(x)
-    if isinstance(x.sharding, NamedSharding) and not y.is_fully_replicated:
-        y = jax.device_put(y, NamedSharding(x.sharding.mesh, PartitionSpec()))
-    return y
+def _shard_sums(x: Array) -> list[Any]:
+    """`_sums` of every shard that is this process's to save, not yet fetched from the device."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    if x.dtype.itemsize > 4:
+        raise ValueError(f"an array of the state is {x.dtype}; digests are of types of up to 32 bits")
+    strides = np.array([math.prod(x.shape[axis + 1 :]) % 2**32 for axis in range(x.ndim)], np.uint32)
+    sums = []
+    for shard in x.addressable_shards:
+        if shard.replica_id == 0:
+            offsets = np.array([span.start or 0 for span in shard.index], np.uint32)
+            if shard.device.platform == "cpu":  # the same bits without a compilation for every shape
+                sums.append(_sums(np.asarray(shard.data), offsets, strides, np))
+            else:
+                sums.append(_sums_on_device(shard.data, offsets, strides))
+    return sums
+
+
+def _sums(x: Any, offsets: Any, strides: Any, xp: Any) -> Any:
+    """Two sums of mixed (bits, position in the global array) over a shard, and the number of NaN and Inf; uint32 [3].
+
+    Sums modulo 2^32 are the same in any order, hence for any sharding. Each term of each sum is a bijection of the
+    value's bits, so that a change of one value is always seen.
+    """
+    nonfinite = xp.sum(~xp.isfinite(x), dtype=xp.uint32) if jnp.issubdtype(x.dtype, jnp.inexact) else xp.uint32(0)
+    v = x.view({1: xp.uint8, 2: xp.uint16, 4: xp.uint32}[x.dtype.itemsize]).astype(xp.uint32).reshape(-1)
+    i = xp.zeros(x.shape, xp.uint32)
+    for axis, size in enumerate(x.shape):
+        along = (xp.arange(size, dtype=xp.uint32) + offsets[axis]) * strides[axis]
+        i = i + along.reshape([size if a == axis else 1 for a in range(x.ndim)])
+    i = i.reshape(-1)
+    h = (v ^ (i * xp.uint32(0x9E3779B1))) * xp.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * xp.uint32(0xC2B2AE35)
+    g = (v + i) * xp.uint32(0x27D4EB2F)
+    g = (g ^ (g >> 15)) * xp.uint32(0x165667B1)
+    return xp.stack([xp.sum(h ^ (h >> 16), dtype=xp.uint32), xp.sum(g ^ (g >> 12), dtype=xp.uint32), nonfinite])
+
+
+_sums_on_device = jax.jit(partial(_sums, xp=jnp))
 
 
 def _leaves(tree: Any) -> list[tuple[str, Any]]:
@@ -403,11 +436,11 @@ def _seal(meta: dict[str, Any]) -> dict[str, Any]:
     return meta | {"sha256": _sha256(meta)}
 
 
-def _unseal(meta: dict[str, Any]) -> dict[str, Any]:
-    sealed = meta.pop("sha256")
-    if sealed != _sha256(meta):
+def _unseal(meta: Mapping[str, Any]) -> dict[str, Any]:
+    content = {name: value for name, value in meta.items() if name != "sha256"}
+    if meta["sha256"] != _sha256(content):
         raise ValueError("the SHA-256 of its meta data is not the one saved")
-    return meta
+    return content
 
 
 def _sha256(meta: dict[str, Any]) -> str:
