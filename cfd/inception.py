@@ -30,9 +30,9 @@ Layer = tuple[int, tuple[int, int]]  # features, kernel
 class Features(NamedTuple):
     """What FID, sFID and IS are made of: pool_3, 7 channels of mixed_6/conv, the softmax of the logits without bias."""
 
-    pool: Float[Array | np.ndarray, "b 2048"]
-    spatial: Float[Array | np.ndarray, "b 2023"]
-    probs: Float[Array | np.ndarray, "b 1008"]
+    pool: Float[Array, "b 2048"]
+    spatial: Float[Array, "b 2023"]
+    probs: Float[Array, "b 1008"]
 
 
 class Conv(nn.Module):
@@ -228,20 +228,6 @@ def inception_params_from_torch(state: Mapping[str, Shaped[np.ndarray, "..."]]) 
     if unused:
         raise ValueError(f"{len(unused)} tensors are not InceptionV3's: {sorted(unused)[:3]}")
     return unflatten_dict({path: np.ascontiguousarray(array, np.float32) for path, array in params.items()})
-
-
-def inception_features(
-    params: Mapping[str, Any], images: UInt8[np.ndarray, "n h w 3"] | Float[np.ndarray, "n h w 3"], batch_size: int = 64
-) -> Features:
-    """The three outputs for n images in [0, 255], on the host, by batches of one size: one compilation."""
-    apply = jax.jit(InceptionV3().apply)
-    batches = []
-    for start in range(0, len(images), batch_size):
-        batch = images[start : start + batch_size]
-        padding = [(0, batch_size - len(batch)), (0, 0), (0, 0), (0, 0)]
-        outputs = apply({"params": params}, np.pad(batch, padding))
-        batches.append([np.asarray(output)[: len(batch)] for output in outputs])
-    return Features(*map(np.concatenate, zip(*batches, strict=True)))
 
 
 def save_params(path: str | Path, params: Mapping[str, Any]) -> None:
