@@ -326,7 +326,7 @@ print((peak() - before) * (1 if sys.platform == "darwin" else 1024))
 def test_bad_images_take_little_memory(tmp_path: Path):
     files = [str(write(tmp_path / file, content)) for file, content in bad_images().items()]
     grown = subprocess.run([sys.executable, "-c", DECODE_ALL, *files], capture_output=True, text=True, check=True)
-    assert int(grown.stdout) < 200e6
+    assert int(grown.stdout) < 200e6, grown.stdout
 
 
 def test_colour_where_the_config_says_grey():
