@@ -21,7 +21,7 @@ StepRule = Callable[[Array, Array, Array, Array], tuple[Array, Array | None]]
 """(z, x, logsnr, logsnr_next) -> mean and standard deviation of z at λ' > λ; None where the step draws no noise."""
 
 
-def ancestral(v: float = 0.3) -> StepRule:
+def ancestral(v: Float[Array, ""] | float = 0.3) -> StepRule:
     """The paper's sampler: z' ~ q(z' | z, x) with the variance interpolated by v in [0, 1], Eqs. 3 and 4."""
     if isinstance(v, (int, float)) and not 0.0 <= v <= 1.0:
         raise ValueError(f"v is {v}; it interpolates between two variances: give a value in [0, 1]")

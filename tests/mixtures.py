@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 
 
-def gaussian_eps(means: np.ndarray, stds: np.ndarray) -> Callable[[Array, Array, Array], Array]:
+def gaussian_eps(means: ArrayLike, stds: ArrayLike) -> Callable[[Array, Array, Array], Array]:
     """ε(z, c) = σ (z − α m_c) / (α² s_c² + σ²), linear in z. means [C, d], stds [C]; label −1 is the last row."""
     m, s = jnp.asarray(means, jnp.float32), jnp.asarray(stds, jnp.float32)
 
@@ -19,7 +19,7 @@ def gaussian_eps(means: np.ndarray, stds: np.ndarray) -> Callable[[Array, Array,
     return eps_fn
 
 
-def mixture_eps(means: np.ndarray, stds: np.ndarray) -> Callable[[Array, Array, Array], Array]:
+def mixture_eps(means: ArrayLike, stds: ArrayLike) -> Callable[[Array, Array, Array], Array]:
     """As `gaussian_eps` for labels 0 .. C−1; label −1 is the mixture of the C classes with equal weights."""
     m, s = jnp.asarray(means, jnp.float32), jnp.asarray(stds, jnp.float32)
     conditional = gaussian_eps(means, stds)

@@ -1,0 +1,522 @@
+"""Algorithm 2 against exact linear-Gaussian recursions in float64, and what it costs in network evaluations."""
+
+import functools
+import math
+import subprocess
+import sys
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from mixtures import gaussian_eps, log_densities, mixture_eps
+
+from cfd.guidance import Interval
+from cfd.sampling import ancestral, ddim, guided_sample
+
+# Two classes and ∅, the last row.
+MEANS = np.array([[0.6, -0.4, 0.1], [-0.3, 0.5, 0.8], [0.1, 0.0, 0.4]])
+STDS = np.array([0.3, 0.6, 0.9])
+WEIGHTS = np.array([-1.0, 0.0, 0.3, 1.0, 4.0], np.float32)
+ROUNDING = float(np.finfo(np.float32).eps)
+
+KEY = jax.random.key(20)
+LABELS = jnp.arange(8, dtype=jnp.int32) % 2
+MIXED = np.array([-1.0, 0.0, 0.1, 0.3, 1.0, 2.0, 3.0, 4.0], np.float32)
+linear = gaussian_eps(MEANS, STDS)
+
+
+def network(z, logsnr, labels):
+    """A network that is neither linear nor elementwise, with label −1 the zero row of its table."""
+    table = jnp.sin(jnp.arange(4 * 6.0)).reshape(4, 6).at[-1].set(0.0)
+    mix = jnp.cos(jnp.arange(18.0)).reshape(3, 6)
+    hidden = jax.nn.silu(z @ mix + table[labels] + 0.1 * logsnr[:, None])
+    return 0.5 * z + 0.3 * hidden @ mix.T
+
+
+class Exact(NamedTuple):
+    images: np.ndarray  # [B, d], from the given noise
+    mean: np.ndarray  # [B, d], over the noise
+    variance: np.ndarray  # [B]
+    rounding: np.ndarray  # [B], a bound on what float32 can add
+
+
+def exact_gaussian_samples(
+    noise, classes, w, *, v, num_steps, null=-1, logsnr_min=-20.0, logsnr_max=20.0, clip=False
+) -> Exact:
+    """Algorithm 2 in float64 from the paper's Eqs. 1 to 6, with ε of `gaussian_eps`; v = None is DDIM.
+
+    noise [B, >= num_steps, d]: the first is z_1, number t the noise of step t. Each step is affine in z, so the mean
+    and the variance follow exactly, and so does the growth of the roundings. w is a function of λ, giving [B].
+    """
+    b = math.atan(math.exp(-logsnr_max / 2))
+    a = math.atan(math.exp(-logsnr_min / 2)) - b
+    u = [1 - (t - 1) / max(num_steps - 1, 1) for t in range(1, num_steps + 1)]
+    logsnr = [-2 * math.log(math.tan(a * value + b)) for value in u]
+
+    z, mean, var = noise[:, 0], np.zeros_like(noise[:, 0]), np.ones(len(noise))
+    rounding = np.zeros(len(noise))
+    for t in range(num_steps):
+        alpha, sigma = exact_alpha_sigma(logsnr[t])
+        weight = w(logsnr[t])
+        (slope_c, offset_c), (slope_0, offset_0) = (eps_line(alpha, sigma, label) for label in (classes, null))
+        x_slope = (1 - sigma * ((1 + weight) * slope_c - weight * slope_0)) / alpha
+        x_offset = -sigma / alpha * ((1 + weight)[:, None] * offset_c - weight[:, None] * offset_0)
+        x = x_slope[:, None] * z + x_offset
+        # The terms whose difference, divided by α, is x, each rounded a few times.
+        terms = 1 + sigma * (np.abs(1 + weight) * slope_c + np.abs(weight) * slope_0)
+        terms = terms * (np.abs(z).max(axis=1) + alpha)
+        x_rounding = 2 * ROUNDING * terms / alpha
+        x = np.clip(x, -1, 1) if clip else x
+        if t == num_steps - 1:
+            x_rounding = x_rounding + np.abs(x_slope) * rounding
+            return Exact(x, x_slope[:, None] * mean + x_offset, x_slope**2 * var, x_rounding)
+
+        alpha_next, sigma_next = exact_alpha_sigma(logsnr[t + 1])
+        if v is None:
+            from_z, std = sigma_next / sigma, 0.0
+            from_x = alpha_next - from_z * alpha
+        else:
+            kept = math.exp(logsnr[t] - logsnr[t + 1])
+            from_z, from_x = kept * alpha_next / alpha, (1 - kept) * alpha_next
+            std = math.sqrt(((1 - kept) * sigma_next**2) ** (1 - v) * ((1 - kept) * sigma**2) ** v)
+        slope = from_z + from_x * x_slope
+        z = from_z * z + from_x * x + std * noise[:, t + 1]
+        mean = slope[:, None] * mean + from_x * x_offset
+        var = slope**2 * var + std**2
+        rounding = np.abs(slope) * rounding + from_x * x_rounding + 2 * ROUNDING * (np.abs(z).max(axis=1) + 1)
+    raise AssertionError("num_steps >= 1")
+
+
+def exact_alpha_sigma(logsnr):
+    snr = math.exp(logsnr)
+    return math.sqrt(snr / (1 + snr)), math.sqrt(1 / (1 + snr))
+
+
+def eps_line(alpha, sigma, label):
+    """ε(z, label) = slope z + offset: slope [B] or scalar, offset [B, d] or [d]."""
+    slope = np.asarray(sigma / (alpha**2 * STDS[label] ** 2 + sigma**2))
+    return slope, -slope[..., None] * alpha * MEANS[label]
+
+
+def constant(w):
+    return lambda logsnr: np.full(8, w)
+
+
+@functools.cache
+def noise_of_images(count=8, num_steps=16):
+    """The noise of the images of KEY, [B, T, 3] in float64: number t of image i from fold_in(fold_in(KEY, i), t)."""
+
+    @jax.vmap
+    def draw(key):
+        keys = jax.vmap(lambda t: jax.random.fold_in(key, t))(jnp.arange(num_steps))
+        return jax.vmap(lambda key: jax.random.normal(key, (3,)))(keys)
+
+    return np.float64(jax.jit(lambda: draw(image_keys(count)))())
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def image_keys(count):
+    return jax.vmap(lambda i: jax.random.fold_in(KEY, i))(jnp.arange(count))
+
+
+def sampler_of(eps_fn, **kwargs):
+    """One compiled sampler of `eps_fn`: (keys, labels, w) -> images."""
+    settings: dict[str, Any] = {"num_steps": 8} | kwargs
+    return jax.jit(lambda keys, labels, w: guided_sample(keys, eps_fn, labels, (3,), w=w, **settings))
+
+
+def traces_and_evaluations():
+    """An eps_fn that counts how often it is traced and how often it runs."""
+    counts = {"traced": 0, "evaluated": 0}
+
+    def ran():
+        counts["evaluated"] += 1
+
+    def eps_fn(z, logsnr, labels):
+        counts["traced"] += 1
+        jax.debug.callback(ran)
+        return network(z, logsnr, labels)
+
+    return counts, eps_fn
+
+
+# Two passes of `network`, used by many tests: a compiled program for each shape of w.
+sample = sampler_of(network)
+
+
+# The closed-form scores themselves
+
+
+def test_the_scores_are_the_gradients_of_the_densities():
+    """ε = −σ ∇_z log q(z | c), and of log q(z) for ∅, by automatic differentiation."""
+    means, stds = jnp.float32(MEANS), jnp.float32(STDS)
+    z = jnp.float32(np.random.default_rng(0).normal(size=(12, 3)))
+    logsnr, labels = jnp.linspace(-8, 8, 12), jnp.arange(12, dtype=jnp.int32) % 4 - 1
+
+    def log_density(z, logsnr, label):
+        of_classes = log_densities(z[None], logsnr[None], means, stds)[0]
+        return jnp.where(label < 0, jax.nn.logsumexp(of_classes), of_classes[label])
+
+    sigma = jnp.sqrt(jax.nn.sigmoid(-logsnr))[:, None]
+    expected = -sigma * jax.jit(jax.vmap(jax.grad(log_density)))(z, logsnr, labels)
+    np.testing.assert_allclose(jax.jit(mixture_eps(MEANS, STDS))(z, logsnr, labels), expected, rtol=2e-4, atol=2e-5)
+
+
+# Exact images, means and variances
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 16, 64])
+@pytest.mark.parametrize("rule", ["ancestral", "ddim"])
+def test_guided_gaussians_follow_the_exact_recursion(rule, num_steps):
+    """For every class, w and v: each image to the rounding of float32, and the moments over independent images."""
+    count = 1000
+    w, classes = np.tile(WEIGHTS, 2 * count), np.tile(np.repeat([0, 1], len(WEIGHTS)), count)
+    noise = noise_of_images(len(w), 64)
+
+    @jax.jit
+    def draw(v):
+        rule_of_v = ancestral(v) if rule == "ancestral" else ddim()
+        labels = jnp.asarray(classes, jnp.int32)
+        return guided_sample(KEY, linear, labels, (3,), w=w, num_steps=num_steps, sampler=rule_of_v, clip=False)
+
+    for v in (0.0, 0.3, 1.0) if rule == "ancestral" else (None,):
+        exact = exact_gaussian_samples(noise, classes, lambda _: w, v=v, num_steps=num_steps)
+        images = np.asarray(draw(0.0 if v is None else v), np.float64)
+        error = np.abs(images - exact.images).max(axis=1)
+        assert np.all(error <= exact.rounding), (v, (error / exact.rounding).max())
+
+        if num_steps >= 16:  # In fewer steps the spread of the images is below the rounding of x at λ = −20.
+            images, mean, std = images.reshape(count, 10, 3), exact.mean[:10], np.sqrt(exact.variance)[:10]
+            assert np.all(np.median(exact.rounding.reshape(count, 10), axis=0) < 0.05 * std + 1e-4)
+            assert np.all(np.abs(images.mean(axis=0) - mean) < 5 * std[:, None] / math.sqrt(count))
+            variance = np.square(images - mean).mean(axis=(0, 2))
+            np.testing.assert_allclose(variance, std**2, rtol=5 * math.sqrt(2 / (3 * count)))
+
+
+def test_many_steps_reach_the_data():
+    """Unguided, DDIM tends to the probability flow, which carries the noise n of z_1 to m + s n."""
+    images = sampler_of(linear, num_steps=1000, sampler=ddim(), clip=False)(image_keys(8), LABELS, 0.0)
+    noise = noise_of_images()[:, 0]
+    np.testing.assert_allclose(images, MEANS[LABELS] + STDS[LABELS, None] * noise, atol=0.01)
+
+
+def test_other_ends_of_the_schedule_and_clipping():
+    ends = {"logsnr_min": -6.0, "logsnr_max": 9.0, "num_steps": 5, "clip": True}
+    exact = exact_gaussian_samples(noise_of_images(), LABELS, constant(2.0), v=0.3, **ends)
+    images = sampler_of(linear, **ends)(image_keys(8), LABELS, 2.0)
+    np.testing.assert_allclose(images, exact.images, atol=1e-4)
+    unclipped = exact_gaussian_samples(noise_of_images(), LABELS, constant(2.0), v=0.3, **ends | {"clip": False})
+    assert np.all(np.abs(images) <= 1) and np.any(np.abs(unclipped.images) > 1)
+
+
+def test_the_schedule_rises_and_the_last_evaluation_returns_its_x():
+    """A network that sees x = c at λ_T decides the image, whatever it said before."""
+    seen = []
+
+    def eps_fn(z, logsnr, labels):
+        jax.debug.callback(lambda value: seen.append(np.asarray(value)), logsnr, ordered=True)
+        logsnr = logsnr[:, None, None, None]
+        alpha, sigma = (jnp.sqrt(jax.nn.sigmoid(sign * logsnr)) for sign in (1.0, -1.0))
+        return jnp.where(logsnr > 19.99, (z - 0.25 * alpha) / sigma, 0.5 * z)
+
+    images = jax.jit(lambda: guided_sample(KEY, eps_fn, LABELS, (2, 2, 1), num_steps=9))()
+    np.testing.assert_allclose(images, np.full((8, 2, 2, 1), 0.25), atol=1e-6)
+    jax.effects_barrier()
+    logsnr = np.stack(seen)
+    assert logsnr.shape == (9, 8) and np.all(logsnr == logsnr[:, :1]) and np.all(np.diff(logsnr[:, 0]) > 0)
+    np.testing.assert_allclose(logsnr[[0, 4, 8], 0], [-20, 0, 20], atol=4e-6)
+
+
+def test_guidance_moves_the_mass_of_a_mixture_away_from_the_other_classes():
+    """Fig. 2 of the paper: three Gaussians in the plane; for every class p(c | x) of the samples rises with w."""
+    angles = 2 * np.pi * np.arange(3) / 3
+    means = jnp.asarray(0.5 * np.stack([np.cos(angles), np.sin(angles)], axis=1), jnp.float32)
+    stds, labels = jnp.full(3, 0.35), jnp.arange(600, dtype=jnp.int32) % 3
+    eps_fn = mixture_eps(means, stds)
+
+    @jax.jit
+    def log_posteriors(w):
+        x = guided_sample(KEY, eps_fn, labels, (2,), w=w, num_steps=32, clip=False)
+        of_classes = log_densities(x, jnp.full(600, 20.0), means, stds)
+        return jax.nn.log_softmax(of_classes, axis=1)[jnp.arange(600), labels]
+
+    measured = np.stack([log_posteriors(w) for w in (0.0, 0.5, 1.0, 2.0, 4.0)])
+    of_class = measured.reshape(5, 200, 3).mean(axis=1)
+    assert np.all(np.diff(of_class, axis=0) > 0)
+    astray = np.mean(np.exp(measured) < 0.5, axis=1)
+    assert np.all(np.diff(astray) <= 0) and astray[0] > 0.05 and astray[-1] == 0
+
+
+# w
+
+
+def test_w_0_is_the_conditional_and_minus_1_the_unconditional_sampler():
+    """To the bit, though w is traced."""
+    keys = image_keys(8)
+    plain = jax.jit(lambda labels: guided_sample(keys, network, labels, (3,), num_steps=8))
+    conditional, unconditional = plain(LABELS), plain(jnp.full_like(LABELS, -1))
+    for guided in (sample, sampler_of(network, doubled=True)):
+        np.testing.assert_array_equal(guided(keys, LABELS, 0.0), conditional)
+        np.testing.assert_array_equal(guided(keys, LABELS, -1.0), unconditional)
+
+
+def test_a_batch_of_mixed_w_equals_the_separate_runs():
+    mixed = sample(image_keys(8), LABELS, MIXED)
+    for i, w in enumerate(MIXED):
+        np.testing.assert_array_equal(mixed[i], sample(image_keys(8), LABELS, float(w))[i])
+
+
+def test_fourteen_weights_compile_once():
+    counts, eps_fn = traces_and_evaluations()
+    counting = sampler_of(eps_fn)
+    weights = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 2.0, 3.0, 4.0)
+    images = [np.asarray(counting(image_keys(8), LABELS, w)) for w in weights]
+    jax.effects_barrier()
+    assert counts == {"traced": 2, "evaluated": 14 * 2 * 8}
+    assert len({image.tobytes() for image in images}) == 14
+
+
+def test_a_python_0_makes_one_evaluation_a_step():
+    counts, eps_fn = traces_and_evaluations()
+    jax.jit(lambda: guided_sample(KEY, eps_fn, LABELS, (3,), w=0, num_steps=5))().block_until_ready()
+    jax.effects_barrier()
+    assert counts == {"traced": 1, "evaluated": 5}
+
+
+@pytest.mark.parametrize(
+    ("w", "doubled", "batches"),
+    [(0, True, [8]), (0.0, False, [8]), (0.5, False, [8, 8]), (-1, False, [8, 8]), (0.5, True, [16])],
+)
+def test_evaluations_in_the_loop(w, doubled, batches):
+    """Two batches of B, or one of 2B when doubled."""
+    seen = []
+
+    def eps_fn(z, logsnr, labels):
+        assert z.shape[:1] == logsnr.shape == labels.shape
+        seen.append(len(z))
+        return network(z, logsnr, labels)
+
+    jax.eval_shape(lambda key: guided_sample(key, eps_fn, LABELS, (3,), w=w, num_steps=5, doubled=doubled), KEY)
+    assert seen == batches
+
+
+def test_w_may_be_a_function_of_logsnr():
+    def w_of(logsnr, xp=jnp):
+        return (2.0 + xp.tanh(0.3 * logsnr)) * xp.linspace(0.5, 1, 8)
+
+    exact = exact_gaussian_samples(noise_of_images(), LABELS, lambda logsnr: w_of(logsnr, np), v=0.3, num_steps=12)
+    images = jax.jit(lambda: guided_sample(KEY, linear, LABELS, (3,), w=w_of, num_steps=12, clip=False))()
+    assert np.all(np.abs(images - exact.images).max(axis=1) <= exact.rounding)
+
+
+def test_an_interval_makes_the_second_evaluation_inside_only():
+    counts, eps_fn = traces_and_evaluations()
+    limited = sampler_of(eps_fn, num_steps=16)
+    u, b = 1 - np.arange(16) / 15, math.atan(math.exp(-10.0))
+    logsnr = -2 * np.log(np.tan((math.atan(math.exp(10.0)) - b) * u + b))
+
+    @jax.jit
+    def masked(lo, hi):
+        def w_of(logsnr):
+            return jnp.where((logsnr >= lo) & (logsnr <= hi), MIXED, 0.0)
+
+        return guided_sample(KEY, network, LABELS, (3,), w=w_of, num_steps=16)
+
+    for lo, hi in [(-3.1, 1.7), (-30.0, 30.0), (0.7, 0.6), (-1.0, 25.0), (-25.0, -2.0)]:
+        counts["evaluated"] = 0
+        images = limited(image_keys(8), LABELS, Interval(jnp.asarray(MIXED), lo, hi))
+        jax.effects_barrier()
+        assert counts["evaluated"] == 16 + np.sum((logsnr >= lo) & (logsnr <= hi))
+        np.testing.assert_allclose(images, masked(lo, hi), rtol=1e-5, atol=1e-6)
+    assert counts["traced"] == 3
+
+
+def test_one_doubled_batch_equals_two_passes():
+    one = sampler_of(network, doubled=True)(image_keys(8), LABELS, MIXED)
+    np.testing.assert_allclose(one, sample(image_keys(8), LABELS, MIXED), rtol=1e-5, atol=1e-6)
+
+
+# Keys, labels and ∅
+
+
+def test_an_image_is_its_key_and_not_its_batch():
+    keys, order = image_keys(8), np.array([5, 2, 7, 0, 1, 6, 3, 4])
+    together = np.asarray(sample(keys, LABELS, 1.5))
+    assert len(np.unique(together[:, 0])) == 8
+    np.testing.assert_array_equal(sample(KEY, LABELS, 1.5), together)
+    np.testing.assert_array_equal(sample(keys[order], LABELS[order], 1.5), together[order])
+    np.testing.assert_allclose(sample(keys[6:7], LABELS[6:7], 1.5), together[6:7], rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(sample(jax.random.key_data(keys), LABELS, 1.5), together)
+
+
+@pytest.mark.parametrize("doubled", [False, True])
+def test_labels_may_be_embeddings(doubled):
+    """Rows of a table, given as a pytree with its own ∅, make the images of the labels that would look them up."""
+    means, stds = jnp.float32(MEANS), jnp.float32(STDS)
+
+    def eps_fn(z, logsnr, text):
+        alpha, sigma = (jnp.sqrt(jax.nn.sigmoid(sign * logsnr))[:, None] for sign in (1.0, -1.0))
+        variance = jnp.square(alpha * text["std"][:, None]) + jnp.square(sigma)
+        return sigma / variance * (z - alpha * text["mean"])
+
+    text, null = {"mean": means[LABELS], "std": stds[LABELS]}, {"mean": means[-1], "std": stds[-1]}
+    images = sampler_of(eps_fn, null=null, doubled=doubled, clip=False)(image_keys(8), text, 1.0)
+    exact = exact_gaussian_samples(noise_of_images(), LABELS, constant(1.0), v=0.3, num_steps=8)
+    assert np.all(np.abs(images - exact.images).max(axis=1) <= exact.rounding)
+
+
+def test_null_may_be_another_class():
+    images = sampler_of(linear, null=1, clip=False)(image_keys(8), jnp.zeros_like(LABELS), 0.7)
+    exact = exact_gaussian_samples(noise_of_images(), np.zeros(8, int), constant(0.7), v=0.3, num_steps=8, null=1)
+    assert np.all(np.abs(images - exact.images).max(axis=1) <= exact.rounding)
+
+
+def test_numpy_labels_and_weights_are_arrays():
+    def eps_fn(z, logsnr, labels):
+        assert isinstance(labels, jax.Array) and labels.dtype == jnp.int32
+        return network(z, logsnr, labels)
+
+    labels, w = np.arange(8) % 2, np.full(8, 0.5)
+    images = jax.eval_shape(lambda key: guided_sample(key, eps_fn, labels, (3,), w=w, num_steps=2), KEY)
+    assert images.shape == (8, 3) and images.dtype == jnp.float32
+
+
+# Transformations
+
+
+def test_the_sampler_is_one_loop():
+    def loops(jaxpr) -> list[str]:
+        found = []
+        for eqn in jaxpr.eqns:
+            found += [eqn.primitive.name] * (eqn.primitive.name in ("scan", "while"))
+            for inner in jax.tree.leaves(eqn.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
+                if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                    found += loops(getattr(inner, "jaxpr", inner))
+        return found
+
+    for w in (0.0, 1.0, Interval(1.0, -3.0, 3.0)):
+        closed = jax.make_jaxpr(lambda key, w=w: guided_sample(key, network, LABELS, (3,), w=w, num_steps=64))(KEY)
+        assert loops(closed.jaxpr) == ["scan"]
+
+
+def test_vmap_over_keys():
+    keys = jax.random.split(KEY, 3)
+    many = jax.jit(jax.vmap(sample, (0, None, None)))(keys, LABELS, 0.5)
+    assert many.shape == (3, 8, 3)
+    for key, images in zip(keys, many, strict=True):
+        np.testing.assert_allclose(images, sample(key, LABELS, 0.5), rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_are_those_of_the_recursion():
+    """d(sum of the images) / d(w, v, λ_max) in reverse mode: the central differences of the float64 recursion."""
+
+    def total(w, v, logsnr_max):
+        sampler = {"sampler": ancestral(v), "logsnr_max": logsnr_max}
+        return jnp.sum(guided_sample(KEY, linear, LABELS, (3,), w=w, num_steps=16, clip=False, **sampler))
+
+    def exact(w, v, logsnr_max):
+        settings = {"v": v, "logsnr_max": logsnr_max, "num_steps": 16}
+        return exact_gaussian_samples(noise_of_images(), LABELS, constant(w), **settings).images.sum()
+
+    at, h = np.array([0.5, 0.3, 12.0]), 1e-4
+    difference = [(exact(*(at + h * axis)) - exact(*(at - h * axis))) / (2 * h) for axis in np.eye(3)]
+    with jaxtyping_off():
+        gradient = jax.jit(jax.grad(total, argnums=(0, 1, 2)))(*at.tolist())
+    np.testing.assert_allclose(gradient, difference, rtol=2e-3)
+
+
+def test_eight_devices_equal_one():
+    """A caller's own pmap and shard_map, one image a device, and jit over sharded arguments."""
+    keys = image_keys(8)
+    expected = sample(keys, LABELS, 0.7)
+
+    mapped = jax.pmap(sample, in_axes=(0, 0, None))(keys[:, None], LABELS[:, None], 0.7)
+    assert len(mapped.sharding.device_set) == 8
+    np.testing.assert_allclose(mapped[:, 0], expected, rtol=1e-5, atol=1e-6)
+
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    specs = (P("data"), P("data"), P())
+    sharded = jax.jit(jax.shard_map(sample, mesh=mesh, in_specs=specs, out_specs=P("data")))
+    np.testing.assert_allclose(sharded(keys, LABELS, jnp.float32(0.7)), expected, rtol=1e-5, atol=1e-6)
+    everywhere = Interval(jnp.float32(0.7), jnp.float32(-30), jnp.float32(30))
+    np.testing.assert_allclose(sharded(keys, LABELS, everywhere), expected, rtol=1e-5, atol=1e-6)
+
+    on_mesh = jax.device_put((keys, LABELS), jax.NamedSharding(mesh, P("data")))
+    np.testing.assert_allclose(sample(*on_mesh, 0.7), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_strict_promotion_and_float32_under_x64():
+    for w in (0.0, 0.5, Interval(0.5, -1.0, 1.0)):
+        for rule in (ancestral(0.3), ddim()):
+            with jax.numpy_dtype_promotion("strict"):
+                images = jax.eval_shape(sampler_of(network, sampler=rule), KEY, LABELS, w)
+            assert images.dtype == jnp.float32
+    with jax.enable_x64(True):
+        images = jax.eval_shape(lambda key: guided_sample(key, network, LABELS, (3,), w=0.5, num_steps=2), KEY)
+    assert images.dtype == jnp.float32
+
+
+def test_a_bfloat16_network_gives_float32_images():
+    def half(z, logsnr, labels):
+        return network(z, logsnr, labels).astype(jnp.bfloat16)
+
+    for w in (0.0, 0.5):
+        images = jax.eval_shape(lambda key, w=w: guided_sample(key, half, LABELS, (3,), w=w, num_steps=2), KEY)
+        assert images.dtype == jnp.float32
+
+
+# Bad input
+
+
+class jaxtyping_off:
+    """Calls as users make them: the shape checks of the test suite would refuse these arguments first."""
+
+    def __enter__(self):
+        jaxtyping.config.update("jaxtyping_disable", True)
+
+    def __exit__(self, *_):
+        jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_steps": 0}, "num_steps is 0.*num_steps >= 1"),
+        ({"num_steps": -3}, "num_steps is -3"),
+        ({"w": jnp.ones(3)}, r"w has shape \(3,\).*\(8,\)"),
+        ({"w": jnp.ones((8, 1))}, r"w has shape \(8, 1\)"),
+        ({"w": lambda logsnr: jnp.ones(2)}, r"w has shape \(2,\)"),
+        ({"w": Interval(jnp.ones(5), -1.0, 1.0)}, r"w has shape \(5,\)"),
+        ({"labels": [0, 1]}, r"labels have leading shapes .*\[B, \.\.\.\]"),
+        ({"labels": 3}, "labels have leading shapes"),
+        ({"labels": {}}, "labels have leading shapes"),
+        ({"labels": {"a": jnp.zeros(2), "b": jnp.zeros(3)}}, r"labels have leading shapes \[\(2,\), \(3,\)\]"),
+        ({"key": jax.random.split(KEY, 3)}, r"key has batch shape \(3,\) for 8 labels"),
+        ({"key": 0}, r"key is 0.*jax\.random\.key\(0\)"),
+        ({"null": {"text": jnp.zeros(4)}}, "null is .*must have the structure of labels"),
+        ({"labels": {"text": jnp.zeros((8, 4))}}, "null is -1.*must have the structure of labels"),
+        ({"eps_fn": lambda z, *_: z[:, :1]}, r"eps_fn returned shape \(8, 1\).*\(8, 3\)"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, message):
+    arguments = {"key": KEY, "eps_fn": network, "labels": LABELS, "shape": (3,), "w": 0.5, "num_steps": 2} | arguments
+    with jaxtyping_off(), pytest.raises(ValueError, match=message):
+        guided_sample(**arguments)
+
+
+@pytest.mark.parametrize("v", [-0.1, 1.1, math.nan])
+def test_v_outside_0_to_1_is_refused(v):
+    with pytest.raises(ValueError, match=rf"v is {v}.*\[0, 1\]"):
+        ancestral(v)
+
+
+def test_the_import_is_light():
+    heavy = ("tensorflow", "orbax", "grain", "tensorflow_datasets", "flax", "optax", "matplotlib", "sklearn")
+    code = f"import sys, cfd.sampling; print([name for name in {heavy} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
