@@ -170,7 +170,8 @@ def precision_recall(reference_features: Rows, sample_features: Rows, k: int = 3
 
     Precision is the fraction of samples within the k-th neighbour's distance of some reference, recall the fraction of
     references within that of some sample. Blocks of float32 distances on the device find the candidates and float64
-    decides between them, so that the figures do not depend on the device or on the block.
+    decides between them, so that the figures do not depend on the device or on the block; ADM's evaluator, which
+    rounds its distances to float16, differs from them by that rounding alone.
     """
     reference = finite_rows(reference_features, "reference features")
     samples = finite_rows(sample_features, "sample features")
