@@ -4,13 +4,16 @@ A step is never trusted because it is there: its digests are computed again from
 set aside, in checkpoints/quarantine/, and the one before it is taken.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -175,6 +178,7 @@ def restore(
     are damaged (unless `allow_fresh_start`: then they are all moved, and the result is None), or if the state is of
     another structure, shape or dtype than the template; then nothing is moved.
     """
+    wait(manager)
     damaged: list[tuple[int, str]] = []
     found = None
     for step in _newest_first(manager.orbax.all_steps()):
@@ -246,7 +250,8 @@ class _Damage(NamedTuple):
 
 def _attempt(read: Callable[[], Any]) -> Any:
     try:
-        result = read()
+        with _late_reads_ignored():
+            result = read()
     except (MemoryError, jax.errors.JaxRuntimeError):  # of this machine, not of the file
         raise
     except Exception as e:  # JSON, TensorStore and Orbax raise ValueError, KeyError, OSError, TypeError ...
@@ -256,28 +261,43 @@ def _attempt(read: Callable[[], Any]) -> Any:
     return result
 
 
+@contextlib.contextmanager
+def _late_reads_ignored() -> Iterator[None]:
+    """At the first unreadable array Orbax closes its event loop under the other reads, each of which then prints a
+    traceback that says so: hundreds of lines beside the one that matters."""
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda e: None if str(e.exc_value) == "Event loop is closed" else hook(e)
+    try:
+        yield
+    except Exception:
+        time.sleep(0.1)
+        raise
+    finally:
+        sys.unraisablehook = hook
+
+
 def _match(meta: dict[str, Any], abstract_state: Any, step: int) -> Any:
     """The template, if the step holds exactly its arrays."""
     held = {key: (tuple(shape), dtype) for key, (shape, dtype, _) in meta["arrays"].items()}
     wanted = {key: (tuple(x.shape), str(x.dtype)) for key, x in _leaves(abstract_state)}
     if unplaced := [key for key, x in _leaves(abstract_state) if x.sharding is None]:
         raise ValueError(f"abstract_state has no sharding for {_some(unplaced)}: give each ShapeDtypeStruct one")
+    differ = sorted(key for key in wanted.keys() & held.keys() if wanted[key] != held[key])
     faults = [
-        *(f"{key} is missing in the checkpoint" for key in wanted.keys() - held.keys()),
-        *(f"{key} of the checkpoint is not in the state" for key in held.keys() - wanted.keys()),
-        *(
-            f"{key} is {held[key][1]}{list(held[key][0])} in the checkpoint and {wanted[key][1]}{list(wanted[key][0])} "
-            "in the state"
-            for key in wanted.keys() & held.keys()
-            if wanted[key] != held[key]
-        ),
+        *(f"{key} is {_text(held[key])} in the checkpoint and {_text(wanted[key])} in the state" for key in differ),
+        *(f"{key} is not in the checkpoint" for key in sorted(wanted.keys() - held.keys())),
+        *(f"{key} of the checkpoint is not in the state" for key in sorted(held.keys() - wanted.keys())),
     ]
     if faults:
         raise CheckpointError(
-            f"step {step} is of another model or optimizer: {_some(sorted(faults), '; ')}. Use the config that wrote "
-            "it, or another --workdir"
+            f"step {step} is of another model or optimizer: {_some(faults, '; ')}. Use the config that wrote it, or "
+            "another --workdir"
         )
     return abstract_state
+
+
+def _text(shape_dtype: tuple[tuple[int, ...], str]) -> str:
+    return f"{shape_dtype[1]}{list(shape_dtype[0])}"
 
 
 class Loaded(NamedTuple):
@@ -307,9 +327,9 @@ def load(workdir: str | os.PathLike[str], step: int | None = None, *, sharding: 
     net = UNet(**model)
 
     def eps_fn(params: Any, z: Array, logsnr: Array, labels: Array) -> Array:
-        if not isinstance(labels, Tracer) and np.max(labels, initial=-1) >= num_classes:
+        if not isinstance(labels, Tracer) and np.max(np.asarray(labels), initial=-1) >= num_classes:
             raise ValueError(
-                f"label {np.max(labels)} is not below the number of classes, {num_classes}; -1 is no class"
+                f"label {np.max(np.asarray(labels))} is not below the number of classes, {num_classes}; -1 is no class"
             )
         return net.apply({"params": params}, z, logsnr, labels)  # pyright: ignore[reportReturnType]
 
@@ -396,7 +416,8 @@ def _shard_sums(x: Array) -> list[Any]:
         if shard.replica_id == 0:
             offsets = np.array([span.start or 0 for span in shard.index], np.uint32)
             if shard.device.platform == "cpu":  # the same bits without a compilation for every shape
-                sums.append(_sums(np.asarray(shard.data), offsets, strides, np))
+                with np.errstate(invalid="ignore"):  # bfloat16 warns of the NaN that is looked for
+                    sums.append(_sums(np.asarray(shard.data), offsets, strides, np))
             else:
                 sums.append(_sums_on_device(shard.data, offsets, strides))
     return sums
