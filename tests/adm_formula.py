@@ -1,22 +1,18 @@
-"""Weights and inputs made by a formula from a tensor's name and shape, so that two programs can make the same ones."""
+"""Weights of ADM's networks by a formula from a tensor's name and shape: the same bits on both sides of a comparison."""
 
-import zlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+from formula import uniform
+
+from cfd.adm_import import Hidden, Network, adm_network, adm_params
 
 
-def hashed(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Float64 values in [−1, 1): an integer hash of the element's index, seeded by the CRC-32 of the name."""
-    h = np.arange(int(np.prod(shape)), dtype=np.uint32) * np.uint32(0x9E3779B1) + np.uint32(zlib.crc32(name.encode()))
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        h = (h ^ (h >> np.uint32(shift))) * np.uint32(factor)
-    h ^= h >> np.uint32(16)
-    return (h / 2.0**31 - 1.0).reshape(shape)
-
-
-def formula_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Float32: unit variance over the fan-in for matrices and kernels, about 1 for a norm's gain, small for a bias."""
-    x = hashed(name, shape)
+def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Float32: variance 1 / fan-in for matrices and kernels, about 1 for a norm's gain, small for a bias. None is 0."""
+    x = 2.0 * uniform(name, *shape) - 1.0
     if "embedding" in name or "label_emb" in name:
         return np.float32(x)
     if len(shape) > 1:
@@ -24,6 +20,44 @@ def formula_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
     return np.float32(1.0 + 0.2 * x if name.endswith("weight") else 0.1 * x)
 
 
-def formula_state(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """A whole state dict."""
-    return {name: formula_weight(name, tuple(shape)) for name, shape in shapes.items()}
+def noisy_images(batch: int, size: int) -> np.ndarray:
+    """Float32 [batch, size, size, 3] of about unit variance."""
+    return np.float32(3.4 * (uniform("z", batch, size, size, 3) - 0.5))
+
+
+class Printed(NamedTuple):
+    """What the original network, with these weights, printed on `noisy_images` at `t`, for `labels`."""
+
+    network: Network
+    params: dict[str, Any]
+    state: dict[str, np.ndarray]
+    z: np.ndarray
+    stored: dict[str, np.ndarray]
+
+
+def printed(name: str) -> Printed:
+    """tests/data/adm_{name}.npz, and our network with the same weights, its architecture inferred from their shapes."""
+    with np.load(Path(__file__).parent / "data" / f"adm_{name}.npz") as file:
+        stored = dict(file)
+    state = {key: weight(key, tuple(shape)) for key, shape in json.loads(str(stored["shapes"])).items()}
+    network = adm_network({key: x.shape for key, x in state.items()}, hidden(stored))
+    return Printed(
+        network, adm_params(network, state), state, noisy_images(len(stored["t"]), int(stored["size"])), stored
+    )
+
+
+def hidden(stored: dict[str, np.ndarray]) -> Hidden:
+    """The flags that the tensors do not show."""
+    num_heads, head_channels = json.loads(str(stored["heads"]))
+    return Hidden(
+        image_size=int(stored["size"]),
+        head_channels=None if head_channels < 0 else head_channels,
+        num_heads=None if head_channels > 0 else num_heads,
+        attention_order=str(stored["order"]),
+        schedule=str(stored["schedule"]),
+    )
+
+
+def relative(ours: Any, theirs: np.ndarray) -> float:
+    """The largest difference, in units of the largest value."""
+    return float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
