@@ -3,13 +3,17 @@
 T1 to T10 are done to real files and real processes; nothing of Orbax is replaced.
 """
 
+import itertools
 import json
 import multiprocessing
 import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
@@ -490,7 +495,7 @@ def digits_run(folder: Path) -> tuple[Any, Any]:
     """A run's folder with a tiny untrained model: ((net, ema), config_json)."""
     from configs.digits import get_config
 
-    config = get_config()
+    config: Any = get_config()
     config.model.update(channel_mult=(1,), attention_resolutions=())
     net = UNet(**config.model)
     shapes = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)), jnp.zeros(1), jnp.zeros(1, jnp.int32))
@@ -647,3 +652,119 @@ def test_killed_while_it_saves(tmp_path: Path, kills: int) -> None:
     used = sum(p.stat().st_size for p in (tmp_path / "checkpoints").rglob("*") if p.is_file())
     assert used <= 3 * size
     assert not (tmp_path / "checkpoints" / "quarantine").exists()
+
+
+def save_and_die(folder: str, said: Any, deadly: int) -> None:
+    """Saves step 3 of a folder with steps 1 and 2, and is killed before its `deadly`-th change of the file system."""
+    manager = checkpoint.open_manager(folder, keep=2)
+    lock, changes = threading.Lock(), [0]
+    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        opened_to_write = event == "open" and isinstance(args[2], int) and args[2] & writing
+        if event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir") or opened_to_write:
+            if folder not in str(args[0]) and event not in ("os.remove", "os.rmdir"):
+                return
+            with lock:
+                changes[0] += 1
+                if changes[0] == deadly:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    save(manager, 3, make_state(3))
+    checkpoint.close(manager)
+    said.put(changes[0])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_killed_at_every_change_of_the_file_system(two_steps: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """T2: one save that also deletes the oldest step. (TensorStore's calls, in the unfinished step, are T1's.)"""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "cfd.checkpoint"])
+    template = abstract(make_state(0))
+    newest = []
+    for deadly in itertools.count(1):
+        folder = tmp_path_factory.mktemp("run")
+        shutil.copytree(two_steps, folder, dirs_exist_ok=True)
+        said = context.SimpleQueue()
+        process = context.Process(target=save_and_die, args=(str(folder), said, deadly))
+        process.start()
+        process.join()
+        with opened(folder) as manager:
+            assert not litter(folder)
+            listed = steps(folder)
+            assert listed in ([1, 2], [1, 2, 3], [2, 3]), (deadly, listed)
+            newest.append(listed[-1])
+            for step in reversed(listed):
+                restored = checkpoint.restore(manager, template)
+                assert restored is not None and restored[0] == step and same_bits(restored[1], make_state(step)), deadly
+                shutil.rmtree(folder / "checkpoints" / str(step))
+                manager.orbax.reload()
+        if process.exitcode == 0:
+            assert said.get() == deadly - 1
+            break
+        assert process.exitcode == -signal.SIGKILL
+        shutil.rmtree(folder)
+    assert len(newest) > 10 and newest == sorted(newest) and newest[-1] == 3
+    print(f"killed at {len(newest) - 1} points")
+
+
+def one_of_two(index: int, port: int, folder: str, said: Any) -> None:
+    """T4 and T5 as process `index` of two with two devices each, the state sharded over both."""
+    jax.config.update("jax_num_cpu_devices", 2)
+    address = f"localhost:{port}"
+    jax.distributed.initialize(address, 2, index, coordinator_bind_address=address)
+    mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(AxisType.Auto,))
+
+    def place(x: Any) -> jax.Array:
+        spec = P("fsdp") if x.ndim and x.shape[0] % 4 == 0 else P()
+        return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda i: np.asarray(x)[i])
+
+    def good(state: Any, step: int) -> bool:
+        same = jax.tree.map(
+            lambda x, y: all(
+                np.asarray(s.data).tobytes() == np.asarray(y)[s.index].tobytes() for s in x.addressable_shards
+            ),
+            state,
+            make_state(step),
+        )
+        return jax.tree.all(same)
+
+    states = {step: jax.tree.map(place, make_state(step)) for step in (1, 2)}
+    workdir.write_config(folder, CONFIG_JSON)
+    with workdir.lock(folder), opened(Path(folder)) as manager:
+        for step, state in states.items():
+            save(manager, step, state)
+        checkpoint.wait(manager)
+        if index == 0:
+            flip_weights(Path(folder) / "checkpoints" / "2")
+        multihost_utils.sync_global_devices("damaged")
+        restored = checkpoint.restore(manager, abstract(states[1]))
+        assert restored is not None and restored[0] == 1 and good(restored[1], 1)
+        save(manager, 2, states[2])
+        checkpoint.wait(manager)
+        restored = checkpoint.restore(manager, abstract(states[1]))
+        assert restored is not None and restored[0] == 2 and good(restored[1], 2)
+        ema, _, step = checkpoint.load_ema(folder, "diffusion")
+        assert step == 2 and same_bits(ema, make_state(2).ema)
+    said.put(index)
+
+
+def test_two_processes_agree_on_what_is_damaged(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    said = context.SimpleQueue()
+    pair = [context.Process(target=one_of_two, args=(index, port, str(tmp_path), said)) for index in (0, 1)]
+    for process in pair:
+        process.start()
+    for process in pair:
+        process.join(200)
+        process.kill()
+    assert sorted(said.get() for _ in pair if not said.empty()) == [0, 1]
+    assert [p.name for p in (tmp_path / "checkpoints" / "quarantine").iterdir()] == ["2.0"]
+    with opened(tmp_path) as manager:
+        restored = checkpoint.restore(manager, abstract(make_state(0)))
+    assert restored is not None and restored[0] == 2 and same_bits(restored[1], make_state(2))
