@@ -2,9 +2,12 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from ml_collections import ConfigDict
+
+Config: TypeAlias = Any
+"""A ConfigDict whose fields have the types that FIELDS gives, once it is validated."""
 
 
 class Field(NamedTuple):
@@ -68,6 +71,7 @@ FIELDS: dict[str, Field] = {
     "model.dropout": Field(float, lambda x: 0 <= x < 1, "a probability in [0, 1)"),
     "model.dtype": one_of("float32", "bfloat16"),
     "model.remat": BOOL,
+    "model.time": one_of("cosine", "adm_cosine", "adm_linear"),
     "process.logsnr_min": LOGSNR,
     "process.logsnr_max": LOGSNR,
     "train.num_steps": at_least(1),
@@ -117,12 +121,12 @@ CONVENTIONS = {
 }
 
 
-def describe(kind: str, config: ConfigDict, class_names: Sequence[str]) -> dict[str, Any]:
-    """The content of a run's config.json: the config, what the labels are, and the conventions; kind is the network's."""
+def describe(kind: str, config: Config, class_names: Sequence[str]) -> dict[str, Any]:
+    """The content of a run's config.json; `kind` says what the network is, "diffusion" or "classifier"."""
     return dict(kind=kind, config=config.to_dict(), class_names=list(class_names), conventions=CONVENTIONS)
 
 
-def validate(config: ConfigDict) -> None:
+def validate(config: Config) -> None:
     """Raises ValueError, naming the field, its value and what was expected, at the first that does not hold."""
     values = dict(_leaves(config, ""))
     for name in FIELDS.keys() - values.keys():
@@ -135,7 +139,7 @@ def validate(config: ConfigDict) -> None:
     _validate_together(config)
 
 
-def _validate_together(config: ConfigDict) -> None:
+def _validate_together(config: Config) -> None:
     """The conditions that join two fields."""
     data, model, sample, train = config.data, config.model, config.sample, config.train
     if model.num_classes != data.num_classes:

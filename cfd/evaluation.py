@@ -13,10 +13,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int, UInt8
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from cfd import checkpoint, data, figures, metrics, npz, parallel, preemption
+from cfd.config import Config
 from cfd.features import FeatureNetwork, open_classifier, open_inception
 from cfd.generate import Draw, Request, make_draw
 
@@ -62,7 +62,7 @@ def compare(reference: Statistics, samples: Statistics) -> dict[str, float]:
     return dict(zip(MEASURED, (fid, score, precision, recall, samples.class_accuracy), strict=True))
 
 
-def sweep(config: ConfigDict, folder: str) -> list[Row]:
+def sweep(config: Config, folder: str) -> list[Row]:
     """Draw and measure `eval.num_samples` images for every weight of `eval.weights`; write sweep.csv, .png and a grid.
 
     Image i is number i of seed `eval.seed`, of class i mod num_classes, whatever the weight. Returns the rows of this
@@ -98,7 +98,7 @@ def sweep(config: ConfigDict, folder: str) -> list[Row]:
     return rows
 
 
-def open_features(config: ConfigDict, folder: str, mesh: Mesh, train: data.Dataset) -> FeatureNetwork:
+def open_features(config: Config, folder: str, mesh: Mesh, train: data.Dataset) -> FeatureNetwork:
     """The feature network that `eval.features` names."""
     evaluate = config.eval
     if evaluate.features == "inception":
@@ -117,7 +117,7 @@ def in_blocks(dataset: data.Dataset, rows: int = 1000) -> Iterator[tuple[np.ndar
         yield data.load_arrays(dataset, np.arange(first, min(first + rows, len(dataset))))
 
 
-def drawn(config: ConfigDict, draw: Draw, params: Any, c: Row, folder: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def drawn(config: Config, draw: Draw, params: Any, c: Row, folder: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The (images, labels) of a cell as they are drawn; also written to its .npz, in OpenAI's layout."""
     count = c["num_samples"]
     index = np.arange(count, dtype=np.int32)
@@ -135,7 +135,7 @@ def drawn(config: ConfigDict, draw: Draw, params: Any, c: Row, folder: str) -> I
                 raise preemption.Stopped(f"stopped in the sweep at w = {c['w']:g}")
 
 
-def cell(config: ConfigDict, step: int, w: float) -> Row:
+def cell(config: Config, step: int, w: float) -> Row:
     """What determines a row of sweep.csv: the columns SETTINGS."""
     sample = config.sample
     v = sample.v if sample.sampler == "ancestral" else 0.0
@@ -191,7 +191,7 @@ def append_row(path: str, row: Row) -> None:
     os.replace(temporary, path)
 
 
-def grid_of(config: ConfigDict, cells: list[Row], folder: str, class_names: tuple[str, ...]) -> tuple:
+def grid_of(config: Config, cells: list[Row], folder: str, class_names: tuple[str, ...]) -> tuple:
     """The first image of (at most ten) classes at every weight: a row a class, a column a weight."""
     classes = min(10, config.data.num_classes, config.eval.num_samples)
     columns = [next(npz.npz_batches(samples_path(folder, c), "arr_0", classes)) for c in cells]

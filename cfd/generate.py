@@ -12,9 +12,9 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float, UInt8
-from ml_collections import ConfigDict
 
 from cfd import checkpoint, figures, npz, parallel, xla
+from cfd.config import Config
 from cfd.guidance import Interval
 from cfd.sampling import EpsFn, StepRule, ancestral, ddim, guided_sample
 from cfd.unet import UNet
@@ -46,7 +46,7 @@ def to_uint8(x: Float[Array, "..."]) -> UInt8[Array, "..."]:
     return jnp.round((jnp.clip(x, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
 
 
-def make_draw(config: ConfigDict, sample: ConfigDict, mesh: Mesh) -> Draw:
+def make_draw(config: Config, sample: Config, mesh: Mesh) -> Draw:
     """One compiled program that serves every seed, class and weight; `config` gives the network, `sample` the sampler.
 
     Batches have `sample.batch_size` rows, the last one padded, so that an image does not depend on the request's size.
@@ -84,7 +84,7 @@ def make_draw(config: ConfigDict, sample: ConfigDict, mesh: Mesh) -> Draw:
     return draw
 
 
-def eps_of_params(config: ConfigDict) -> Callable[[Any], EpsFn]:
+def eps_of_params(config: Config) -> Callable[[Any], EpsFn]:
     """params -> eps_fn, for the network of `config.model`."""
     net = UNet(**config.model)
     return lambda params: lambda z, logsnr, labels: net.apply({"params": params}, z, logsnr, labels)
@@ -93,13 +93,11 @@ def eps_of_params(config: ConfigDict) -> Callable[[Any], EpsFn]:
 def grid_request(classes: tuple[int, ...], seeds: tuple[int, ...], weights: tuple[float, ...]) -> Request:
     """A row a class and seed, a column a weight. A class keeps its image number whatever the other classes are."""
     rows = [(s, c, c, w) for c in classes for s in seeds for w in weights]
-    seed, index, label, w = zip(*rows, strict=True)
-    return Request(np.uint32(seed), np.int32(index), np.int32(label), np.float32(w))
+    seed, index, label, w = map(list, zip(*rows, strict=True))
+    return Request(np.array(seed, np.uint32), np.array(index, np.int32), np.array(label, np.int32), np.array(w, np.float32))
 
 
-def preview(
-    config: ConfigDict, mesh: Mesh, folder: str, class_names: tuple[str, ...]
-) -> Callable[[int, Any], np.ndarray]:
+def preview(config: Config, mesh: Mesh, folder: str, class_names: tuple[str, ...]) -> Callable[[int, Any], np.ndarray]:
     """(step, EMA parameters) -> the grid of `config.sample`'s classes, seeds and weights, also in samples/."""
     draw = make_draw(config, config.sample, mesh)
     classes = chosen_classes(config)
@@ -113,7 +111,7 @@ def preview(
     return at
 
 
-def sample(config: ConfigDict, folder: str) -> str:
+def sample(config: Config, folder: str) -> str:
     """`--mode=sample`: draw `config.sample`'s classes, seeds and weights from the newest checkpoint of `folder`.
 
     Writes a PNG grid, a row a class and seed and a column a weight, and the same images as an `.npz` in the layout of
@@ -136,12 +134,12 @@ def sample(config: ConfigDict, folder: str) -> str:
     return stem + ".png"
 
 
-def chosen_classes(config: ConfigDict) -> tuple[int, ...]:
+def chosen_classes(config: Config) -> tuple[int, ...]:
     """`sample.classes`, or the first ten of the data set where it is empty."""
     return config.sample.classes or tuple(range(min(10, config.data.num_classes)))
 
 
-def _grid(config: ConfigDict, images: np.ndarray, classes: tuple[int, ...], class_names: tuple[str, ...]) -> tuple:
+def _grid(config: Config, images: np.ndarray, classes: tuple[int, ...], class_names: tuple[str, ...]) -> tuple:
     weights = config.sample.w
     rows = [class_names[c] for c in classes for _ in config.sample.seeds]
     return images.reshape(len(rows), len(weights), *images.shape[1:]), rows, [f"w = {w:g}" for w in weights]

@@ -9,35 +9,35 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from cfd import evaluation, generate, parallel, preemption, train, workdir, xla
 from cfd.checkpoint import CheckpointError
-from cfd.config import validate
+from cfd.config import Config, validate
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file of configs/.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; runs/<config name> by default.")
 
 
-def train_and_sweep(config: ConfigDict, folder: str) -> None:
+def train_and_sweep(config: Config, folder: str) -> None:
     """The whole job: train, then sweep the weights that `eval` asks for."""
     train.train(config, folder)
     if config.eval.weights:
         evaluation.sweep(config, folder)
 
 
-def sample(config: ConfigDict, folder: str) -> None:
+def sample(config: Config, folder: str) -> None:
     """Draw the grid of `sample`'s classes, seeds and weights."""
     print(f"Wrote {generate.sample(config, folder)} and the .npz beside it.")
 
 
-def sweep(config: ConfigDict, folder: str) -> None:
+def sweep(config: Config, folder: str) -> None:
     """Measure every weight of `eval.weights`."""
     evaluation.sweep(config, folder)
     print(f"Wrote {folder}/sweep.csv, sweep.png and samples/sweep.png.")
 
 
-MODES: dict[str, Callable[[ConfigDict, str], None]] = {"train": train_and_sweep, "sample": sample, "sweep": sweep}
+MODES: dict[str, Callable[[Config, str], None]] = {"train": train_and_sweep, "sample": sample, "sweep": sweep}
 MODE = flags.DEFINE_enum("mode", "train", sorted(MODES), "What to do.")
 
 

@@ -12,11 +12,10 @@ import numpy as np
 import optax
 from jax import Array
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from cfd import checkpoint, data, generate, parallel, preemption, workdir, xla
-from cfd.config import describe
+from cfd.config import Config, describe
 from cfd.losses import eps_loss
 from cfd.unet import UNet
 
@@ -106,7 +105,7 @@ def _loss_and_grads(
     return jax.lax.scan(add, zero, (keys, split))[0]
 
 
-def make_optimizer(train: ConfigDict) -> optax.GradientTransformation:
+def make_optimizer(train: Config) -> optax.GradientTransformation:
     """Clip by the global norm, then AdamW with a linear warm-up to a constant rate."""
     rate = (
         optax.linear_schedule(0.0, train.learning_rate, train.warmup_steps)
@@ -117,7 +116,7 @@ def make_optimizer(train: ConfigDict) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(train.grad_clip), adam)
 
 
-def diffusion(config: ConfigDict) -> tuple[Callable[[Array], Any], LossFn]:
+def diffusion(config: Config) -> tuple[Callable[[Array], Any], LossFn]:
     """(key -> initial parameters, loss) of the diffusion model: the joint training of Algorithm 1."""
     net = UNet(**config.model)
     shape = (1, config.data.image_size, config.data.image_size, config.data.channels)
@@ -128,7 +127,7 @@ def diffusion(config: ConfigDict) -> tuple[Callable[[Array], Any], LossFn]:
     def loss_fn(key: Array, params: Any, x: Array, labels: Array) -> Array:
         key_loss, key_dropout = jax.random.split(key)
 
-        def eps_fn(z: Array, logsnr: Array, labels: Array) -> Array:
+        def eps_fn(z: Array, logsnr: Array, labels: Array) -> Any:
             return net.apply({"params": params}, z, logsnr, labels, train=True, rngs={"dropout": key_dropout})
 
         return eps_loss(key_loss, eps_fn, x, labels, p_uncond=config.train.p_uncond, **config.process)
@@ -136,7 +135,7 @@ def diffusion(config: ConfigDict) -> tuple[Callable[[Array], Any], LossFn]:
     return init, loss_fn
 
 
-def train(config: ConfigDict, folder: str) -> None:
+def train(config: Config, folder: str) -> None:
     """Train the diffusion model of `config` in the run folder `folder`, or resume it there."""
     mesh = parallel.make_mesh(**config.mesh)
     dataset = data.from_config(config.data, config.data.split)
@@ -147,7 +146,7 @@ def train(config: ConfigDict, folder: str) -> None:
 
 
 def fit(
-    settings: ConfigDict,
+    settings: Config,
     folder: str,
     mesh: Mesh,
     dataset: data.Dataset,
@@ -157,7 +156,7 @@ def fit(
     draw: Callable[[int, Any], np.ndarray] | None,
     *,
     seed: int,
-    loading: ConfigDict,
+    loading: Config,
 ) -> None:
     """Build, restore, then batch, step, log, draw and save until `settings.num_steps`.
 

@@ -6,6 +6,7 @@ T1 to T10 are done to real files and real processes; nothing of Orbax is replace
 import itertools
 import json
 import multiprocessing
+import os
 import random
 import resource
 import shutil
