@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from cfd import evaluation, generate, parallel, preemption, train, workdir, xla
@@ -71,5 +71,6 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 
 
 if __name__ == "__main__":
+    flags.FLAGS.set_default("verbosity", logging.WARNING)
     flags.mark_flag_as_required("config")
     app.run(main, flags_parser=parse_flags)

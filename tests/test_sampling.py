@@ -195,7 +195,7 @@ def test_guided_gaussians_follow_the_exact_recursion(rule, num_steps):
         assert np.all(error <= exact.rounding), (v, (error / exact.rounding).max())
 
         if num_steps >= 16:  # In fewer steps the spread of the images is below the rounding of x at λ = −20.
-            images, mean, std = images.reshape(count, 10, 3), exact.mean[:10], np.sqrt(exact.variance)[:10]
+            images, mean, std = images.reshape(count, 10, 3), exact.mean[:10], exact.variance[:10] ** 0.5
             assert np.all(np.median(exact.rounding.reshape(count, 10), axis=0) < 0.05 * std + 1e-4)
             assert np.all(np.abs(images.mean(axis=0) - mean) < 5 * std[:, None] / math.sqrt(count))
             variance = np.square(images - mean).mean(axis=(0, 2))
@@ -348,9 +348,8 @@ def test_an_interval_makes_the_second_evaluation_inside_only():
 
 
 def test_one_doubled_batch_equals_two_passes():
-    np.testing.assert_allclose(
-        sample_doubled(image_keys(8), LABELS, MIXED), sample(image_keys(8), LABELS, MIXED), rtol=1e-5, atol=1e-6
-    )
+    one, two = (draw(image_keys(8), LABELS, MIXED) for draw in (sample_doubled, sample))
+    np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
 
 
 # Keys, labels and ∅
