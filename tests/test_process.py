@@ -80,7 +80,7 @@ def test_cosine_schedule_takes_traced_ends():
 
 def test_alpha_sigma_against_mpmath():
     alpha, sigma = alpha_sigma(jnp.asarray(LOGSNRS))
-    expected = np.array([[float(value) for value in exact_alpha_sigma(logsnr)] for logsnr in LOGSNRS])
+    expected = np.array([exact_alpha_sigma(logsnr) for logsnr in LOGSNRS], np.float64)
     np.testing.assert_allclose(alpha, expected[:, 0], rtol=4 * EPS32)
     np.testing.assert_allclose(sigma, expected[:, 1], rtol=4 * EPS32)
     np.testing.assert_allclose(jnp.square(alpha) + jnp.square(sigma), np.ones_like(LOGSNRS), rtol=2 * EPS32)

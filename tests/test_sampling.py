@@ -118,7 +118,7 @@ def noise_of_images(count=8, num_steps=16):
         keys = jax.vmap(lambda t: jax.random.fold_in(key, t))(jnp.arange(num_steps))
         return jax.vmap(lambda key: jax.random.normal(key, (3,)))(keys)
 
-    return np.float64(jax.jit(lambda: draw(image_keys(count)))())
+    return np.asarray(jax.jit(lambda: draw(image_keys(count)))(), np.float64)
 
 
 @functools.partial(jax.jit, static_argnums=0)
