@@ -41,13 +41,14 @@ def fits(field: Field, value: Any) -> bool:
     return isinstance(value, types) and (field.type is bool or not isinstance(value, bool)) and field.holds(value)
 
 
+SEED = Field(int, lambda x: 0 <= x < 2**32, "an integer in [0, 2^32), the seeds of JAX")
 ANY = Field(str, lambda _: True, "a string")
 BOOL = Field(bool, lambda _: True, "True or False")
 WEIGHTS = "a tuple of guidance weights, each finite and >= -1 (w = -1 is the unconditional model)"
 LOGSNR = Field(float, math.isfinite, "a finite number")
 
 FIELDS: dict[str, Field] = {
-    "seed": at_least(0),
+    "seed": SEED,
     "data.source": one_of("digits", "folder", "tfds"),
     "data.name": ANY,
     "data.split": ANY,
@@ -76,13 +77,13 @@ FIELDS: dict[str, Field] = {
     "process.logsnr_max": LOGSNR,
     "train.num_steps": at_least(1),
     "train.batch_size": at_least(1),
-    "train.p_uncond": number(0, 1),
-    "train.learning_rate": number(0, above=True),
+    "train.p_uncond": number(0.0, 1.0),
+    "train.learning_rate": number(0.0, above=True),
     "train.warmup_steps": at_least(0),
     "train.adam_b1": Field(float, lambda x: 0 <= x < 1, "a number in [0, 1)"),
     "train.adam_b2": Field(float, lambda x: 0 <= x < 1, "a number in [0, 1)"),
-    "train.weight_decay": number(0),
-    "train.grad_clip": number(0, above=True),
+    "train.weight_decay": number(0.0),
+    "train.grad_clip": number(0.0, above=True),
     "train.ema_decay": Field(float, lambda x: 0 <= x < 1, "a number in [0, 1)"),
     "train.num_microbatches": at_least(1),
     "train.nonfinite_limit": at_least(1),
@@ -94,17 +95,21 @@ FIELDS: dict[str, Field] = {
     "mesh.fsdp": at_least(1),
     "sample.num_steps": at_least(1),
     "sample.sampler": one_of("ancestral", "ddim"),
-    "sample.v": number(0, 1),
-    "sample.w": each(number(-1), WEIGHTS, empty=False),
+    "sample.v": number(0.0, 1.0),
+    "sample.w": each(number(-1.0), WEIGHTS, empty=False),
     "sample.interval": each(LOGSNR, "() or (logsnr_lo, logsnr_hi)"),
     "sample.doubled": BOOL,
     "sample.clip": BOOL,
     "sample.classes": each(at_least(0), "a tuple of class numbers; () for the first ten"),
-    "sample.seeds": each(at_least(0), "a tuple of integers >= 0", empty=False),
+    "sample.seeds": each(SEED, "a tuple of integers in [0, 2^32), the seeds of JAX", empty=False),
     "sample.batch_size": at_least(1),
-    "eval.weights": each(number(-1), WEIGHTS),
+    "eval.weights": Field(
+        tuple,
+        lambda x: all(fits(number(-1.0), w) for w in x) and len(set(x)) == len(x),
+        f"{WEIGHTS}, none twice",
+    ),
     "eval.num_samples": at_least(4),
-    "eval.seed": at_least(0),
+    "eval.seed": SEED,
     "eval.features": one_of("classifier", "inception"),
     "eval.inception_path": ANY,
     "eval.test_split": ANY,
@@ -169,7 +174,7 @@ def _validate_together(config: Config) -> None:
     if train.batch_size % train.num_microbatches:
         raise ValueError(
             f"config.train.batch_size is {train.batch_size}, "
-            f"which num_microbatches {train.num_microbatches} does not divide"
+            f"which num_microbatches {train.num_microbatches} does not divide: make it a multiple"
         )
     if len(sample.interval) not in (0, 2) or tuple(sorted(sample.interval)) != tuple(sample.interval):
         raise ValueError(

@@ -1,0 +1,52 @@
+"""The digits config made so small that a run of it takes seconds."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+ROOT = Path(__file__).parents[1]
+
+
+def read_config(path: Path) -> ConfigDict:
+    """The config of a file of configs/."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+FIELDS: dict[str, Any] = {
+    "model.channel_mult": (1,),
+    "model.attention_resolutions": (),
+    "train.num_steps": 6,
+    "train.batch_size": 16,
+    "train.warmup_steps": 2,
+    "train.checkpoint_every_steps": 2,
+    "train.log_every_steps": 1,
+    "train.sample_every_steps": 0,
+    "sample.num_steps": 4,
+    "sample.w": (0.0, 2.0),
+    "sample.classes": (0, 7),
+    "sample.batch_size": 16,
+    "eval.weights": (0.0, 1.0, 3.0),
+    "eval.num_samples": 20,
+    "eval.classifier_steps": 5,
+}
+
+
+def tiny_config(**changes: Any) -> ConfigDict:
+    """configs/digits.py with FIELDS, and `changes` on top: `train__num_steps=3` is train.num_steps."""
+    config = read_config(ROOT / "configs" / "digits.py")
+    for name, value in (FIELDS | {name.replace("__", "."): value for name, value in changes.items()}).items():
+        group, _, field = name.rpartition(".")
+        (config[group] if group else config)[field] = value
+    return config.lock()
+
+
+def flags_of(**changes: Any) -> list[str]:
+    """The same as command-line flags of `python -m cfd.main --config=configs/digits.py`."""
+    fields = FIELDS | {name.replace("__", "."): value for name, value in changes.items()}
+    return [f"--config.{name}={value}" for name, value in fields.items()]
