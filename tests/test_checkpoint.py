@@ -275,6 +275,7 @@ def check_damage(folder: Path, damages: Iterator[str], caplog: pytest.LogCapture
                 assert restored is not None and restored[0] == 2 and same_bits(restored[1], states[2]), what
                 shutil.rmtree(folder / "checkpoints" / "2")
         aside.rename(folder / "checkpoints" / "2")
+    print(count)
     return count
 
 
@@ -522,9 +523,9 @@ def test_load_gives_all_that_sampling_needs(tmp_path: Path) -> None:
     assert run.class_names == tuple("0123456789") and run.config == config_json["config"]
     assert same_bits(run.params, jax.tree.map(lambda x: x * 3, ema))
     z, logsnr, labels = jnp.ones((2, 8, 8, 1)), jnp.zeros(2), jnp.array([4, -1])
-    expected = jax.jit(net.apply)({"params": run.params}, z, logsnr, labels)
-    as_argument = jax.jit(lambda eps_fn, z: eps_fn(z, logsnr, labels))(run.eps_fn, z)
-    np.testing.assert_allclose(as_argument, expected, rtol=1e-3, atol=1e-2)
+    both = jax.jit(lambda eps_fn, params: (eps_fn(z, logsnr, labels), net.apply({"params": params}, z, logsnr, labels)))
+    eps, expected = both(run.eps_fn, run.params)
+    np.testing.assert_allclose(eps, expected, rtol=1e-3, atol=1e-2)
     with pytest.raises(ValueError, match="label 10 is not below the number of classes, 10"):
         run.eps_fn(z, logsnr, jnp.array([0, 10]))
     assert same_bits(checkpoint.load(tmp_path, 1).params, ema)
@@ -626,7 +627,7 @@ def test_a_second_job_costs_the_first_no_save(tmp_path: Path) -> None:
     assert steps(tmp_path) == [7, 8] and not litter(tmp_path)
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(30, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
+@pytest.mark.parametrize("kills", [1, pytest.param(30, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
 def test_killed_while_it_saves(tmp_path: Path, kills: int) -> None:
     """T1 and T3: SIGKILL within 0.4 s of the start of a save of 50 MB, again and again in one folder."""
     rng = random.Random(0)
