@@ -4,6 +4,7 @@ sweep.csv gets a row a cell as soon as the cell is measured, so that a sweep whi
 that is missing. One compiled program serves every weight.
 """
 
+import contextlib
 import csv
 import os
 from collections.abc import Iterable, Iterator
@@ -15,10 +16,10 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int, UInt8
 from tqdm import tqdm
 
-from cfd import checkpoint, data, figures, metrics, npz, parallel, preemption
+from cfd import data, figures, metrics, npz, parallel, preemption
 from cfd.config import Config
 from cfd.features import FeatureNetwork, open_classifier, open_inception
-from cfd.generate import Draw, Request, make_draw
+from cfd.generate import Draw, Request, load_run, make_draw
 
 SETTINGS = ("step", "num_steps", "sampler", "v", "interval", "w", "num_samples", "seed", "features")
 MEASURED = ("fid", "is", "precision", "recall", "class_accuracy")
@@ -68,7 +69,11 @@ def sweep(config: Config, folder: str) -> list[Row]:
     Image i is number i of seed `eval.seed`, of class i mod num_classes, whatever the weight. Returns the rows of this
     config. Raises `preemption.Stopped` when asked to stop; the same call resumes.
     """
-    run = checkpoint.load(folder)
+    if not config.eval.weights:
+        raise ValueError(
+            "config.eval.weights is (): give the weights to sweep, such as --config.eval.weights='(0.0, 1.0)'"
+        )
+    run = load_run(config, folder)
     cells = [cell(config, run.step, w) for w in config.eval.weights]
     path = os.path.join(folder, "sweep.csv")
     missing = [c for c in cells if not rows_of(path, [c])]
@@ -98,6 +103,19 @@ def sweep(config: Config, folder: str) -> list[Row]:
     return rows
 
 
+def check(config: Config) -> None:
+    """What a sweep needs beyond a trained model, looked at before hours of training. Raises ValueError."""
+    evaluate = config.eval
+    parallel.check_batch("sample.batch_size", config.sample.batch_size, parallel.make_mesh(**config.mesh))
+    if evaluate.features == "classifier":
+        data.from_config(config.data, evaluate.test_split)
+    elif not os.path.isfile(evaluate.inception_path):
+        raise ValueError(
+            f"config.eval.inception_path is {evaluate.inception_path!r}, which is no file; make it with "
+            "`python -m cfd.convert inception FILE OUT`"
+        )
+
+
 def open_features(config: Config, folder: str, mesh: Mesh, train: data.Dataset) -> FeatureNetwork:
     """The feature network that `eval.features` names."""
     evaluate = config.eval
@@ -107,7 +125,7 @@ def open_features(config: Config, folder: str, mesh: Mesh, train: data.Dataset) 
         raise ValueError(f"eval.features is {evaluate.features!r}; choose 'classifier' or 'inception'")
     held_out = data.from_config(config.data, evaluate.test_split)
     return open_classifier(
-        folder, mesh, train, held_out, num_steps=evaluate.classifier_steps, flip=config.data.flip, seed=evaluate.seed
+        folder, mesh, train, held_out, num_steps=evaluate.classifier_steps, flip=config.data.flip, seed=config.seed
     )
 
 
@@ -115,6 +133,13 @@ def in_blocks(dataset: data.Dataset, rows: int = 1000) -> Iterator[tuple[np.ndar
     """The whole data set in order, (images, labels) by blocks."""
     for first in range(0, len(dataset), rows):
         yield data.load_arrays(dataset, np.arange(first, min(first + rows, len(dataset))))
+        stop_if_asked("before its next weight")
+
+
+def stop_if_asked(where: str) -> None:
+    """Between two batches: what is asked of `preemption`, by every process alike."""
+    if preemption.requested():
+        raise preemption.Stopped(f"Stopped in the sweep {where}")
 
 
 def drawn(config: Config, draw: Draw, params: Any, c: Row, folder: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -124,21 +149,23 @@ def drawn(config: Config, draw: Draw, params: Any, c: Row, folder: str) -> Itera
     labels = index % config.data.num_classes
     request = Request(np.full(count, c["seed"], np.uint32), index, labels, np.full(count, c["w"], np.float32))
     size = (config.data.image_size, config.data.image_size, config.data.channels)
-    with npz.sample_writer(samples_path(folder, c), count, size) as write:
+    path = samples_path(folder, c)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    first_process = jax.process_index() == 0
+    with npz.sample_writer(path, count, size) if first_process else contextlib.nullcontext(lambda *_: None) as write:
         first = 0
         for images in draw(params, request):
             rows = labels[first : first + len(images)]
             write(images, rows)
             first += len(images)
             yield images, rows
-            if preemption.requested(c["step"] + first):
-                raise preemption.Stopped(f"stopped in the sweep at w = {c['w']:g}")
+            stop_if_asked(f"at w = {c['w']:g}")
 
 
 def cell(config: Config, step: int, w: float) -> Row:
     """What determines a row of sweep.csv: the columns SETTINGS."""
     sample = config.sample
-    v = sample.v if sample.sampler == "ancestral" else 0.0
+    v = float(sample.v) if sample.sampler == "ancestral" else 0.0
     interval = ":".join(f"{end:g}" for end in sample.interval)
     evaluate = config.eval
     values = (
@@ -147,7 +174,7 @@ def cell(config: Config, step: int, w: float) -> Row:
         sample.sampler,
         v,
         interval,
-        w,
+        float(w),
         evaluate.num_samples,
         evaluate.seed,
         evaluate.features,
@@ -163,10 +190,7 @@ def samples_path(folder: str, c: Row) -> str:
 
 def rows_of(path: str, cells: list[Row]) -> list[Row]:
     """The rows of sweep.csv that belong to the cells, in their order."""
-    if not os.path.exists(path):
-        return []
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = list(csv.DictReader(whole_lines(path)))
     found = []
     for c in cells:
         for row in rows:
@@ -176,11 +200,8 @@ def rows_of(path: str, cells: list[Row]) -> list[Row]:
 
 
 def append_row(path: str, row: Row) -> None:
-    """One more row, on the disk before the next cell begins; a line cut short by a kill is dropped first."""
-    lines = []
-    if os.path.exists(path):
-        with open(path, newline="") as file:
-            lines = [line for line in file if line.endswith("\n")]
+    """One more row, on the disk before the next cell begins; a line that was cut short is dropped first."""
+    lines = whole_lines(path)
     temporary = path + ".tmp"
     with open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, SETTINGS + MEASURED, lineterminator="\n")
@@ -189,6 +210,14 @@ def append_row(path: str, row: Row) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def whole_lines(path: str) -> list[str]:
+    """The lines of a file that is perhaps not there, without a last one that was cut short."""
+    if not os.path.exists(path):
+        return []
+    with open(path, newline="") as file:
+        return [line for line in file if line.endswith("\n")]
 
 
 def grid_of(config: Config, cells: list[Row], folder: str, class_names: tuple[str, ...]) -> tuple:

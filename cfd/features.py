@@ -61,9 +61,23 @@ def open_classifier(
     """The classifier in features/classifier.npz of a run's folder; trained at its first use, its accuracy reported."""
     path = os.path.join(folder, "features", "classifier.npz")
     net = ImageClassifier(len(train.class_names))
-    if not os.path.exists(path):
+    found = os.path.exists(path)
+    parallel.barrier("feature classifier looked for")
+    if found:
+        with open(path.replace(".npz", ".json")) as file:
+            made_with = json.load(file)["classifier_steps"]
+        if made_with != num_steps:
+            raise ValueError(
+                f"{path} was trained with eval.classifier_steps = {made_with}, not {num_steps}: give {made_with}, or "
+                "delete the features folder and sweep.csv, whose numbers come from it"
+            )
+    else:
         params = train_classifier(net, train, num_steps=num_steps, flip=flip, seed=seed)
-        report = {"held_out_accuracy": accuracy(net, params, held_out), "held_out_images": len(held_out)}
+        report = {
+            "classifier_steps": num_steps,
+            "held_out_accuracy": accuracy(net, params, held_out),
+            "held_out_images": len(held_out),
+        }
         if jax.process_index() == 0:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with open(path.replace(".npz", ".json"), "w") as file:

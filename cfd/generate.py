@@ -13,8 +13,8 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float, UInt8
 
-from cfd import checkpoint, figures, npz, parallel, xla
-from cfd.config import Config
+from cfd import checkpoint, figures, npz, parallel, workdir, xla
+from cfd.config import Config, describe
 from cfd.guidance import Interval
 from cfd.sampling import EpsFn, StepRule, ancestral, ddim, guided_sample
 from cfd.unet import UNet
@@ -94,7 +94,9 @@ def grid_request(classes: tuple[int, ...], seeds: tuple[int, ...], weights: tupl
     """A row a class and seed, a column a weight. A class keeps its image number whatever the other classes are."""
     rows = [(s, c, c, w) for c in classes for s in seeds for w in weights]
     seed, index, label, w = map(list, zip(*rows, strict=True))
-    return Request(np.array(seed, np.uint32), np.array(index, np.int32), np.array(label, np.int32), np.array(w, np.float32))
+    return Request(
+        np.array(seed, np.uint32), np.array(index, np.int32), np.array(label, np.int32), np.array(w, np.float32)
+    )
 
 
 def preview(config: Config, mesh: Mesh, folder: str, class_names: tuple[str, ...]) -> Callable[[int, Any], np.ndarray]:
@@ -117,7 +119,7 @@ def sample(config: Config, folder: str) -> str:
     Writes a PNG grid, a row a class and seed and a column a weight, and the same images as an `.npz` in the layout of
     OpenAI's evaluator. Returns the path of the grid; its name carries the step and a digest of the settings.
     """
-    run = checkpoint.load(folder)
+    run = load_run(config, folder)
     mesh = parallel.make_mesh(**config.mesh)
     classes = chosen_classes(config)
     request = grid_request(classes, config.sample.seeds, config.sample.w)
@@ -132,6 +134,13 @@ def sample(config: Config, folder: str) -> str:
         with npz.sample_writer(stem + ".npz", len(images), images.shape[1:]) as write:
             write(images, request.label)
     return stem + ".png"
+
+
+def load_run(config: Config, folder: str) -> checkpoint.Loaded:
+    """The newest checkpoint of `folder`. Raises ValueError if there is none, or if it is another config's run."""
+    content = workdir.read_config(folder)
+    workdir.check_config(folder, describe("diffusion", config, content["class_names"]))
+    return checkpoint.load(folder)
 
 
 def chosen_classes(config: Config) -> tuple[int, ...]:

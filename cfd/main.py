@@ -21,6 +21,8 @@ WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; runs/<config n
 
 def train_and_sweep(config: Config, folder: str) -> None:
     """The whole job: train, then sweep the weights that `eval` asks for."""
+    if config.eval.weights:
+        evaluation.check(config)
     train.train(config, folder)
     if config.eval.weights:
         evaluation.sweep(config, folder)
@@ -45,6 +47,8 @@ def main(argv: Sequence[str]) -> None:
     """Run one mode in one folder. What a user can mend is said in a line or two, without a traceback."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; fields are set by --config.GROUP.FIELD=VALUE")
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
     try:
         config = CONFIG.value
         validate(config)
@@ -54,11 +58,15 @@ def main(argv: Sequence[str]) -> None:
         parallel.init_distributed()
         xla.use_compilation_cache(config.xla.compilation_cache)
         preemption.install()
+        if MODE.value != "train" and not os.path.exists(os.path.join(folder, workdir.CONFIG)):
+            raise ValueError(
+                f"{folder} holds no run: train it first, with --mode=train, or give the --workdir of another"
+            )
         with workdir.lock(folder):
             MODES[MODE.value](config, folder)
     except preemption.Stopped as stopped:
         print(f"{stopped}; the same command resumes.", flush=True)
-    except (ValueError, CheckpointError, FloatingPointError) as error:
+    except (ValueError, OSError, CheckpointError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
 
 
@@ -71,6 +79,5 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    flags.FLAGS.set_default("verbosity", logging.WARNING)
     flags.mark_flag_as_required("config")
     app.run(main, flags_parser=parse_flags)

@@ -21,7 +21,13 @@ def init_distributed() -> None:
     """
     address = os.environ.get("CFD_COORDINATOR")
     if address:
-        count, number = int(os.environ["CFD_NUM_PROCESSES"]), int(os.environ["CFD_PROCESS_ID"])
+        try:
+            count, number = int(os.environ["CFD_NUM_PROCESSES"]), int(os.environ["CFD_PROCESS_ID"])
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                f"CFD_COORDINATOR is {address}, but CFD_NUM_PROCESSES or CFD_PROCESS_ID is no number ({error}): "
+                "set all three, the last from 0 to the number of processes less one"
+            ) from None
         jax.distributed.initialize(address, count, number, coordinator_bind_address=address if number == 0 else None)
     elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 or len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1:
         jax.distributed.initialize()

@@ -1,5 +1,6 @@
 """Stopping on request: SIGTERM (a preemption) or SIGINT ends a run at the next step, saved, with exit code 0."""
 
+import itertools
 import signal
 import threading
 from types import FrameType
@@ -8,6 +9,7 @@ import jax
 from jax.experimental import multihost_utils
 
 _requested = threading.Event()
+_calls = itertools.count(1)
 
 
 class Stopped(Exception):
@@ -30,8 +32,9 @@ def install() -> None:
         signal.signal(signal.SIGTERM, request)
 
 
-def requested(step: int) -> bool:
-    """Whether the run must stop after `step`. Every process must ask with the same numbers."""
+def requested() -> bool:
+    """Whether the run must stop now. Every process must ask equally often: all of them stop at the same call."""
     if jax.process_count() == 1:
         return _requested.is_set()
-    return multihost_utils.reached_preemption_sync_point(step)
+    # jax.distributed agrees on a number and compares by equality: count the calls, with no gap and no repetition.
+    return multihost_utils.reached_preemption_sync_point(next(_calls))

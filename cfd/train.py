@@ -210,9 +210,8 @@ def fit(
             check_finite(unchecked, settings.nonfinite_limit, manager)
             unchecked = step, metrics
 
-            stop = preemption.requested(step)
-            last = stop or step == settings.num_steps
-            if last or step % settings.log_every_steps == 0:
+            stop = preemption.requested()
+            if step == settings.num_steps or step % settings.log_every_steps == 0:
                 values = {name: value.item() for name, value in jax.device_get(metrics).items()}
                 elapsed = time.perf_counter() - clock
                 values["images_per_second"] = (step - last_logged) * settings.batch_size / elapsed
@@ -221,7 +220,7 @@ def fit(
                 last_logged, clock, waited = step, time.perf_counter(), 0.0
             if draw is not None and (step == settings.num_steps or step % settings.sample_every_steps == 0):
                 workdir.write_image(log, step, "samples", draw(step, state.ema))
-            if last or step % settings.checkpoint_every_steps == 0:
+            if stop or step == settings.num_steps or step % settings.checkpoint_every_steps == 0:
                 check_finite(unchecked, settings.nonfinite_limit, manager)
                 checkpoint.save(manager, step, state, data_state={"next_step": step}, config_json=config_json)
             if stop:
@@ -243,9 +242,9 @@ def check_finite(unchecked: tuple[int, dict[str, Array]] | None, limit: int, man
         return
     step, metrics = unchecked
     if int(metrics["nonfinite_in_a_row"]) >= limit:
-        good = manager.orbax.latest_step()
+        good = checkpoint.latest_step(manager)
         raise FloatingPointError(
             f"the loss or its gradient is not finite at step {step} (loss {float(metrics['loss'])}), {limit} in a row; "
             f"the last good checkpoint is {'none' if good is None else f'step {good}'} of {manager.directory}: "
-            "lower train.learning_rate or look at the data"
+            "look at the data, or start a new --workdir with a lower train.learning_rate"
         )

@@ -35,7 +35,9 @@ TENSORBOARD = "tensorboard"
 FREE_FIELDS = (
     "data.path",
     "data.num_workers",
+    "data.on_bad_image",
     "train.num_steps",
+    "train.nonfinite_limit",
     "train.checkpoint_every_steps",
     "train.keep_checkpoints",
     "train.log_every_steps",
@@ -43,9 +45,11 @@ FREE_FIELDS = (
     "mesh",
     "sample",
     "eval",
+    "xla",
 )
 """What may change between restarts of a run: the state at a step is a function of all the other fields. (`data.path`
-is where the data set lies, not which one it is; `mesh` moves the last bits of a float32 and no more.)"""
+is where the data set lies, not which one it is; `on_bad_image` and `nonfinite_limit` say whether a step is reached, not
+what it gives; `mesh` moves the last bits of a float32 and no more.)"""
 
 
 @contextlib.contextmanager
@@ -114,17 +118,23 @@ def write_config(workdir: str | os.PathLike[str], config_json: Mapping[str, Any]
         multihost_utils.sync_global_devices("cfd.workdir.write_config")
     if not path.exists():
         raise ValueError(f"{path} was written by process 0 and is not seen here: the workdir must be on a shared disk")
-    old = read_config(workdir)
-    if differences := config_differences(old, new):
-        more = f" and {len(differences) - 4} more" if len(differences) > 4 else ""
-        raise ValueError(
-            f"{path} is another run's: {'; '.join(differences[:4])}{more}. Give another --workdir, or the same config "
-            f"(only {', '.join(FREE_FIELDS)} may change)"
-        )
+    old = check_config(workdir, new)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("cfd.workdir.write_config.compared")
     if jax.process_index() == 0 and new != old:
         write_atomically(path, json.dumps(new, indent=2) + "\n")
+
+
+def check_config(workdir: str | os.PathLike[str], config_json: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of config.json. Raises ValueError if a field outside of FREE_FIELDS differs from `config_json`."""
+    old = read_config(workdir)
+    if differences := config_differences(old, json.loads(json.dumps(config_json))):
+        more = f" and {len(differences) - 4} more" if len(differences) > 4 else ""
+        raise ValueError(
+            f"{Path(workdir) / CONFIG} is another run's: {'; '.join(differences[:4])}{more}. Give another --workdir, "
+            f"or the same config (only {', '.join(FREE_FIELDS)} may change)"
+        )
+    return old
 
 
 def read_config(workdir: str | os.PathLike[str]) -> dict[str, Any]:

@@ -4,12 +4,10 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
 ROOT = Path(__file__).parents[1]
 
 
-def read_config(path: Path) -> ConfigDict:
+def read_config(path: Path) -> Any:
     """The config of a file of configs/."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec and spec.loader
@@ -37,7 +35,7 @@ FIELDS: dict[str, Any] = {
 }
 
 
-def tiny_config(**changes: Any) -> ConfigDict:
+def tiny_config(**changes: Any) -> Any:
     """configs/digits.py with FIELDS, and `changes` on top: `train__num_steps=3` is train.num_steps."""
     config = read_config(ROOT / "configs" / "digits.py")
     for name, value in (FIELDS | {name.replace("__", "."): value for name, value in changes.items()}).items():
