@@ -31,6 +31,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Sharding, SingleDeviceSharding
 from jaxtyping import Float, Int
 
+from cfd.guidance import without_null
 from cfd.unet import UNet
 from cfd.workdir import CHECKPOINTS, config_differences, fsync, read_config
 
@@ -316,7 +317,8 @@ def load(workdir: str | os.PathLike[str], step: int | None = None, *, sharding: 
     """The model of a run's folder, with the EMA weights of its newest good step, or of `step`.
 
     `eps_fn(z, logsnr, labels)` is a `jax.tree_util.Partial`: it can also be an argument of a jitted function, its
-    weights then being arguments too. It raises ValueError for labels that are not below the number of classes.
+    weights then being arguments too. It raises ValueError for labels that are not below the number of classes, and
+    for ∅ where the model never saw it (p_uncond = 0; under `jit` the rows of ∅ are then NaN).
     The weights are on one device unless `sharding` says otherwise. Raises ValueError (no run, no such step) and
     CheckpointError (damage).
     """
@@ -325,19 +327,26 @@ def load(workdir: str | os.PathLike[str], step: int | None = None, *, sharding: 
     num_classes = config["model"]["num_classes"]
     model: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in config["model"].items()}
     net = UNet(**model)
+    channels = config["data"]["channels"]
+    always_labelled = num_classes > 0 and config["train"]["p_uncond"] == 0
 
     def eps_fn(params: Any, z: Array, logsnr: Array, labels: Array) -> Array:
         if not isinstance(labels, Tracer) and np.max(np.asarray(labels), initial=-1) >= num_classes:
             raise ValueError(
                 f"label {np.max(np.asarray(labels))} is not below the number of classes, {num_classes}; -1 is no class"
             )
-        return net.apply({"params": params}, z, logsnr, labels)  # pyright: ignore[reportReturnType]
+
+        def eps(z: Array, logsnr: Array, labels: Array) -> Array:
+            outputs: Any = net.apply({"params": params}, z, logsnr, labels)
+            return outputs[..., :channels]  # what follows is a learned variance, kept at import
+
+        return (without_null(eps) if always_labelled else eps)(z, logsnr, labels)
 
     size = config["data"]["image_size"]
     return Loaded(
         eps_fn=jax.tree_util.Partial(eps_fn, params),
         params=params,
-        image_shape=(size, size, config["data"]["channels"]),
+        image_shape=(size, size, channels),
         num_classes=num_classes,
         class_names=tuple(config_json["class_names"]),
         config=config,

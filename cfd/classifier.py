@@ -3,7 +3,9 @@
 Dhariwal and Nichol, Diffusion Models Beat GANs (arXiv:2105.05233), Section 4. `cfd.guidance` turns one into guidance.
 """
 
+import os
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -11,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int, Key, UInt32
 
+from cfd import checkpoint
 from cfd.process import cosine_logsnr, diffuse
 from cfd.unet import ConditionEmbedding, Norm, blocks, encode
 
@@ -84,3 +87,19 @@ def classifier_loss(
     z = diffuse(x, jax.random.normal(key_eps, x.shape), logsnr)
     log_p = jax.nn.log_softmax(classifier_fn(z, logsnr))
     return -jnp.mean(jnp.take_along_axis(log_p, labels[:, None], axis=-1))
+
+
+def load_classifier(workdir: str | os.PathLike[str], step: int | None = None) -> ClassifierFn:
+    """The classifier of a run folder of kind "classifier", with the EMA weights of its newest good step, or of `step`.
+
+    Raises ValueError if the folder holds another kind of run, and CheckpointError if its checkpoints are damaged.
+    """
+    params, config_json, _ = checkpoint.load_ema(workdir, "classifier", step)
+    fields = config_json["config"]["classifier"]
+    model: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
+    net = Classifier(**model)
+
+    def classifier_fn(params: Any, z: Array, logsnr: Array) -> Array:
+        return net.apply({"params": params}, z, logsnr)  # pyright: ignore[reportReturnType]
+
+    return jax.tree_util.Partial(classifier_fn, params)

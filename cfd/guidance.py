@@ -1,17 +1,19 @@
-"""Classifier-free guidance: the null label, the label dropout that trains it, and the mix of the two scores.
+"""Guidance: the null label, the label dropout that trains it, the mix of two scores; and guidance by a classifier.
 
-Ho and Salimans, Classifier-Free Diffusion Guidance (arXiv:2207.12598), Section 3.2. w is the paper's weight:
+Ho and Salimans, Classifier-Free Diffusion Guidance (arXiv:2207.12598), Sections 3.2 and 3.1. w is the paper's weight:
 w = 0 is the conditional model, w = −1 the unconditional one. (A `guidance_scale` s elsewhere is s = 1 + w.)
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.core import Tracer
 from jaxtyping import Float, Int, Key, UInt32
 
-from cfd.process import per_example
+from cfd.process import alpha_sigma, per_example
 
 NULL_LABEL = -1
 """∅, the label of the unconditional model: "input zeros for the class identifier" (Section 3.2)."""
@@ -47,3 +49,96 @@ class Interval(NamedTuple):
     w: Float[Array, "*b"] | float
     logsnr_lo: Float[Array, ""] | float
     logsnr_hi: Float[Array, ""] | float
+
+
+def classifier_guidance(
+    eps_fn: Callable[[Array, Array, Array], Array], classifier_fn: Callable[[Array, Array], Array], w: Any
+) -> Callable[[Array, Array, Array], Array]:
+    """The eps_fn of ε̃ = ε(z, c) − w σ ∇_z log p(c | z): Section 3.1; with `ddim()`, Algorithm 2 of arXiv:2105.05233.
+
+    `classifier_fn(z, logsnr) -> logits [B, K]`. w is a number, an array (scalar or [B]), a function of λ [B] that
+    returns either, or an `Interval`, outside of which the classifier is not evaluated. Label ∅ is not guided. The
+    result is an eps_fn like any other: give it to `guided_sample`, whose own w is then classifier-free guidance.
+    To guide an unconditional model, give its ε for every label: `lambda z, logsnr, c: eps_fn(z, logsnr, 0 * c - 1)`.
+    Raises ValueError, when called, if w has another shape.
+    """
+    if isinstance(w, (int, float)) and w == 0:
+        return eps_fn
+
+    def guided(z: Array, logsnr: Array, labels: Array) -> Array:
+        weight = _weight_at(w, logsnr)
+        gradient = jax.lax.cond(
+            jnp.any(weight != 0), lambda: class_gradient(classifier_fn, z, logsnr, labels), lambda: jnp.zeros_like(z)
+        )
+        _, sigma = alpha_sigma(logsnr)
+        return eps_fn(z, logsnr, labels) - per_example(weight * sigma, z) * gradient
+
+    return guided
+
+
+def shift_mean(
+    sampler: Callable[[Array, Array, Array, Array], tuple[Array, Array | None]],
+    classifier_fn: Callable[[Array, Array], Array],
+    labels: Int[Array, "b"],
+    w: Any,
+) -> Callable[[Array, Array, Array, Array], tuple[Array, Array]]:
+    """The step rule whose mean is shifted by w Σ ∇_z log p(c | z): Algorithm 1 of arXiv:2105.05233.
+
+    `sampler` is `ancestral(v)`, of variance Σ; arguments and w as in `classifier_guidance`. The shift comes after x̃ is
+    clipped. `classifier_guidance` shifts the same mean by (1 − e^{λ−λ'}) (α'/α) σ² w ∇, which is larger by α'/α at
+    v = 1, by (α/α') e^{λ'−λ} at v = 0, and the same in the limit of small steps.
+    """
+
+    def step(z: Array, x: Array, logsnr: Array, logsnr_next: Array) -> tuple[Array, Array]:
+        mean, std = sampler(z, x, logsnr, logsnr_next)
+        if std is None:
+            raise ValueError("the sampler draws no noise, so there is no Σ to shift by: use classifier_guidance")
+        logsnr = jnp.broadcast_to(logsnr, labels.shape)
+        gradient = class_gradient(classifier_fn, z, logsnr, labels)
+        return mean + per_example(_weight_at(w, logsnr), z) * jnp.square(std) * gradient, std
+
+    return step
+
+
+def class_gradient(
+    classifier_fn: Callable[[Array, Array], Array],
+    z: Float[Array, "b ..."],
+    logsnr: Float[Array, "b"],
+    labels: Int[Array, "b"],
+) -> Float[Array, "b ..."]:
+    """∇_z log p(c | z), of z's shape; 0 where the label is ∅."""
+
+    def log_p(z: Array) -> Array:
+        log_probs = jax.nn.log_softmax(classifier_fn(z, logsnr))
+        chosen = jnp.take_along_axis(log_probs, jnp.maximum(labels, 0)[:, None], axis=-1)[:, 0]
+        return jnp.sum(jnp.where(labels >= 0, chosen, 0.0))
+
+    return jax.grad(log_p)(z)
+
+
+def _weight_at(w: Any, logsnr: Float[Array, "b"]) -> Float[Array, "b"]:
+    if isinstance(w, Interval):
+        w = jnp.where((logsnr >= w.logsnr_lo) & (logsnr <= w.logsnr_hi), w.w, 0.0)
+    weight = jnp.asarray(w(logsnr) if callable(w) else w, jnp.float32)
+    if weight.shape not in ((), logsnr.shape):
+        raise ValueError(f"w has shape {weight.shape}; give a scalar or one weight an image, shape {logsnr.shape}")
+    return jnp.broadcast_to(weight, logsnr.shape)
+
+
+def without_null(eps_fn: Callable[[Array, Array, Array], Array]) -> Callable[[Array, Array, Array], Array]:
+    """`eps_fn` of a model that was never trained without a label (p_uncond = 0), such as ADM's: it refuses ∅.
+
+    Raises ValueError where the labels are known when it is called; labels that `jit` traces are not, and a row of ∅
+    then comes out as NaN: never an image from an embedding that was not trained.
+    """
+
+    def guarded(z: Array, logsnr: Array, labels: Array) -> Array:
+        if not isinstance(labels, Tracer) and (labels < 0).any():
+            raise ValueError(
+                "this model was trained with a label always on (p_uncond = 0): it has no unconditional score; sample "
+                "with a plain w = 0, or use classifier_guidance"
+            )
+        eps = eps_fn(z, logsnr, labels)
+        return jnp.where((labels >= 0).reshape(-1, *[1] * (eps.ndim - 1)), eps, jnp.nan)
+
+    return guarded

@@ -63,8 +63,8 @@ class UNet(nn.Module):
                 else:
                     h = conv3(h.shape[-1], self.dtype, f"up_{level}_sample")(upsample(h))
 
-        h = nn.silu(Norm(name="norm_out")(h))
-        return conv3(self.out_channels, self.dtype, "conv_out", zero=True)(h).astype(jnp.float32)
+        h = nn.silu(Norm(name="norm_out")(h.astype(jnp.float32)))
+        return conv3(self.out_channels, "float32", "conv_out", zero=True)(h)
 
 
 def blocks(net: Any, emb: Float[Array, "b d"], train: bool) -> tuple[Callable[..., Array], Callable[..., Array]]:
