@@ -41,11 +41,24 @@ def fits(field: Field, value: Any) -> bool:
     return isinstance(value, types) and (field.type is bool or not isinstance(value, bool)) and field.holds(value)
 
 
+def distinct(field: Field, words: str) -> Field:
+    field = each(field, words)
+    return field._replace(holds=lambda x: field.holds(x) and len(set(x)) == len(x), words=f"{words}, none twice")
+
+
+def is_interval(value: Any) -> bool:
+    """Whether a value is () or (logsnr_lo, logsnr_hi) with lo <= hi."""
+    finite = isinstance(value, tuple) and all(fits(LOGSNR, end) for end in value)
+    return finite and (value == () or (len(value) == 2 and value[0] <= value[1]))
+
+
 SEED = Field(int, lambda x: 0 <= x < 2**32, "an integer in [0, 2^32), the seeds of JAX")
 ANY = Field(str, lambda _: True, "a string")
 BOOL = Field(bool, lambda _: True, "True or False")
 WEIGHTS = "a tuple of guidance weights, each finite and >= -1 (w = -1 is the unconditional model)"
 LOGSNR = Field(float, math.isfinite, "a finite number")
+INTERVAL = "() or (logsnr_lo, logsnr_hi) with lo <= hi"
+
 
 FIELDS: dict[str, Field] = {
     "seed": SEED,
@@ -97,21 +110,24 @@ FIELDS: dict[str, Field] = {
     "sample.sampler": one_of("ancestral", "ddim"),
     "sample.v": number(0.0, 1.0),
     "sample.w": each(number(-1.0), WEIGHTS, empty=False),
-    "sample.interval": each(LOGSNR, "() or (logsnr_lo, logsnr_hi)"),
+    "sample.interval": Field(tuple, is_interval, INTERVAL),
     "sample.doubled": BOOL,
     "sample.clip": BOOL,
     "sample.classes": each(at_least(0), "a tuple of class numbers; () for the first ten"),
     "sample.seeds": each(SEED, "a tuple of integers in [0, 2^32), the seeds of JAX", empty=False),
     "sample.batch_size": at_least(1),
-    "eval.weights": Field(
-        tuple,
-        lambda x: all(fits(number(-1.0), w) for w in x) and len(set(x)) == len(x),
-        f"{WEIGHTS}, none twice",
+    "eval.weights": distinct(number(-1.0), WEIGHTS),
+    "eval.num_steps": distinct(at_least(1), "() for sample.num_steps, or a tuple of integers >= 1"),
+    "eval.v": distinct(number(0.0, 1.0), "() for sample.v, or a tuple of numbers in [0, 1]"),
+    "eval.intervals": distinct(
+        Field(tuple, is_interval, INTERVAL), f"() for sample.interval, or a tuple of intervals, each {INTERVAL}"
     ),
     "eval.num_samples": at_least(4),
+    "eval.labels": one_of("balanced", "random"),
     "eval.seed": SEED,
     "eval.features": one_of("classifier", "inception"),
     "eval.inception_path": ANY,
+    "eval.reference": ANY,
     "eval.test_split": ANY,
     "eval.classifier_steps": at_least(1),
     "xla.compilation_cache": ANY,
@@ -176,10 +192,8 @@ def _validate_together(config: Config) -> None:
             f"config.train.batch_size is {train.batch_size}, "
             f"which num_microbatches {train.num_microbatches} does not divide: make it a multiple"
         )
-    if len(sample.interval) not in (0, 2) or tuple(sorted(sample.interval)) != tuple(sample.interval):
-        raise ValueError(
-            f"config.sample.interval is {sample.interval}; expected () or (logsnr_lo, logsnr_hi) with lo <= hi"
-        )
+    if sample.sampler == "ddim" and config.eval.v:
+        raise ValueError(f"config.eval.v is {config.eval.v}, but sample.sampler 'ddim' has no v: set eval.v to ()")
     for label in sample.classes:
         if label >= data.num_classes:
             raise ValueError(f"config.sample.classes has {label}; classes are 0 to {data.num_classes - 1}")
