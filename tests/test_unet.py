@@ -12,7 +12,6 @@ from cfd import adm
 from cfd.guidance import NULL_LABEL
 from cfd.unet import UNet, cosine_time, network_time
 
-slow = lambda name: pytest.param(name, marks=pytest.mark.slow)
 SMALL = dict(
     num_classes=4,
     out_channels=3,
@@ -34,7 +33,9 @@ QUICK = {"xla_backend_optimization_level": 0}
 """Half the time to compile, for a program that runs once."""
 
 
-@pytest.mark.parametrize("name", ["small", "plain", "uncond", "pattern64", slow("pattern128")])
+@pytest.mark.parametrize(
+    "name", ["small", "plain", "uncond", "pattern64", pytest.param("pattern128", marks=pytest.mark.slow)]
+)
 def test_outputs_are_those_of_the_original_network(name: str) -> None:
     """Over three λ and classes: the pixels kept of the original's output, and the sums of all of them."""
     ours = printed(name)

@@ -1,0 +1,124 @@
+"""ImageNet 128x128: the experiment of Section 4.3 and Table 2 of Ho and Salimans, Classifier-Free Diffusion Guidance
+(arXiv:2207.12598). λ in [−20, 20], v = 0.2, 2.7 million steps, 50,000 samples a weight. Best FID at w = 0.3:
+
+                  T = 128            T = 256            T = 1024
+         w        FID      IS        FID      IS        FID      IS
+         0.0      8.11     81.46     7.27     82.45     7.22     81.54
+         0.1      5.31     105.01    4.53     106.12    4.5      104.67
+         0.2      3.7      130.79    3.03     132.54    3        130.09
+         0.3      3.04     156.09    2.43     158.47    2.43     156
+         0.4      3.02     183.01    2.49     183.41    2.48     180.88
+         0.5      3.43     206.94    2.98     207.98    2.96     204.31
+         0.6      4.09     227.72    3.76     228.83    3.73     226.76
+         0.7      4.96     247.92    4.67     249.25    4.69     247.89
+         0.8      5.93     265.54    5.74     267.99    5.71     265.52
+         0.9      6.89     280.19    6.8      283.41    6.81     281.14
+         1.0      7.88     295.29    7.86     297.98    7.8      294.56
+         2.0      15.9     378.56    15.93    377.37    15.75    373.18
+         3.0      19.77    409.16    19.77    407.44    19.56    405.68
+         4.0      21.55    422.29    21.53    421.03    21.45    419.06
+
+The network and the optimizer are those of Dhariwal and Nichol's 128x128 model (ADM, arXiv:2105.05233, Appendix I, and
+the README of openai/guided-diffusion): 256 channels, multipliers 1, 1, 2, 3, 4, 2 residual blocks, attention at 32, 16
+and 8, 4 heads, residual blocks that resample, scale-shift norm, dropout 0.0, batch 256, learning rate 1e-4, Adam with β
+= (0.9, 0.999) and no weight decay, EMA 0.9999, 16-bit activations. ADM trained it for 4,360,000 iterations; num_steps
+here is the paper's.
+
+What differs from ADM: ε alone is learned and not the variance, so that there are 3 outputs and the loss is the plain
+one; λ is continuous, of the cosine schedule, and enters the network as that schedule's own time (ADM's network was
+trained on 1000 discrete steps of the linear schedule); labels are dropped with p_uncond = 0.1; bfloat16 takes the place
+of float16, so that no loss is scaled; gradients are clipped at a norm of 1. To sample from ADM's own weights instead,
+import them: `python -m cfd.convert adm 128x128_diffusion.pt OUT`.
+
+    python -m cfd.convert inception pt_inception-2015-12-05-6726825d.pth inception.npz
+    python -m cfd.main --config=configs/imagenet128.py
+
+The data set is TFDS's `imagenet2012`, prepared once as ArrayRecord (extra cfd[prepare]) below data.path
+(~/tensorflow_datasets where that is empty); images are reduced to 128x128 as they are read.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The ImageNet 128x128 experiment."""
+    return ConfigDict(
+        dict(
+            seed=0,
+            data=dict(
+                source="tfds",
+                name="imagenet2012",
+                split="train",
+                path="",
+                image_size=128,
+                channels=3,
+                num_classes=1000,
+                flip=True,
+                on_bad_image="raise",
+                num_workers=16,
+            ),
+            model=dict(
+                num_classes=1000,
+                out_channels=3,
+                base_channels=256,
+                channel_mult=(1, 1, 2, 3, 4),
+                num_res_blocks=2,
+                attention_resolutions=(32, 16, 8),
+                head_channels=0,
+                num_heads=4,
+                resblock_updown=True,
+                scale_shift_norm=True,
+                dropout=0.0,
+                time="cosine",
+                dtype="bfloat16",
+                remat=False,
+            ),
+            process=dict(logsnr_min=-20.0, logsnr_max=20.0),
+            train=dict(
+                num_steps=2_700_000,
+                batch_size=256,
+                p_uncond=0.1,
+                learning_rate=1e-4,
+                warmup_steps=0,
+                adam_b1=0.9,
+                adam_b2=0.999,
+                weight_decay=0.0,
+                grad_clip=1.0,
+                ema_decay=0.9999,
+                num_microbatches=1,
+                nonfinite_limit=3,
+                checkpoint_every_steps=5000,
+                keep_checkpoints=2,
+                log_every_steps=100,
+                sample_every_steps=25_000,
+            ),
+            mesh=dict(data=-1, fsdp=1),
+            sample=dict(
+                num_steps=256,
+                sampler="ancestral",
+                v=0.2,
+                w=(0.0, 1.0, 2.0, 4.0),
+                interval=(),
+                doubled=False,
+                clip=True,
+                classes=(),
+                seeds=(0,),
+                batch_size=256,
+            ),
+            eval=dict(
+                weights=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 2.0, 3.0, 4.0),
+                num_steps=(),
+                v=(),
+                intervals=(),
+                labels="balanced",
+                num_samples=50_000,
+                seed=1000,
+                features="inception",
+                inception_path="inception.npz",
+                reference="",
+                test_split="validation",
+                classifier_steps=4000,
+            ),
+            xla=dict(compilation_cache=""),
+        )
+    )
