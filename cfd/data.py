@@ -14,7 +14,7 @@ import io
 import os
 import stat
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -112,7 +112,7 @@ def open_dataset(
     return Dataset(read, read_labels, num_examples, image_size, channels, class_names, on_bad_image)
 
 
-def from_config(group: Mapping[str, Any], split: str) -> Dataset:
+def from_config(group: Any, split: str) -> Dataset:
     """`open_dataset` with the fields of a config's `data` group, but for the split."""
     loading = ("flip", "num_workers")
     fields: dict[str, Any] = {key: value for key, value in group.items() if key not in loading} | {"split": split}

@@ -1,106 +1,155 @@
-"""`--mode=sweep`: for every weight, class-balanced images from the same seeds, and what the metrics say of them.
+"""`--mode=sweep`: for every cell of a grid, images from the same seeds and classes, and what the metrics say of them.
 
-sweep.csv gets a row a cell as soon as the cell is measured, so that a sweep which is killed resumes at the first cell
-that is missing. One compiled program serves every weight.
+A row of sweep.csv and its manifest are on the disk as soon as a cell is measured, so that a sweep which is killed
+resumes at the first cell that is missing. One compiled program serves all cells of the same T.
 """
 
 import contextlib
-import csv
+import functools
+import hashlib
 import os
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+import platform
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
+from typing import Any
 
+import flax
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Int, UInt8
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from cfd import data, figures, metrics, npz, parallel, preemption
-from cfd.config import Config
+import cfd
+from cfd import data, figures, metrics, npz, paper, parallel, preemption, results
+from cfd.config import CONVENTIONS, Config
 from cfd.features import FeatureNetwork, open_classifier, open_inception
-from cfd.generate import Draw, Request, load_run, make_draw
+from cfd.generate import Draw, Request, check_weights, evaluation_flops, evaluations, load_run, make_draw
+from cfd.reference import Reference, add, open_reference, reference_hash
+from cfd.results import MEASURED, SETTINGS, Row
 
-SETTINGS = ("step", "num_steps", "sampler", "v", "interval", "w", "num_samples", "seed", "features")
-MEASURED = ("fid", "is", "precision", "recall", "class_accuracy")
-NEIGHBOUR_ROWS = 10_000
-"""Reference images for precision and recall, as in ADM's evaluator."""
+Batches = Iterator[tuple[UInt8[np.ndarray, "n h w c"], Int[np.ndarray, " n"]]]
+"""(images, labels), batch by batch."""
 
-Row = dict[str, Any]
-
-
-class Statistics(NamedTuple):
-    """What the metrics need of a set of images."""
-
-    moments: metrics.Moments
-    pool: Float[np.ndarray, "n d"]
-    probs: Float[np.ndarray, "n k"]
-    class_accuracy: float
-
-
-def statistics(
-    batches: Iterable[tuple[UInt8[np.ndarray, "n h w c"], Int[np.ndarray, "n"]]], features: FeatureNetwork
-) -> Statistics:
-    """Stream (images, labels) through the feature network; the images themselves are not kept."""
-    moments, pool, probs, labels = [], [], [], []
-    for images, classes in batches:
-        outputs = features.extract(images)
-        batch = metrics.moments(outputs.pool)
-        moments = [metrics.merge(*moments, batch)] if moments else [batch]
-        pool.append(outputs.pool)
-        probs.append(outputs.probs)
-        labels.append(classes)
-    probs = np.concatenate(probs)
-    class_accuracy = float((probs.argmax(-1) == np.concatenate(labels)).mean())
-    return Statistics(moments[0], np.concatenate(pool), probs, class_accuracy)
-
-
-def compare(reference: Statistics, samples: Statistics) -> dict[str, float]:
-    """The columns MEASURED: Fréchet distance, Inception score, precision, recall, share of the class asked for."""
-    precision, recall = metrics.precision_recall(reference.pool[:NEIGHBOUR_ROWS], samples.pool)
-    fid = metrics.frechet_distance(*metrics.mean_and_cov(reference.moments), *metrics.mean_and_cov(samples.moments))
-    score = metrics.inception_score(samples.probs)
-    return dict(zip(MEASURED, (fid, score, precision, recall, samples.class_accuracy), strict=True))
+LABELS = {
+    "balanced": "image i is of class i mod num_classes",
+    "random": "image i is of class i of numpy.random.default_rng(seed).integers(num_classes, size=num_samples)",
+}
 
 
 def sweep(config: Config, folder: str) -> list[Row]:
-    """Draw and measure `eval.num_samples` images for every weight of `eval.weights`; write sweep.csv, .png and a grid.
+    """Draw and measure `eval.num_samples` images for every cell of `eval`'s grid: T, v, interval and w.
 
-    Image i is number i of seed `eval.seed`, of class i mod num_classes, whatever the weight. Returns the rows of this
-    config. Raises `preemption.Stopped` when asked to stop; the same call resumes.
+    Writes sweep.csv, a manifest a row, the curves in sweep.png, grids of images and the images' `.npz`; prints the
+    table, the paper's beside it where the config is the paper's. Image i is number i of seed `eval.seed`, whatever the
+    cell. Returns the rows of this config. Raises `preemption.Stopped` when asked to stop; the same call resumes.
     """
     if not config.eval.weights:
         raise ValueError(
             "config.eval.weights is (): give the weights to sweep, such as --config.eval.weights='(0.0, 1.0)'"
         )
+    check(config)
     run = load_run(config, folder)
-    cells = [cell(config, run.step, w) for w in config.eval.weights]
-    path = os.path.join(folder, "sweep.csv")
-    missing = [c for c in cells if not rows_of(path, [c])]
-    if len(missing) < len(cells):
-        print(f"{len(cells) - len(missing)} of {len(cells)} weights are in {path} already.", flush=True)
+    mesh = parallel.make_mesh(**config.mesh)
+    train = data.from_config(config.data, config.data.split)
+    features = open_features(config, folder, mesh, train)
+    reference_name = reference_hash(config, features, train)
+    weights = weights_hash(run.params)
+    manifests = {}
+    for c in grid(config, run.step):
+        manifest = manifest_of(config, c, weights, reference_name, features)
+        manifests[results.manifest_name(manifest)] = c, manifest
+
+    held = rows_of(folder, manifests)
+    parallel.barrier("sweep cells looked for")
+    missing = [pair for name, pair in manifests.items() if name not in held]
+    if held:
+        print(f"{len(held)} of {len(manifests)} cells are in {folder}/sweep.csv already.", flush=True)
     if missing:
-        mesh = parallel.make_mesh(**config.mesh)
-        train = data.from_config(config.data, config.data.split)
-        features = open_features(config, folder, mesh, train)
-        reference = statistics(in_blocks(train), features)
-        draw = make_draw(config, config.sample, mesh)
-        params = parallel.replicate(mesh, run.params)
-        for number, c in enumerate(tqdm(missing, desc="sweep", unit="weight", disable=None)):
-            row = c | compare(reference, statistics(drawn(config, draw, params, c, folder), features))
+        reference = open_reference(config, folder, features, train, reference_name)
+        metrics.check_rank(config.eval.num_samples, len(reference.mu))
+        measure_cells(config, folder, mesh, run.params, missing, features, reference)
+
+    rows = list(rows_of(folder, manifests).values())
+    if jax.process_index() == 0:
+        show(config, folder, rows, run.class_names)
+    return rows
+
+
+def measure_cells(
+    config: Config,
+    folder: str,
+    mesh: Mesh,
+    params: Any,
+    cells: list[tuple[Row, dict[str, Any]]],
+    features: FeatureNetwork,
+    reference: Reference,
+) -> None:
+    """One cell after the other, its row written when it is known. The bar counts network evaluations."""
+    costs = [evaluations(config, c["num_steps"], c["w"], ends(c)) for c, _ in cells]
+    total = config.eval.num_samples * sum(costs)
+    flops = total * evaluation_flops(config, params)
+    print(f"{len(cells)} cells to measure: {total:,} network evaluations, {flops:.3g} FLOP.", flush=True)
+
+    @functools.cache
+    def draw_with(num_steps: int) -> Draw:
+        return make_draw(config, ConfigDict(config.sample.to_dict() | {"num_steps": num_steps}), mesh)
+
+    params = parallel.replicate(mesh, params)
+    with tqdm(total=total, desc="sweep", unit="eval", unit_scale=True, smoothing=0.1, disable=None) as bar:
+        for number, ((c, manifest), cost) in enumerate(zip(cells, costs, strict=True)):
+            start = time.perf_counter()
+            images = drawn(config, draw_with(c["num_steps"]), params, c, folder)
+            row = c | measure(counted(images, bar, cost), c["num_samples"], features, reference)
+            rate = c["num_samples"] / (time.perf_counter() - start)
             if jax.process_index() == 0:
-                append_row(path, row)
-                tqdm.write("  ".join(f"{key} {row[key]:.4g}" for key in ("w", *MEASURED)))
+                results.write_manifest(folder, manifest)
+                results.append_row(folder, row | {"manifest": results.manifest_name(manifest)})
+                shown = "  ".join(f"{key} {row[key]:.4g}" for key in MEASURED if row[key] is not None)
+                tqdm.write(f"T {c['num_steps']}  w {c['w']:g}  {shown}  ({rate:.3g} images/s drawn and measured)")
             parallel.barrier(f"sweep cell {number}")
 
-    rows = rows_of(path, cells)
-    if jax.process_index() == 0:
-        curve = os.path.join(folder, "sweep.png")
-        figures.save_curve(curve, {"classifier-free guidance": rows}, config.eval.features)
-        figures.save_grid(
-            os.path.join(folder, "samples", "sweep.png"), *grid_of(config, cells, folder, run.class_names)
-        )
-    return rows
+
+def counted(batches: Batches, bar: tqdm, cost: int) -> Batches:
+    """The same batches; the bar moves by `cost` an image."""
+    for images, labels in batches:
+        yield images, labels
+        bar.update(len(images) * cost)
+
+
+def measure(batches: Batches, count: int, features: FeatureNetwork, reference: Reference) -> dict[str, float | None]:
+    """The columns MEASURED, of `count` images that come by batches; their features are kept, they are not.
+
+    sFID is None where the feature network has no spatial layer, the share of the class asked for where it is not the
+    classifier of the data set's own classes.
+    """
+    pool = spatial = sums = None
+    rows, right, first = [], 0, 0
+    for images, labels in batches:
+        outputs = features.extract(images)
+        pool, spatial = add(pool, outputs.pool), add(spatial, outputs.spatial)
+        batch = metrics.score_sums(outputs.probs, np.arange(first, first + len(images)), count)
+        sums = batch if sums is None else metrics.merge_score_sums(sums, batch)
+        right += int((outputs.probs.argmax(-1) == labels).sum())
+        rows.append(outputs.pool)
+        first += len(images)
+    if pool is None or sums is None or first != count:
+        raise ValueError(f"{first} images came, {count} were announced")
+    sfid = None
+    if spatial is not None and reference.mu_s is not None and reference.sigma_s is not None:
+        sfid = metrics.frechet_distance(reference.mu_s, reference.sigma_s, *metrics.mean_and_cov(spatial))
+    precision, recall = metrics.precision_recall(reference.features, np.concatenate(rows))
+    return {
+        "fid": metrics.frechet_distance(reference.mu, reference.sigma, *metrics.mean_and_cov(pool)),
+        "sfid": sfid,
+        "is": metrics.inception_score_from_sums(sums),
+        "precision": precision,
+        "recall": recall,
+        "class_accuracy": right / count if features.name == "classifier" else None,
+    }
 
 
 def check(config: Config) -> None:
@@ -114,6 +163,9 @@ def check(config: Config) -> None:
             f"config.eval.inception_path is {evaluate.inception_path!r}, which is no file; make it with "
             "`python -m cfd.convert inception FILE OUT`"
         )
+    if evaluate.reference and not os.path.isfile(evaluate.reference):
+        raise ValueError(f"config.eval.reference is {evaluate.reference!r}, which is no file; '' takes the data set")
+    check_weights(config, evaluate.weights)
 
 
 def open_features(config: Config, folder: str, mesh: Mesh, train: data.Dataset) -> FeatureNetwork:
@@ -129,24 +181,11 @@ def open_features(config: Config, folder: str, mesh: Mesh, train: data.Dataset) 
     )
 
 
-def in_blocks(dataset: data.Dataset, rows: int = 1000) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The whole data set in order, (images, labels) by blocks."""
-    for first in range(0, len(dataset), rows):
-        yield data.load_arrays(dataset, np.arange(first, min(first + rows, len(dataset))))
-        stop_if_asked("before its next weight")
-
-
-def stop_if_asked(where: str) -> None:
-    """Between two batches: what is asked of `preemption`, by every process alike."""
-    if preemption.requested():
-        raise preemption.Stopped(f"Stopped in the sweep {where}")
-
-
-def drawn(config: Config, draw: Draw, params: Any, c: Row, folder: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def drawn(config: Config, draw: Draw, params: Any, c: Row, folder: str) -> Batches:
     """The (images, labels) of a cell as they are drawn; also written to its .npz, in OpenAI's layout."""
     count = c["num_samples"]
     index = np.arange(count, dtype=np.int32)
-    labels = index % config.data.num_classes
+    labels = labels_of(c["labels"], c["seed"], count, config.data.num_classes)
     request = Request(np.full(count, c["seed"], np.uint32), index, labels, np.full(count, c["w"], np.float32))
     size = (config.data.image_size, config.data.image_size, config.data.channels)
     path = samples_path(folder, c)
@@ -154,74 +193,154 @@ def drawn(config: Config, draw: Draw, params: Any, c: Row, folder: str) -> Itera
     first_process = jax.process_index() == 0
     with npz.sample_writer(path, count, size) if first_process else contextlib.nullcontext(lambda *_: None) as write:
         first = 0
-        for images in draw(params, request):
+        for images in draw(params, request, v=c["v"], interval=ends(c)):
             rows = labels[first : first + len(images)]
             write(images, rows)
             first += len(images)
             yield images, rows
-            stop_if_asked(f"at w = {c['w']:g}")
+            if preemption.requested():
+                raise preemption.Stopped(f"Stopped in the sweep at w = {c['w']:g}")
 
 
-def cell(config: Config, step: int, w: float) -> Row:
-    """What determines a row of sweep.csv: the columns SETTINGS."""
-    sample = config.sample
-    v = float(sample.v) if sample.sampler == "ancestral" else 0.0
-    interval = ":".join(f"{end:g}" for end in sample.interval)
-    evaluate = config.eval
-    values = (
-        step,
-        sample.num_steps,
-        sample.sampler,
-        v,
-        interval,
-        float(w),
-        evaluate.num_samples,
-        evaluate.seed,
-        evaluate.features,
-    )
-    return dict(zip(SETTINGS, values, strict=True))
+def labels_of(policy: str, seed: int, count: int, num_classes: int) -> Int[np.ndarray, " count"]:
+    """The class of each image, by a policy of LABELS; a longer set begins with the same classes."""
+    if policy == "random":
+        return np.random.default_rng(seed).integers(num_classes, size=count).astype(np.int32)
+    return np.arange(count, dtype=np.int32) % num_classes
+
+
+def grid(config: Config, step: int) -> list[Row]:
+    """The cells that `eval` asks for: what determines each, and what its FID is called."""
+    sample, evaluate = config.sample, config.eval
+    v = tuple(evaluate.v) or (sample.v,) if sample.sampler == "ancestral" else (0.0,)
+    intervals = tuple(evaluate.intervals) or (tuple(sample.interval),)
+    cells = product(tuple(evaluate.num_steps) or (sample.num_steps,), v, intervals, evaluate.weights)
+    return [
+        {
+            "step": step,
+            "p_uncond": float(config.train.p_uncond),
+            "num_steps": num_steps,
+            "sampler": sample.sampler,
+            "v": float(v),
+            "interval": ":".join(f"{end:g}" for end in interval),
+            "w": float(w),
+            "num_samples": evaluate.num_samples,
+            "labels": evaluate.labels,
+            "seed": evaluate.seed,
+            "features": evaluate.features,
+            "fid_name": results.fid_name(evaluate.num_samples),
+        }
+        for num_steps, v, interval, w in cells
+    ]
+
+
+def ends(c: Row) -> tuple[float, ...]:
+    """The guidance interval of a cell, () for none."""
+    return tuple(float(end) for end in c["interval"].split(":") if end)
 
 
 def samples_path(folder: str, c: Row) -> str:
     """Where the images of a cell are kept."""
-    name = "_".join(f"{key}-{c[key]}" for key in SETTINGS if key != "features" and c[key] != "")
+    keys = ("step", "num_steps", "sampler", "v", "interval", "w", "num_samples", "labels", "seed")
+    name = "_".join(f"{key}-{c[key]}" for key in keys if c[key] != "")
     return os.path.join(folder, "samples", f"{name}.npz")
 
 
-def rows_of(path: str, cells: list[Row]) -> list[Row]:
-    """The rows of sweep.csv that belong to the cells, in their order."""
-    rows = list(csv.DictReader(whole_lines(path)))
-    found = []
-    for c in cells:
-        for row in rows:
-            if all(row[key] == str(c[key]) for key in SETTINGS):
-                found.append(c | {key: float(row[key]) for key in MEASURED})
-    return found
+def manifest_of(config: Config, c: Row, weights: str, reference: str, features: FeatureNetwork) -> dict[str, Any]:
+    """How a row is made: the hashes of all that goes in, every setting, and the versions of the programs."""
+    settings = {key: c[key] for key in SETTINGS if key not in ("step", "p_uncond", "features")}
+    return {
+        "weights": {
+            "sha256": weights,
+            "step": c["step"],
+            "ema_decay": config.train.ema_decay,
+            "p_uncond": c["p_uncond"],
+        },
+        "network": config.model.to_dict(),
+        "sampling": settings | {"clip": config.sample.clip, "process": config.process.to_dict()},
+        "label_policy": LABELS[c["labels"]],
+        "seeds": "image i is drawn with the key fold_in(key(seed), i)",
+        "images": CONVENTIONS["images"],
+        "w": CONVENTIONS["w"],
+        "reference": {"sha256": reference, "source": config.eval.reference and os.path.basename(config.eval.reference)},
+        "features": {"name": features.name, "sha256": features.weights_hash},
+        "cfd": cfd.__version__,
+        "environment": {
+            "device": jax.devices()[0].device_kind,
+            "jax": jax.__version__,
+            "flax": flax.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+    }
 
 
-def append_row(path: str, row: Row) -> None:
-    """One more row, on the disk before the next cell begins; a line that was cut short is dropped first."""
-    lines = whole_lines(path)
-    temporary = path + ".tmp"
-    with open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, SETTINGS + MEASURED, lineterminator="\n")
-        file.writelines(lines) if lines else writer.writeheader()
-        writer.writerow(row)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def weights_hash(params: Any) -> str:
+    """The SHA-256 of parameters: of every array, by path, its path, dtype, shape and values."""
+    digest = hashlib.sha256()
+    for path, x in sorted(flatten_dict(params).items()):
+        array = np.ascontiguousarray(x)
+        digest.update(f"{'/'.join(path)} {array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
-def whole_lines(path: str) -> list[str]:
-    """The lines of a file that is perhaps not there, without a last one that was cut short."""
-    if not os.path.exists(path):
-        return []
-    with open(path, newline="") as file:
-        return [line for line in file if line.endswith("\n")]
+def rows_of(folder: str, names: Iterable[str]) -> dict[str, Row]:
+    """The rows of sweep.csv whose manifests have these names and are there, in the order of the names."""
+    rows = {row["manifest"]: row for row in results.read_rows(folder)}
+    return {name: rows[name] for name in names if name in rows and results.read_manifest(folder, name) is not None}
 
 
-def grid_of(config: Config, cells: list[Row], folder: str, class_names: tuple[str, ...]) -> tuple:
-    """The first image of (at most ten) classes at every weight: a row a class, a column a weight."""
-    classes = min(10, config.data.num_classes, config.eval.num_samples)
-    columns = [next(npz.npz_batches(samples_path(folder, c), "arr_0", classes)) for c in cells]
-    return np.stack(columns, axis=1), class_names[:classes], [f"w = {c['w']:g}" for c in cells]
+def show(config: Config, folder: str, rows: list[Row], class_names: tuple[str, ...]) -> None:
+    """sweep.png, a grid of images for each curve in it, and the table on the standard output."""
+    table = paper.table_of(config)
+    published = [] if table is None else paper.rows(table)
+    curves = results.curves(rows)
+    figures.save_curve(os.path.join(folder, "sweep.png"), curves, results.curves(published, "paper"))
+    for number, line in enumerate(curves.values()):
+        name = f"sweep_{number}.png" if len(curves) > 1 else "sweep.png"
+        figures.save_grid(os.path.join(folder, "samples", name), *grid_of(config, line, folder, class_names))
+    print(results.table({"ours": rows, "paper": published} if table else {"": rows}), flush=True)
+
+
+def grid_of(config: Config, line: list[Row], folder: str, class_names: tuple[str, ...]) -> tuple:
+    """The first images (at most ten) at every weight of a curve: a row an image, a column a weight."""
+    first = line[0]
+    count = min(10, first["num_samples"])
+    classes = labels_of(first["labels"], first["seed"], count, config.data.num_classes)
+    columns = [next(npz.npz_batches(samples_path(folder, row), "arr_0", count)) for row in line]
+    return np.stack(columns, axis=1), [class_names[i] for i in classes], [f"w = {row['w']:g}" for row in line]
+
+
+def compare(config: Config, folder: str, others: Sequence[str]) -> str:
+    """`--mode=compare`: the newest sweeps of several runs side by side, such as one a p_uncond, and the paper's.
+
+    Writes compare.md, the table in the paper's layout, and compare.png. Returns the table. Raises ValueError where two
+    runs cannot be told apart by their settings, and where they were measured with different references or features.
+    """
+    rows, made_with = [], {}
+    for run in (folder, *others):
+        held = results.read_rows(run)
+        if not held:
+            raise ValueError(f"{run} has no sweep.csv: sweep it first, with --mode=sweep")
+        newest = max(row["step"] for row in held)
+        for row in held:
+            manifest = results.read_manifest(run, row["manifest"])
+            if row["step"] == newest and manifest is not None:
+                rows.append(row)
+                made_with.setdefault((manifest["reference"]["sha256"], manifest["features"]["sha256"]), run)
+    if len(made_with) > 1:
+        raise ValueError(
+            f"{' and '.join(made_with.values())} were measured with different references or feature networks: copy the "
+            "features folder of one into the others and sweep them again"
+        )
+    curves = results.curves(rows)
+    if sum(map(len, curves.values())) < len(rows):
+        raise ValueError(f"{', '.join((folder, *others))} hold rows of the same settings: nothing tells them apart")
+    table = paper.table_of(config)
+    published = [] if table is None else paper.rows(table)
+    text = results.table({"ours": rows, "paper": published} if table else {"": rows})
+    with open(os.path.join(folder, "compare.md"), "w") as file:
+        file.write(text + "\n")
+    figures.save_curve(os.path.join(folder, "compare.png"), curves, results.curves(published, "paper"))
+    return text

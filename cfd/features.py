@@ -19,7 +19,7 @@ from jax import Array
 from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
-from cfd import data, inception, npz, parallel, xla
+from cfd import data, inception, npz, parallel, watchdog, xla
 
 
 class Outputs(NamedTuple):
@@ -60,7 +60,7 @@ def open_classifier(
 ) -> FeatureNetwork:
     """The classifier in features/classifier.npz of a run's folder; trained at its first use, its accuracy reported."""
     path = os.path.join(folder, "features", "classifier.npz")
-    net = ImageClassifier(len(train.class_names))
+    net: Any = ImageClassifier(len(train.class_names))
     found = os.path.exists(path)
     parallel.barrier("feature classifier looked for")
     if found:
@@ -117,12 +117,13 @@ def _extractor(network: Callable, params: Any, mesh: Mesh, batch: int) -> Callab
             padded = np.concatenate([rows, np.zeros((size - len(rows), *rows.shape[1:]), np.uint8)])
             outputs = compiled(params, parallel.shard_rows(mesh, padded))
             parts.append([None if x is None else parallel.gather(x)[: len(rows)] for x in outputs])
-        return Outputs(*(None if column[0] is None else np.concatenate(column) for column in zip(*parts, strict=True)))
+        whole: Any = [None if column[0] is None else np.concatenate(column) for column in zip(*parts, strict=True)]
+        return Outputs(*whole)
 
     return extract
 
 
-def train_classifier(net: ImageClassifier, dataset: data.Dataset, *, num_steps: int, flip: bool, seed: int) -> Any:
+def train_classifier(net: Any, dataset: data.Dataset, *, num_steps: int, flip: bool, seed: int) -> Any:
     """`num_steps` batches of 128 training images; AdamW with a cosine decay. Returns the parameters."""
     optimizer = optax.adamw(optax.cosine_decay_schedule(3e-3, num_steps), weight_decay=1e-3)
     image = jnp.zeros((1, dataset.image_size, dataset.image_size, dataset.channels), jnp.uint8)
@@ -141,6 +142,7 @@ def train_classifier(net: ImageClassifier, dataset: data.Dataset, *, num_steps: 
 
     batches = data.batches(dataset, seed=seed, batch_size=128, flip=flip, num_workers=1)
     for _ in range(num_steps):
+        watchdog.alive(slow=True)
         batch = next(batches)
         images = np.round((batch["image"] + 1.0) * 127.5).astype(np.uint8)
         params, opt_state = step(params, opt_state, images, batch["label"])
@@ -148,7 +150,7 @@ def train_classifier(net: ImageClassifier, dataset: data.Dataset, *, num_steps: 
     return params
 
 
-def accuracy(net: ImageClassifier, params: Any, held_out: data.Dataset) -> float:
+def accuracy(net: Any, params: Any, held_out: data.Dataset) -> float:
     """The share of held-out images whose class the classifier names."""
     predict = xla.jit(lambda images: net.apply({"params": params}, images)[1].argmax(-1))
     right = 0

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,9 +14,10 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float, UInt8
 
-from cfd import checkpoint, figures, npz, parallel, workdir, xla
+from cfd import checkpoint, figures, npz, parallel, preemption, watchdog, workdir, xla
 from cfd.config import Config, describe
 from cfd.guidance import Interval
+from cfd.process import cosine_logsnr
 from cfd.sampling import EpsFn, StepRule, ancestral, ddim, guided_sample
 from cfd.unet import UNet
 
@@ -29,11 +31,11 @@ class Request(NamedTuple):
     w: np.ndarray
 
 
-Draw = Callable[[Any, Request], Iterator[UInt8[np.ndarray, "n h w c"]]]
-"""(parameters, request) -> the images in order, in batches, on every process."""
+Draw = Callable[..., Iterator[UInt8[np.ndarray, "n h w c"]]]
+"""(parameters, request, v=..., interval=...) -> the images in order, in batches, on every process."""
 
 
-def step_rule(sampler: str, v: float) -> StepRule:
+def step_rule(sampler: str, v: Any) -> StepRule:
     """The step rule that a config names."""
     rules = {"ancestral": lambda: ancestral(v), "ddim": ddim}
     if sampler not in rules:
@@ -47,46 +49,78 @@ def to_uint8(x: Float[Array, "..."]) -> UInt8[Array, "..."]:
 
 
 def make_draw(config: Config, sample: Config, mesh: Mesh) -> Draw:
-    """One compiled program that serves every seed, class and weight; `config` gives the network, `sample` the sampler.
+    """One compiled program that serves every seed, class, weight, v and interval, the last two `sample`'s unless given.
 
-    Batches have `sample.batch_size` rows, the last one padded, so that an image does not depend on the request's size.
-    Raises ValueError if the devices do not divide the batch.
+    `config` gives the network, `sample` the sampler and its T. Batches have `sample.batch_size` rows, the last one
+    padded, so that an image does not depend on the request's size. A batch whose weights are all 0 costs one network
+    evaluation a step. Raises ValueError if the devices do not divide the batch, and for images that are not finite.
     """
     parallel.check_batch("sample.batch_size", sample.batch_size, mesh)
     eps = eps_of_params(config)
     shape = (config.data.image_size, config.data.image_size, config.data.channels)
 
-    def program(params: Any, seed: Array, index: Array, label: Array, w: Array) -> Array:
+    def program(
+        params: Any, seed: Array, index: Array, label: Array, w: Array, v: Array, lo: Array, hi: Array
+    ) -> tuple[Array, Array]:
         keys = jax.vmap(lambda s, i: jax.random.fold_in(jax.random.key(s), i))(seed, index)
         x = guided_sample(
             keys,
             eps(params),
             label,
             shape,
-            w=Interval(w, *sample.interval) if sample.interval else w,
+            w=Interval(w, lo, hi),
             num_steps=sample.num_steps,
-            sampler=step_rule(sample.sampler, sample.v),
+            sampler=step_rule(sample.sampler, v),
             clip=sample.clip,
             doubled=sample.doubled,
             **config.process,
         )
-        return to_uint8(x)
+        return to_uint8(x), jnp.isfinite(x).all(axis=(1, 2, 3))
 
     compiled = xla.jit(program, out_shardings=NamedSharding(mesh, parallel.BATCH))
 
-    def draw(params: Any, request: Request) -> Iterator[np.ndarray]:
+    def draw(
+        params: Any, request: Request, v: float = sample.v, interval: tuple[float, ...] = tuple(sample.interval)
+    ) -> Iterator[np.ndarray]:
         size = sample.batch_size
         for first in range(0, len(request.index), size):
+            watchdog.alive(slow=first == 0)
             rows = Request(*(np.resize(column[first : first + size], size) for column in request))
-            images = compiled(params, *(parallel.shard_rows(mesh, column) for column in rows))
-            yield parallel.gather(images)[: len(request.index) - first]
+            ends = (interval or (-np.inf, np.inf)) if rows.w.any() else (np.inf, -np.inf)
+            columns = (parallel.shard_rows(mesh, column) for column in rows)
+            images, finite = map(parallel.gather, compiled(params, *columns, *map(np.float32, (v, *ends))))
+            if not finite.all():
+                i = int(finite.argmin())
+                raise ValueError(
+                    f"{np.count_nonzero(~finite)} of {size} images hold NaN or infinity, such as number "
+                    f"{rows.index[i]} of seed {rows.seed[i]} at w = {rows.w[i]:g}: look at the run's loss, or lower w"
+                )
+            yield images[: len(request.index) - first]
+        watchdog.alive(slow=True)
 
     return draw
 
 
+def evaluations(config: Config, num_steps: int, w: float, interval: tuple[float, ...]) -> int:
+    """Network evaluations an image: one a step, and where w is not 0 a second one a step inside of the interval."""
+    u = 1.0 - jnp.arange(num_steps, dtype=jnp.float32) / max(num_steps - 1, 1)
+    logsnr = cosine_logsnr(u, **config.process)
+    lo, hi = interval or (-np.inf, np.inf)
+    return num_steps + int(((logsnr >= lo) & (logsnr <= hi)).sum()) * (w != 0)
+
+
+def evaluation_flops(config: Config, params: Any) -> float:
+    """Floating-point operations of one network evaluation of one image, by XLA's count for the network as lowered."""
+    z = jax.ShapeDtypeStruct((1, config.data.image_size, config.data.image_size, config.data.channels), jnp.float32)
+    one = jax.ShapeDtypeStruct((1,), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    eps = eps_of_params(config)
+    return jax.jit(lambda params, *inputs: eps(params)(*inputs)).lower(params, z, *one).cost_analysis()["flops"]
+
+
 def eps_of_params(config: Config) -> Callable[[Any], EpsFn]:
     """params -> eps_fn, for the network of `config.model`."""
-    net = UNet(**config.model)
+    net: Any = UNet(**config.model)
     return lambda params: lambda z, logsnr, labels: net.apply({"params": params}, z, logsnr, labels)
 
 
@@ -123,8 +157,23 @@ def sample(config: Config, folder: str) -> str:
     mesh = parallel.make_mesh(**config.mesh)
     classes = chosen_classes(config)
     request = grid_request(classes, config.sample.seeds, config.sample.w)
+    check_weights(config, config.sample.w)
     draw = make_draw(config, config.sample, mesh)
-    images = np.concatenate(list(draw(parallel.replicate(mesh, run.params), request)))
+    start = time.perf_counter()
+    batches: list[np.ndarray] = []
+    for batch in draw(parallel.replicate(mesh, run.params), request):
+        batches.append(batch)
+        if preemption.requested():
+            done = sum(map(len, batches))
+            raise preemption.Stopped(f"Stopped in sampling, after {done} of {len(request.index)} images")
+    images = np.concatenate(batches)
+    seconds = time.perf_counter() - start
+    count = evaluations(config, config.sample.num_steps, max(map(abs, config.sample.w)), tuple(config.sample.interval))
+    print(
+        f"{len(images)} images, {count} network evaluations or {count * evaluation_flops(config, run.params):.3g} FLOP "
+        f"an image: {len(images) / seconds:.3g} images/s, compilation included.",
+        flush=True,
+    )
 
     settings = json.dumps(config.sample.to_dict(), sort_keys=True)
     digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
@@ -141,6 +190,15 @@ def load_run(config: Config, folder: str) -> checkpoint.Loaded:
     content = workdir.read_config(folder)
     workdir.check_config(folder, describe("diffusion", config, content["class_names"]))
     return checkpoint.load(folder)
+
+
+def check_weights(config: Config, weights: Sequence[float]) -> None:
+    """Raises ValueError where a weight needs the unconditional score of a run that was never trained on it."""
+    if config.train.p_uncond == 0 and any(weights):
+        raise ValueError(
+            f"w = {next(filter(None, weights)):g} needs the unconditional score, and this run was trained with "
+            "train.p_uncond = 0: only w = 0 can be sampled"
+        )
 
 
 def chosen_classes(config: Config) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from jax import Array
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from cfd import checkpoint, data, generate, parallel, preemption, workdir, xla
+from cfd import checkpoint, data, generate, parallel, preemption, watchdog, workdir, xla
 from cfd.config import Config, describe
 from cfd.losses import eps_loss
 from cfd.unet import UNet
@@ -57,7 +57,7 @@ def train_step(
     """
     key = jax.random.fold_in(key, state.step)
     loss, grads = _loss_and_grads(state.params, batch, key, loss_fn, num_microbatches)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = jax.tree.map(lambda e, p: e + (1.0 - ema_decay) * (p - e), state.ema, params)
@@ -135,14 +135,29 @@ def diffusion(config: Config) -> tuple[Callable[[Array], Any], LossFn]:
     return init, loss_fn
 
 
-def train(config: Config, folder: str) -> None:
-    """Train the diffusion model of `config` in the run folder `folder`, or resume it there."""
+def train(config: Config, folder: str, *, allow_fresh_start: bool = False) -> None:
+    """Train the diffusion model of `config` in the run folder `folder`, or resume it there.
+
+    If all its checkpoints are damaged: CheckpointError, or with `allow_fresh_start` from step 0 again.
+    """
     mesh = parallel.make_mesh(**config.mesh)
     dataset = data.from_config(config.data, config.data.split)
     init, loss_fn = diffusion(config)
     config_json = describe("diffusion", config, dataset.class_names)
     draw = generate.preview(config, mesh, folder, dataset.class_names) if config.train.sample_every_steps else None
-    fit(config.train, folder, mesh, dataset, config_json, init, loss_fn, draw, seed=config.seed, loading=config.data)
+    fit(
+        config.train,
+        folder,
+        mesh,
+        dataset,
+        config_json,
+        init,
+        loss_fn,
+        draw,
+        seed=config.seed,
+        loading=config.data,
+        allow_fresh_start=allow_fresh_start,
+    )
 
 
 def fit(
@@ -157,13 +172,18 @@ def fit(
     *,
     seed: int,
     loading: Config,
+    allow_fresh_start: bool = False,
 ) -> None:
     """Build, restore, then batch, step, log, draw and save until `settings.num_steps`.
 
     `settings` is a config's `train` group and `loading` its `data` group; `draw(step, ema)` makes a picture every
     `sample_every_steps`. Raises FloatingPointError after `nonfinite_limit` non-finite steps in a row, and
     `preemption.Stopped` when asked to stop; either way the same call resumes from the newest checkpoint.
+
+    Goodput is the share of the wall time since the call that went into steps, the first of which, with its compilation,
+    is not counted: what building, restoring, waiting for data, drawing and saving leave.
     """
+    started = time.perf_counter()
     parallel.check_batch(
         "train.batch_size / train.num_microbatches", settings.batch_size // settings.num_microbatches, mesh
     )
@@ -175,7 +195,7 @@ def fit(
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
 
     manager = checkpoint.open_manager(folder, keep=settings.keep_checkpoints)
-    restored = checkpoint.restore(manager, abstract)
+    restored = checkpoint.restore(manager, abstract, allow_fresh_start=allow_fresh_start)
     start, state = (0, jax.jit(init_state, out_shardings=shardings)(key_init)) if restored is None else restored[:2]
     if restored is not None:
         print(f"Resuming {folder} at step {start} of {settings.num_steps}.", flush=True)
@@ -199,32 +219,45 @@ def fit(
         num_workers=loading.num_workers,
     )
     unchecked: tuple[int, dict[str, Array]] | None = None
-    last_logged, clock, waited = start, time.perf_counter(), 0.0
+    last_logged, clock, waited, productive = start, time.perf_counter(), 0.0, 0.0
+    step, stop = start, False
     with workdir.metrics_log(folder, start) as log, closing(batches), closing_manager(manager):
         for step in tqdm(range(start + 1, settings.num_steps + 1), "train", unit="step", disable=None):
+            watchdog.alive(slow=step == start + 1)
             before = time.perf_counter()
             batch = parallel.global_batch(mesh, next(batches))
-            waited += time.perf_counter() - before
+            fetched = time.perf_counter()
+            waited += fetched - before
             state, metrics = step_fn(state, batch, key_steps)
             # One step late, so that the device always has a step queued while the host waits.
             check_finite(unchecked, settings.nonfinite_limit, manager)
             unchecked = step, metrics
 
             stop = preemption.requested()
-            if step == settings.num_steps or step % settings.log_every_steps == 0:
-                values = {name: value.item() for name, value in jax.device_get(metrics).items()}
-                elapsed = time.perf_counter() - clock
-                values["images_per_second"] = (step - last_logged) * settings.batch_size / elapsed
-                values["data_wait"] = waited / elapsed
+            logged = step == settings.num_steps or step % settings.log_every_steps == 0
+            values = {name: value.item() for name, value in jax.device_get(metrics).items()} if logged else {}
+            now = time.perf_counter()
+            productive += now - fetched if step > start + 1 else 0.0
+            if logged:
+                values["images_per_second"] = (step - last_logged) * settings.batch_size / (now - clock)
+                values["data_wait"] = waited / (now - clock)
+                values["goodput"] = productive / (now - started)
                 workdir.write_metrics(log, step, values)
                 last_logged, clock, waited = step, time.perf_counter(), 0.0
-            if draw is not None and (step == settings.num_steps or step % settings.sample_every_steps == 0):
+            drawn = draw is not None and (step == settings.num_steps or step % settings.sample_every_steps == 0)
+            if drawn and not stop:
                 workdir.write_image(log, step, "samples", draw(step, state.ema))
             if stop or step == settings.num_steps or step % settings.checkpoint_every_steps == 0:
                 check_finite(unchecked, settings.nonfinite_limit, manager)
                 checkpoint.save(manager, step, state, data_state={"next_step": step}, config_json=config_json)
             if stop:
-                raise preemption.Stopped(f"Stopped at step {step} of {settings.num_steps}, saved in {folder}")
+                break
+        watchdog.alive(slow=True)
+    if step > start and jax.process_index() == 0:
+        seconds = time.perf_counter() - started
+        print(f"{step - start} steps in {seconds:.1f} s, goodput {productive / seconds:.1%}.", flush=True)
+    if stop:
+        raise preemption.Stopped(f"Stopped at step {step} of {settings.num_steps}, saved in {folder}")
 
 
 @contextmanager
