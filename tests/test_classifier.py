@@ -1,0 +1,270 @@
+"""The noisy classifier against the original's own outputs, and classifier guidance where everything is exact."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from adm_formula import printed, relative
+from jax import Array
+from mixtures import log_densities, mixture_eps
+
+from cfd.classifier import Classifier, classifier_loss
+from cfd.guidance import NULL_LABEL, Interval, class_gradient, classifier_guidance, guide, shift_mean
+from cfd.process import alpha_sigma, posterior
+from cfd.sampling import ancestral, ddim, guided_sample
+
+QUICK = {"xla_backend_optimization_level": 0}
+"""Half the time to compile, for a program that runs once."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "classifier_small",
+        "classifier_plain",
+        "classifier_pattern64",
+        pytest.param("classifier_pattern128", marks=pytest.mark.slow),
+    ],
+)
+def test_logits_and_gradients_are_those_of_the_original_network(name: str) -> None:
+    ours = printed(name)
+    net, stored, stride = ours.network.module(), ours.stored, int(ours.stored["stride"])
+    assert isinstance(net, Classifier)
+    logsnr, labels = jnp.float32(stored["logsnr"]), jnp.int32(stored["labels"])
+
+    def both(z: Array) -> tuple[Array, Array]:
+        def classifier_fn(z: Array, logsnr: Array) -> Any:
+            return net.apply({"params": ours.params}, z, logsnr)
+
+        return classifier_fn(z, logsnr), class_gradient(classifier_fn, z, logsnr, labels)
+
+    logits, gradient = jax.jit(both, compiler_options=QUICK)(ours.z)
+    assert relative(logits, stored["out"]) < 1e-4
+    assert relative(gradient[:, ::stride, ::stride], stored["grad"]) < 1e-4
+    assert relative(np.square(gradient, dtype=np.float64).mean((1, 2)), stored["square"]) < 1e-4
+    assert sum(x.size for x in jax.tree.leaves(ours.params)) == stored["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("size", "depth", "mult", "parameters"),
+    [(64, 4, (1, 2, 3, 4), 65_438_568), (128, 2, (1, 1, 2, 3, 4), 42_568_040)],
+)
+def test_adms_classifiers_have_its_parameters(size: int, depth: int, mult: tuple, parameters: int) -> None:
+    """The counts of `create_classifier` with the README's flags."""
+    net = Classifier(
+        num_classes=1000,
+        base_channels=128,
+        channel_mult=mult,
+        num_res_blocks=depth,
+        attention_resolutions=(32, 16, 8),
+        head_channels=64,
+        num_heads=0,
+        resblock_updown=True,
+        scale_shift_norm=True,
+        dropout=0.0,
+        time="adm_linear",
+        dtype="float32",
+        remat=False,
+    )
+    shapes = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, size, size, 3)), jnp.zeros(1))
+    assert sum(x.size for x in jax.tree.leaves(shapes)) == parameters
+
+
+# Class-conditional Gaussians, with exact scores and the exact classifier of them.
+
+MEANS = np.array([[0.8, 0.1], [-0.5, 0.6], [-0.2, -0.7]])
+STDS = np.array([0.3, 0.5, 0.2])
+EPS = mixture_eps(MEANS, STDS)
+
+
+def exact_classifier(z: Array, logsnr: Array) -> Array:
+    """log p(z | c) + log p(c) up to what no class changes."""
+    return log_densities(z, logsnr, jnp.float32(MEANS), jnp.float32(STDS))
+
+
+def unconditional(z: Array, logsnr: Array, labels: Array) -> Array:
+    return EPS(z, logsnr, jnp.full_like(labels, NULL_LABEL))
+
+
+@pytest.fixture
+def noisy() -> tuple[Array, Array, Array]:
+    """z, λ and labels over the whole schedule."""
+    key_z, key_logsnr = jax.random.split(jax.random.key(3))
+    logsnr = jax.random.uniform(key_logsnr, (64,), minval=-12.0, maxval=6.0)
+    return jax.random.normal(key_z, (64, 2)), logsnr, jnp.arange(64) % 3
+
+
+WEIGHTS = {
+    "number": 1.5,
+    "scalar": jnp.float32(-0.5),
+    "an image": jnp.linspace(-1.0, 3.0, 64),
+    "function of λ": lambda logsnr: jax.nn.sigmoid(logsnr),
+}
+
+
+@pytest.mark.parametrize("w", WEIGHTS.values(), ids=WEIGHTS.keys())
+def test_exact_classifier_guidance_is_classifier_free_guidance(w, noisy) -> None:
+    """−σ ∇ log p(c | z) = ε(z, c) − ε(z): the implicit classifier of the paper's Section 3.2."""
+    z, logsnr, labels = noisy
+    weight = w(logsnr) if callable(w) else w
+    free = guide(EPS(z, logsnr, labels), unconditional(z, logsnr, labels), weight)
+    np.testing.assert_allclose(
+        classifier_guidance(EPS, exact_classifier, w)(z, logsnr, labels), free, rtol=1e-5, atol=2e-5
+    )
+
+
+@pytest.mark.parametrize("w", [0.0, 0.7, 3.0])
+def test_guiding_the_unconditional_model_with_one_more(w: float, noisy) -> None:
+    """ε(z) − (w + 1) σ ∇ log p(c | z) = ε(z, c) − w σ ∇ log p(c | z): Section 3.1."""
+    z, logsnr, labels = noisy
+    from_unconditional = classifier_guidance(unconditional, exact_classifier, w + 1.0)(z, logsnr, labels)
+    from_conditional = classifier_guidance(EPS, exact_classifier, w)(z, logsnr, labels)
+    np.testing.assert_allclose(from_unconditional, from_conditional, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("sampler", [ancestral(0.3), ddim()], ids=["ancestral", "ddim"])
+def test_whole_samples_are_those_of_classifier_free_guidance(sampler) -> None:
+    """From the same noise, with a weight an image and 32 steps, jitted."""
+    labels, w = jnp.arange(48) % 3, jnp.linspace(0.0, 2.0, 48)
+    options = dict(shape=(2,), num_steps=32, sampler=sampler, clip=False)
+    free = jax.jit(lambda key: guided_sample(key, EPS, labels, w=w, **options))(jax.random.key(0))
+    guided = classifier_guidance(EPS, exact_classifier, w)
+    by_classifier = jax.jit(lambda key: guided_sample(key, guided, labels, **options))(jax.random.key(0))
+    np.testing.assert_allclose(by_classifier, free, atol=2e-4)
+
+
+def test_interval_is_the_weight_inside_and_nothing_outside(noisy) -> None:
+    z, logsnr, labels = noisy
+    guided = classifier_guidance(EPS, exact_classifier, Interval(2.0, -3.0, 1.0))(z, logsnr, labels)
+    inside = ((logsnr >= -3.0) & (logsnr <= 1.0))[:, None]
+    everywhere = classifier_guidance(EPS, exact_classifier, 2.0)(z, logsnr, labels)
+    np.testing.assert_allclose(guided, jnp.where(inside, everywhere, EPS(z, logsnr, labels)), rtol=1e-6)
+
+
+def test_both_kinds_of_guidance_compose(noisy) -> None:
+    """Where the label is ∅ the classifier has nothing to say, so that w of the sampler and of the classifier add up."""
+    z, logsnr, labels = noisy
+    guided = classifier_guidance(EPS, exact_classifier, 0.5)
+    null = jnp.full_like(labels, NULL_LABEL)
+    np.testing.assert_array_equal(guided(z, logsnr, null), EPS(z, logsnr, null))
+    # With the exact classifier: (1 + u) (ε + w (ε − ε₀)) − u ε₀ = ε + (u + w + u w) (ε − ε₀).
+    both = guide(guided(z, logsnr, labels), guided(z, logsnr, null), 1.0)
+    alone = guide(EPS(z, logsnr, labels), EPS(z, logsnr, null), 1.0 + 0.5 + 0.5)
+    np.testing.assert_allclose(both, alone, rtol=1e-5, atol=5e-5)
+
+
+def test_weight_zero_is_the_model_itself() -> None:
+    assert classifier_guidance(EPS, exact_classifier, 0.0) is EPS
+
+
+def test_weight_of_another_shape(noisy) -> None:
+    with pytest.raises(ValueError, match=r"shape \(3,\)"):
+        classifier_guidance(EPS, exact_classifier, jnp.ones(3))(*noisy)
+
+
+# ADM's two algorithms.
+
+
+@pytest.mark.parametrize("v", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("step", [0.5, 0.001])
+def test_algorithm_1_and_the_eps_form_differ_by_a_known_factor(v: float, step: float, noisy) -> None:
+    """Algorithm 1 shifts the mean by w Σ ∇; ε̃ shifts x by w σ²/α ∇, hence the mean by (1 − e^{λ−λ'}) α' w σ²/α ∇.
+
+    With Σ = (1 − e^{λ−λ'}) σ'^{2(1−v)} σ^{2v}, the second is the first times (α'/α) (σ/σ')^{2(1−v)}: α'/α at v = 1,
+    never below 1, and 1 in the limit of small steps.
+    """
+    z, logsnr, labels = noisy
+    logsnr_next, w = logsnr + step, 1.7
+    alpha, sigma = (a[:, None] for a in alpha_sigma(logsnr))
+    alpha_next, sigma_next = (a[:, None] for a in alpha_sigma(logsnr_next))
+    eps = EPS(z, logsnr, labels)
+    mean, _ = posterior(z, (z - sigma * eps) / alpha, logsnr, logsnr_next, v)
+
+    guided = classifier_guidance(EPS, exact_classifier, w)(z, logsnr, labels)
+    by_eps = posterior(z, (z - sigma * guided) / alpha, logsnr, logsnr_next, v)[0] - mean
+    rule = shift_mean(ancestral(v), exact_classifier, labels, w)
+    shifted, std = rule(z, (z - sigma * eps) / alpha, logsnr, logsnr_next)
+    factor = alpha_next / alpha * (sigma / sigma_next) ** (2.0 * (1.0 - v))
+    added = -np.expm1(-step)
+    scale = jnp.abs(mean).max()  # both shifts are small differences of means
+    np.testing.assert_allclose(by_eps / added, factor * (shifted - mean) / added, rtol=1e-4, atol=3e-7 * scale / added)
+    np.testing.assert_array_equal(std, posterior(z, z, logsnr, logsnr_next, v)[1])
+    assert (factor >= 1.0).all()
+    assert factor.max() < (3.0 if step == 0.5 else 1.002)
+
+
+def test_algorithm_1_has_adms_mean_and_covariance(noisy) -> None:
+    """In float64, from β_t = 1 − ᾱ_t/ᾱ_{t−1}: x_{t−1} ~ N(μ + w Σ ∇, Σ), with Σ = β_t, which is v = 1."""
+    z, logsnr, labels = noisy
+    logsnr_next, w = logsnr + 0.25, 1.3
+    alpha_bar, alpha_bar_next = (1.0 / (1.0 + np.exp(-np.float64(x)))[:, None] for x in (logsnr, logsnr_next))
+    beta = 1.0 - alpha_bar / alpha_bar_next
+    eps = np.float64(EPS(z, logsnr, labels))
+    mu = (z - beta / np.sqrt(1.0 - alpha_bar) * eps) / np.sqrt(1.0 - beta)
+    gradient = np.float64(class_gradient(exact_classifier, z, logsnr, labels))
+    x = (z - np.sqrt(1.0 - alpha_bar) * eps) / np.sqrt(alpha_bar)
+    mean, std = shift_mean(ancestral(1.0), exact_classifier, labels, w)(z, jnp.float32(x), logsnr, logsnr_next)
+    np.testing.assert_allclose(np.square(std), beta, rtol=1e-4)
+    np.testing.assert_allclose(mean, mu + w * beta * gradient, rtol=1e-4, atol=1e-4)
+
+
+def test_algorithm_2_is_ddim_with_the_shifted_eps(noisy) -> None:
+    """x_{t−1} = √ᾱ_{t−1} (x_t − √(1 − ᾱ_t) ε̂) / √ᾱ_t + √(1 − ᾱ_{t−1}) ε̂ in float64, ε̂ = ε − w √(1 − ᾱ_t) ∇."""
+    z, logsnr, labels = noisy
+    logsnr_next, w = logsnr + 0.25, 1.3
+    alpha_bar, alpha_bar_next = (1.0 / (1.0 + np.exp(-np.float64(x)))[:, None] for x in (logsnr, logsnr_next))
+    gradient = np.float64(class_gradient(exact_classifier, z, logsnr, labels))
+    eps = np.float64(EPS(z, logsnr, labels)) - w * np.sqrt(1.0 - alpha_bar) * gradient
+    x = (z - np.sqrt(1.0 - alpha_bar) * eps) / np.sqrt(alpha_bar)
+    expected = np.sqrt(alpha_bar_next) * x + np.sqrt(1.0 - alpha_bar_next) * eps
+
+    guided = classifier_guidance(EPS, exact_classifier, w)(z, logsnr, labels)
+    alpha, sigma = (a[:, None] for a in alpha_sigma(logsnr))
+    mean, std = ddim()(z, (z - sigma * guided) / alpha, logsnr[:, None], logsnr_next[:, None])
+    assert std is None
+    np.testing.assert_allclose(mean, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_algorithm_1_samples_in_the_loop_and_needs_noise() -> None:
+    """It draws the class asked for from an unconditional model; without noise there is no Σ."""
+    labels = jnp.full(512, 1)
+    options = dict(shape=(2,), num_steps=64, clip=False)
+    rule = shift_mean(ancestral(0.3), exact_classifier, labels, 1.0)
+    x = jax.jit(lambda key: guided_sample(key, unconditional, labels, sampler=rule, **options))(jax.random.key(0))
+    np.testing.assert_allclose(x.mean(0), MEANS[1], atol=0.1)
+    with pytest.raises(ValueError, match="no noise"):
+        guided_sample(
+            jax.random.key(0), EPS, labels, sampler=shift_mean(ddim(), exact_classifier, labels, 1.0), **options
+        )
+
+
+# The loss.
+
+
+def test_loss_of_a_uniform_classifier_is_the_log_of_the_classes() -> None:
+    loss = classifier_loss(
+        jax.random.key(0), lambda z, logsnr: jnp.zeros((8, 5)), jnp.zeros((8, 4, 4, 1)), jnp.arange(8) % 5
+    )
+    assert float(loss) == pytest.approx(math.log(5.0), rel=1e-6)
+
+
+def test_loss_is_least_at_the_exact_classifier() -> None:
+    """The cross entropy is proper: other logits cost more on data of the mixture; and z is at the λ it gives."""
+    key_x, key_loss = jax.random.split(jax.random.key(0))
+    labels = jnp.arange(6000) % 3
+    x = jnp.float32(MEANS)[labels] + jnp.float32(STDS)[labels, None] * jax.random.normal(key_x, (6000, 2))
+
+    def loss(classifier_fn) -> float:
+        return float(classifier_loss(key_loss, classifier_fn, x, labels, logsnr_min=-6.0, logsnr_max=6.0))
+
+    exact = loss(exact_classifier)
+    for other in (
+        lambda z, logsnr: 1.5 * exact_classifier(z, logsnr),
+        lambda z, logsnr: exact_classifier(z, logsnr + 1.0),
+        lambda z, logsnr: exact_classifier(z, logsnr - 1.0),
+        lambda z, logsnr: exact_classifier(z + 0.1, logsnr),
+    ):
+        assert exact < loss(other)
