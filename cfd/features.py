@@ -50,7 +50,7 @@ class ImageClassifier(nn.Module):
         while x.shape[1] > 4:
             width = min(2 * width, 128)
             x = nn.silu(nn.GroupNorm(8)(nn.Conv(width, (3, 3), 2)(x)))
-        x = nn.silu(nn.Conv(128, (3, 3))(x))
+        x = nn.silu(nn.Conv(width, (3, 3))(x))
         features = nn.silu(nn.Dense(64)(x.reshape(x.shape[0], -1)))
         return features, nn.Dense(self.num_classes)(features)
 
