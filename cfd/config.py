@@ -104,6 +104,7 @@ FIELDS: dict[str, Field] = {
     "train.keep_checkpoints": at_least(1),
     "train.log_every_steps": at_least(1),
     "train.sample_every_steps": at_least(0),
+    "train.watchdog_seconds": at_least(0),
     "mesh.data": Field(int, lambda x: x == -1 or x >= 1, "-1 (what fsdp leaves) or an integer >= 1"),
     "mesh.fsdp": at_least(1),
     "sample.num_steps": at_least(1),

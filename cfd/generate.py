@@ -115,7 +115,8 @@ def evaluation_flops(config: Config, params: Any) -> float:
     one = jax.ShapeDtypeStruct((1,), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     eps = eps_of_params(config)
-    return jax.jit(lambda params, *inputs: eps(params)(*inputs)).lower(params, z, *one).cost_analysis()["flops"]
+    lowered: Any = jax.jit(lambda params, *inputs: eps(params)(*inputs)).lower(params, z, *one)
+    return lowered.cost_analysis()["flops"]
 
 
 def eps_of_params(config: Config) -> Callable[[Any], EpsFn]:

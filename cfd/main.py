@@ -1,6 +1,7 @@
-"""`python -m cfd.main --config=FILE [--workdir=DIR] [--mode=train|sample|sweep] [--config.GROUP.FIELD=VALUE ...]`
+"""`python -m cfd.main --config=FILE [--workdir=DIR] [--mode=MODE] [--config.GROUP.FIELD=VALUE ...]`
 
-Trains, and then sweeps the guidance weight as the config's `eval` asks. The same command again resumes.
+Trains, and then sweeps the guidance weight as the config's `eval` asks. The same command again resumes. Other modes:
+sample, sweep, compare (several runs' sweeps in one table) and report (a page to look at).
 """
 
 import os
@@ -11,19 +12,23 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from cfd import evaluation, generate, parallel, preemption, train, workdir, xla
+from cfd import evaluation, generate, parallel, preemption, train, watchdog, workdir, xla
 from cfd.checkpoint import CheckpointError
 from cfd.config import Config, validate
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file of configs/.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; runs/<config name> by default.")
+RUNS = flags.DEFINE_list("runs", [], "Folders of other runs, for --mode=compare.")
+ALLOW_FRESH_START = flags.DEFINE_bool(
+    "allow_fresh_start", False, "If all checkpoints of the run are damaged, set them aside and train from step 0."
+)
 
 
 def train_and_sweep(config: Config, folder: str) -> None:
     """The whole job: train, then sweep the weights that `eval` asks for."""
     if config.eval.weights:
         evaluation.check(config)
-    train.train(config, folder)
+    train.train(config, folder, allow_fresh_start=ALLOW_FRESH_START.value)
     if config.eval.weights:
         evaluation.sweep(config, folder)
 
@@ -39,7 +44,18 @@ def sweep(config: Config, folder: str) -> None:
     print(f"Wrote {folder}/sweep.csv, sweep.png and samples/sweep.png.")
 
 
-MODES: dict[str, Callable[[Config, str], None]] = {"train": train_and_sweep, "sample": sample, "sweep": sweep}
+def compare(config: Config, folder: str) -> None:
+    """Put the sweeps of --runs beside this run's."""
+    print(evaluation.compare(config, folder, RUNS.value))
+    print(f"Wrote {folder}/compare.md and compare.png.")
+
+
+MODES: dict[str, Callable[[Config, str], None]] = {
+    "train": train_and_sweep,
+    "sample": sample,
+    "sweep": sweep,
+    "compare": compare,
+}
 MODE = flags.DEFINE_enum("mode", "train", sorted(MODES), "What to do.")
 
 
@@ -58,6 +74,7 @@ def main(argv: Sequence[str]) -> None:
         parallel.init_distributed()
         xla.use_compilation_cache(config.xla.compilation_cache)
         preemption.install()
+        watchdog.install(config.train.watchdog_seconds)
         if MODE.value != "train" and not os.path.exists(os.path.join(folder, workdir.CONFIG)):
             raise ValueError(
                 f"{folder} holds no run: train it first, with --mode=train, or give the --workdir of another"
@@ -68,6 +85,8 @@ def main(argv: Sequence[str]) -> None:
         print(f"{stopped}; the same command resumes.", flush=True)
     except (ValueError, OSError, CheckpointError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+    finally:
+        watchdog.off()
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:

@@ -13,24 +13,51 @@ BATCH = PartitionSpec(("data", "fsdp"))
 """The batch axis lies over every device, whatever the shape of the mesh."""
 
 
+TIMEOUTS = {
+    "initialization_timeout": ("CFD_INITIALIZATION_TIMEOUT", 300),
+    "heartbeat_timeout_seconds": ("CFD_HEARTBEAT_TIMEOUT", 100),
+    "shutdown_timeout_seconds": ("CFD_SHUTDOWN_TIMEOUT", 300),
+}
+"""Of `jax.distributed.initialize`: the environment variable that sets each, and the seconds where it is not set."""
+
+
 def init_distributed() -> None:
     """Join the other processes of the job, if the environment says that there are any.
 
-    A TPU pod or SLURM is found by JAX itself; elsewhere CFD_COORDINATOR (host:port), CFD_NUM_PROCESSES and
-    CFD_PROCESS_ID say it.
+    CFD_COORDINATOR (host:port), CFD_NUM_PROCESSES and CFD_PROCESS_ID say it, or CFD_COORDINATOR=auto, or SLURM, or GKE;
+    the last three leave it to JAX, whose coordinator then listens on all addresses of its host: a private network is
+    needed. A given host:port is the only address that is listened on. Raises ValueError for what is no number.
     """
     address = os.environ.get("CFD_COORDINATOR")
-    if address:
-        try:
-            count, number = int(os.environ["CFD_NUM_PROCESSES"]), int(os.environ["CFD_PROCESS_ID"])
-        except (KeyError, ValueError) as error:
+    arguments: dict[str, Any] = {name: _from_environment(*timeout) for name, timeout in TIMEOUTS.items()}
+    if address and address != "auto":
+        count, number = _from_environment("CFD_NUM_PROCESSES"), _from_environment("CFD_PROCESS_ID")
+        if not 0 <= number < count:
             raise ValueError(
-                f"CFD_COORDINATOR is {address}, but CFD_NUM_PROCESSES or CFD_PROCESS_ID is no number ({error}): "
-                "set all three, the last from 0 to the number of processes less one"
-            ) from None
-        jax.distributed.initialize(address, count, number, coordinator_bind_address=address if number == 0 else None)
-    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 or len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1:
-        jax.distributed.initialize()
+                f"CFD_PROCESS_ID is {number} of CFD_NUM_PROCESSES {count}: it goes from 0 to their number less one"
+            )
+        arguments |= dict(coordinator_address=address, num_processes=count, process_id=number)
+        arguments |= dict(coordinator_bind_address=address) if number == 0 else {}
+        who = f"Process {number} of {count} joins the coordinator {address}"
+    elif (
+        address == "auto"
+        or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+        or len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1
+    ):
+        who = "Joining the other processes of the cluster"
+    else:
+        return
+    # Said beforehand: when the time is over, JAX ends the process by SIGABRT, and no exception is raised.
+    seconds = arguments["initialization_timeout"]
+    print(f"{who}; if one is missing after {seconds} s (CFD_INITIALIZATION_TIMEOUT), the run aborts.", flush=True)
+    jax.distributed.initialize(**arguments)
+
+
+def _from_environment(name: str, default: int | None = None) -> int:
+    text = os.environ.get(name, "" if default is None else str(default))
+    if not text.isdecimal():
+        raise ValueError(f"{name} is {text!r} in the environment; expected an integer >= 0: set it, or unset all CFD_*")
+    return int(text)
 
 
 def make_mesh(data: int, fsdp: int) -> Mesh:

@@ -1,12 +1,15 @@
 """Stopping on request: SIGTERM (a preemption) or SIGINT ends a run at the next step, saved, with exit code 0."""
 
 import itertools
+import os
 import signal
 import threading
 from types import FrameType
 
 import jax
 from jax.experimental import multihost_utils
+
+from cfd import watchdog
 
 _requested = threading.Event()
 _calls = itertools.count(1)
@@ -19,13 +22,17 @@ class Stopped(Exception):
 def install() -> None:
     """From now on the first SIGTERM or SIGINT asks the run to stop; a second SIGINT stops it at once.
 
-    With several processes SIGTERM is left to jax.distributed, which makes all of them agree on the step.
+    With several processes SIGTERM is left to jax.distributed, which makes all of them agree on the step; SIGINT to one
+    of them is passed on as SIGTERM.
     """
     _requested.clear()
 
     def request(number: int, frame: FrameType | None) -> None:
-        _requested.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        if jax.process_count() == 1:
+            _requested.set()
+        else:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     signal.signal(signal.SIGINT, request)
     if jax.process_count() == 1:
@@ -33,7 +40,11 @@ def install() -> None:
 
 
 def requested() -> bool:
-    """Whether the run must stop now. Every process must ask equally often: all of them stop at the same call."""
+    """Whether the run must stop now. Every process must ask equally often: all of them stop at the same call.
+
+    A loop that asks goes on: the watchdog hears of it.
+    """
+    watchdog.alive()
     if jax.process_count() == 1:
         return _requested.is_set()
     # jax.distributed agrees on a number and compares by equality: count the calls, with no gap and no repetition.

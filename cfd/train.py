@@ -244,8 +244,8 @@ def fit(
                 values["goodput"] = productive / (now - started)
                 workdir.write_metrics(log, step, values)
                 last_logged, clock, waited = step, time.perf_counter(), 0.0
-            drawn = draw is not None and (step == settings.num_steps or step % settings.sample_every_steps == 0)
-            if drawn and not stop:
+            drawn = step == settings.num_steps or (draw and step % settings.sample_every_steps == 0)
+            if draw is not None and drawn and not stop:
                 workdir.write_image(log, step, "samples", draw(step, state.ema))
             if stop or step == settings.num_steps or step % settings.checkpoint_every_steps == 0:
                 check_finite(unchecked, settings.nonfinite_limit, manager)

@@ -42,6 +42,7 @@ FREE_FIELDS = (
     "train.keep_checkpoints",
     "train.log_every_steps",
     "train.sample_every_steps",
+    "train.watchdog_seconds",
     "mesh",
     "sample",
     "eval",

@@ -64,6 +64,7 @@ def get_config() -> ConfigDict:
                 keep_checkpoints=2,
                 log_every_steps=100,
                 sample_every_steps=10_000,
+                watchdog_seconds=600,
             ),
             mesh=dict(data=-1, fsdp=1),
             sample=dict(

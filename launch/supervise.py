@@ -1,0 +1,147 @@
+"""`python launch/supervise.py [--processes=N] -- COMMAND ...`: runs a training command until it has finished.
+
+The command is started again when it stops because of a preemption (it says so, and exits with 0) and when it fails, but
+not when it fails three times without a new checkpoint in between. It is `python -m cfd.main ...`, or what runs that on
+other machines: all that is known of it is its standard output, which is passed on.
+
+With N processes the command runs N times on this machine, as the processes of one job. When one fails, the others get
+`--grace-seconds` to notice, and are then killed. SIGTERM or SIGINT stops the job, saved, and does not start it again.
+
+Exit code: 0 finished, 1 gave up, 75 stopped on request (EX_TEMPFAIL: the same command goes on).
+
+This file needs Python 3.9 and nothing else.
+"""
+
+import argparse
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from types import FrameType
+
+MAX_FAULTS = 3
+STOPPED = re.compile(r"; the same command resumes\.")
+PROGRESS = re.compile(r"Resuming .* at step \d+ of \d+|\d+ of \d+ [a-z]+ are in .* already")
+"""What a restarted job says of the work that it found done: training's step, and the finished part of a sweep."""
+
+
+class Job:
+    """The running processes of one start, and what they say."""
+
+    def __init__(self, command: list, environments: list):
+        self.stopped = False
+        self.found: dict = {}
+        self.processes = [
+            # A group of its own: a signal to this program's group reaches the command once, through `send`.
+            subprocess.Popen(
+                command,
+                env={**os.environ, **environment},
+                stdout=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                start_new_session=True,
+            )
+            for environment in environments
+        ]
+        self.readers = [threading.Thread(target=self._read, args=(p.stdout,)) for p in self.processes]
+        for reader in self.readers:
+            reader.start()
+
+    def _read(self, output) -> None:
+        for line in output:
+            self.stopped |= bool(STOPPED.search(line))
+            for text in PROGRESS.findall(line):
+                self.found[re.sub(r"\d+", "", text)] = text
+            sys.stdout.write(line)
+            sys.stdout.flush()
+
+    def send(self, number: int) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                os.killpg(process.pid, number)
+
+    def wait(self, grace_seconds: float) -> int:
+        """The exit code of the first process that failed, or 0."""
+        code, deadline = 0, float("inf")
+        while any(process.poll() is None for process in self.processes):
+            failed = [process.returncode for process in self.processes if process.returncode]
+            if failed and not code:
+                code, deadline = failed[0], time.monotonic() + grace_seconds
+            if time.monotonic() > deadline:
+                self.send(signal.SIGKILL)
+            time.sleep(0.05)
+        for reader in self.readers:
+            reader.join()
+        return code or next((process.returncode for process in self.processes if process.returncode), 0)
+
+
+def environments(count: int) -> list:
+    """What tells each of `count` processes on this machine about the others."""
+    if count == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    shared = {"CFD_COORDINATOR": address, "CFD_NUM_PROCESSES": str(count)}
+    return [{**shared, "CFD_PROCESS_ID": str(number)} for number in range(count)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=1, help="processes on this machine (1)")
+    parser.add_argument("--grace-seconds", type=float, default=120, help="for the others when one fails (120)")
+    parser.add_argument("--pause-seconds", type=float, default=5, help="before the next start (5)")
+    parser.add_argument("command", nargs="+", help="after --")
+    arguments = parser.parse_args()
+
+    job = None
+    asked: list = []
+
+    def ask(number: int, frame: "FrameType | None") -> None:
+        asked.append(number)
+        if job is not None:
+            job.send(number)
+
+    signal.signal(signal.SIGTERM, ask)
+    signal.signal(signal.SIGINT, ask)
+
+    faults, before = 0, None
+    while not asked:
+        job = Job(arguments.command, environments(arguments.processes))
+        if asked:  # in the meantime, when there was nothing to send it to
+            job.send(asked[-1])
+        code = job.wait(arguments.grace_seconds)
+        if code == 0 and not job.stopped:
+            return 0
+        if asked:
+            break
+        if code == 0:
+            say("stopped by a preemption; it starts again")
+            faults = 0
+        else:
+            faults = faults + 1 if job.found == before else 1
+            if faults == MAX_FAULTS:
+                say(f"failed {MAX_FAULTS} times at the same place ({place(job.found)}), the last with exit code {code}")
+                say("gave up: mend what the last error names, then start again")
+                return 1
+            say(f"failed with exit code {code} ({place(job.found)}); it starts again")
+        before = job.found
+        time.sleep(arguments.pause_seconds)
+    say("stopped on request")
+    return 75
+
+
+def place(found: dict) -> str:
+    return "; ".join(found.values()) or "no checkpoint yet"
+
+
+def say(text: str) -> None:
+    print(f"supervise: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
