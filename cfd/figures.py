@@ -38,27 +38,34 @@ def save_grid(
     return np.asarray(image)
 
 
-def save_curve(path: str, curves: dict[str, list[dict]], features: str) -> None:
-    """The FID/IS curve, one point a weight, as in Figs. 1 and 4 of arXiv:2207.12598, beside both against w.
+def save_curve(path: str, curves: dict[str, list[dict]], published: dict[str, list[dict]]) -> None:
+    """The FID/IS curve, one point a weight, as in Figs. 4 and 5 of arXiv:2207.12598, beside both against w.
 
-    `curves` maps a name to the rows of a sweep, each with w, fid and is.
+    `curves` and `published`, which is drawn in grey, map a name to rows of a sweep. The axes say of how many samples a
+    FID is, and of which features.
     """
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    for name, rows in curves.items():
+    greys = iter(("0.35", "0.55", "0.75"))
+    for name, rows in (curves | published).items():
         rows = sorted(rows, key=lambda row: row["w"])
         w, fid, score = ([row[key] for row in rows] for key in ("w", "fid", "is"))
-        left.plot(score, fid, "o-", markersize=4, label=name)
-        for row in (rows[0], rows[len(rows) // 2], rows[-1]):
-            left.annotate(f"w = {row['w']:g}", (row["is"], row["fid"]), textcoords="offset points", xytext=(5, 5))
-        middle.plot(w, fid, "o-", markersize=4)
-        right.plot(w, score, "o-", markersize=4)
-    count = ", ".join(sorted({f"{row['num_samples']} samples" for rows in curves.values() for row in rows}))
-    left.set(xlabel="Inception score", ylabel="FID", title=f"{features} features, {count}")
-    middle.set(xlabel="w", ylabel="FID")
+        style = {"color": next(greys), "linestyle": "--"} if name in published else {}
+        left.plot(score, fid, "o", markersize=4, label=name, **{"linestyle": "-"} | style)
+        if name in curves:
+            for row in (rows[0], rows[len(rows) // 2], rows[-1]):
+                left.annotate(f"w = {row['w']:g}", (row["is"], row["fid"]), textcoords="offset points", xytext=(5, 5))
+        middle.plot(w, fid, "o", markersize=4, **{"linestyle": "-"} | style)
+        right.plot(w, score, "o", markersize=4, **{"linestyle": "-"} | style)
+    rows = [row for line in curves.values() for row in line]
+    fid = "/".join(sorted({row["fid_name"] for row in rows}))
+    features = "/".join(sorted({row["features"] for row in rows}))
+    count = ", ".join(f"{n:,} samples" for n in sorted({row["num_samples"] for row in rows}))
+    left.set(xlabel="Inception score", ylabel=fid, title=f"{features} features, {count}")
+    middle.set(xlabel="w", ylabel=fid)
     right.set(xlabel="w", ylabel="Inception score")
-    if len(curves) > 1:
-        left.legend()
+    if len(curves | published) > 1:
+        left.legend(fontsize="small")
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

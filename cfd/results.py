@@ -1,0 +1,153 @@
+"""The results in a run's folder: sweep.csv, the manifest of each of its rows, and tables in the layout of the paper's.
+
+sweep.csv               a row a cell of the grid: SETTINGS, MEASURED, what FID is called, the name of its manifest
+manifests/<name>.json   how the row was made; the name is a digest of the content
+"""
+
+import csv
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from cfd.workdir import write_atomically
+
+Row = dict[str, Any]
+
+SETTINGS: tuple[str, ...] = (
+    "step", "p_uncond", "num_steps", "sampler", "v", "interval", "w", "num_samples", "labels", "seed", "features",
+)  # fmt: skip
+MEASURED: tuple[str, ...] = ("fid", "sfid", "is", "precision", "recall", "class_accuracy")
+COLUMNS: tuple[str, ...] = (*SETTINGS, *MEASURED, "fid_name", "manifest")
+WORDS = ("sampler", "interval", "labels", "features", "fid_name", "manifest")
+COUNTS = ("step", "num_steps", "num_samples", "seed")
+SYMBOLS = {"num_steps": "T", "interval": "λ in", "num_samples": "N"}
+
+
+def fid_name(num_samples: int) -> str:
+    """FID is biased by the number of samples: with fewer than 50,000 it is called by that number."""
+    return "FID" if num_samples >= 50_000 else f"FID-{num_samples}"
+
+
+def manifest_name(manifest: dict[str, Any]) -> str:
+    """16 digits of the SHA-256 of a manifest without its "environment": what must match to use a row again."""
+    matched = {key: value for key, value in manifest.items() if key != "environment"}
+    return hashlib.sha256(json.dumps(matched, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def write_manifest(folder: str, manifest: dict[str, Any]) -> None:
+    """manifests/<name>.json"""
+    text = json.dumps(manifest, indent=1, sort_keys=True)
+    write_atomically(Path(folder, "manifests", f"{manifest_name(manifest)}.json"), text + "\n")
+
+
+def read_manifest(folder: str, name: str) -> dict[str, Any] | None:
+    """The manifest of a row; None if the file is not there, or does not hold what its name says."""
+    path = Path(folder, "manifests", f"{name}.json")
+    try:
+        manifest = json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return manifest if manifest_name(manifest) == name else None
+
+
+def read_rows(folder: str) -> list[Row]:
+    """The rows of sweep.csv; none if there is no such file. A last line that was cut short is not a row.
+
+    Raises ValueError if the columns are not COLUMNS.
+    """
+    path = os.path.join(folder, "sweep.csv")
+    lines = whole_lines(path)
+    if not lines:
+        return []
+    reader = csv.DictReader(lines)
+    if tuple(reader.fieldnames or ()) != COLUMNS:
+        raise ValueError(f"{path} has other columns than this version writes: move it away to measure again")
+    return [{key: _value(key, text) for key, text in row.items()} for row in reader]
+
+
+def _value(key: str, text: str) -> str | int | float | None:
+    if key in WORDS:
+        return text
+    if key in COUNTS:
+        return int(text)
+    return float(text) if text else None
+
+
+def append_row(folder: str, row: Row) -> None:
+    """One more row, on the disk before the next cell begins; a line that was cut short is dropped first."""
+    path = os.path.join(folder, "sweep.csv")
+    lines = whole_lines(path)
+    temporary = path + ".tmp"
+    with open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        file.writelines(lines) if lines else writer.writeheader()
+        writer.writerow(row)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def whole_lines(path: str) -> list[str]:
+    """The lines of a file that is perhaps not there, without a last one that was cut short."""
+    if not os.path.exists(path):
+        return []
+    with open(path, newline="") as file:
+        return [line for line in file if line.endswith("\n")]
+
+
+def varied(rows: Iterable[Row]) -> tuple[str, ...]:
+    """The settings, other than w, in which rows differ."""
+    rows = list(rows)
+    return tuple(key for key in SETTINGS if key != "w" and len({row.get(key) for row in rows}) > 1)
+
+
+def curves(rows: list[Row], prefix: str = "") -> dict[str, list[Row]]:
+    """Rows -> the curves over w that they make, each under the settings in which it differs from the others.
+
+    Later rows take the place of earlier ones with the same settings.
+    """
+    keys = varied(rows)
+    grouped: dict[str, dict[float, Row]] = {}
+    for row in rows:
+        settings = ", ".join(f"{SYMBOLS.get(key, key)} = {_shown(row[key])}" for key in keys)
+        name = ", ".join(part for part in (prefix, settings) if part) or "classifier-free guidance"
+        grouped.setdefault(name, {})[row["w"]] = row
+    return {name: [by_weight[w] for w in sorted(by_weight)] for name, by_weight in grouped.items()}
+
+
+def table(blocks: dict[str, list[Row]]) -> str:
+    """A Markdown table in the layout of the paper's: a row a weight, FID and then IS, the curves of a block by slashes.
+
+    `blocks` maps a heading, such as "ours" and "paper", to rows.
+    """
+    weights = sorted({row["w"] for rows in blocks.values() for row in rows})
+    header, columns = ["w"], []
+    for column in ("fid", "is"):
+        for heading, rows in blocks.items():
+            lines = list(curves(rows).values())
+            keys = varied(rows)
+            names = [" ".join(_shown(line[0][key]) for key in keys) for line in lines]
+            what = " ".join(SYMBOLS.get(key, key) for key in keys)
+            fid = "/".join(sorted({fid_name(row["num_samples"]) for row in rows}))
+            header.append(
+                " ".join(part for part in (heading, fid if column == "fid" else "IS") if part)
+                + (f", {what} = {' / '.join(names)}" if keys else "")
+            )
+            columns.append([{row["w"]: row[column] for row in line} for line in lines])
+    text = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
+    for w in weights:
+        cells = [" / ".join(rounded(line[w]) if w in line else "–" for line in column) for column in columns]
+        text.append(f"| {w:g} | {' | '.join(cells)} |")
+    return "\n".join(text)
+
+
+def rounded(value: float) -> str:
+    """As the paper writes FID and IS, two decimals; three digits below 1."""
+    return f"{value:.2f}" if value >= 1 else f"{value:.3g}"
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
