@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax import Array
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 
 from cfd.classifier import Classifier
 from cfd.torch_file import holds
@@ -223,31 +223,37 @@ def adm_params(network: Network, state: Mapping[str, Shaped[np.ndarray, "..."]])
     unused = set(state)
     params: dict[tuple[str, ...], Array] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(template):
-        path, shape = tuple(key.key for key in path), leaf.shape
+        path = tuple(key.key for key in path)
         inner = "/".join(path[1:-1])
         layer = LAYERS.get(f"{path[0]}/{inner}", LAYERS.get(inner, inner))
         name = ".".join(part for part in (blocks[path[0]], layer, TENSORS[path[-1]]) if part)
         if name not in state:
             raise ValueError(f"no tensor {name!r}: the file is of another architecture than its other tensors say")
         unused.discard(name)
-        legacy = network.attention_order == "legacy" and path[0] != "pool" and path[-2] == "qkv"
-        params[path] = jnp.asarray(_to_flax(name, state[name], path[-1], shape, legacy))
+        legacy = network.attention_order == "legacy" and path[0] != "pool"
+        params[path] = jnp.asarray(_to_flax(name, state[name], path, leaf.shape, legacy))
     if unused:
         raise ValueError(f"{len(unused)} tensors have no place in the network, first {sorted(unused)[:3]}")
     return unflatten_dict(params)
 
 
 def _to_flax(
-    name: str, x: Shaped[np.ndarray, "..."], tensor: str, shape: tuple[int, ...], legacy: bool
-) -> Shaped[np.ndarray, "..."]:
+    name: str, x: Shaped[np.ndarray, "..."], path: tuple[str, ...], shape: tuple[int, ...], legacy: bool
+) -> Float[np.ndarray, "..."]:
     """[out, in, *space] as [*space, in, out], which is then given Flax's shape; in legacy order the heads go first."""
-    if tensor in ("kernel", "position"):
+    qkv = path[-2:-1] == ("qkv",)
+    if path[-1] in ("kernel", "position"):
         x = x.transpose(*range(2, x.ndim), 1, 0)
-    if x.size != math.prod(shape) or x.shape[-1] not in np.cumprod(shape[::-1]):
-        raise ValueError(f"tensor {name!r} has shape {x.shape} after transposition; {shape} was expected")
+    matrix = shape  # with the axes of the heads as one
+    if qkv:
+        matrix = (*shape[:-3], math.prod(shape[-3:]))
+    elif path[-2:] == ("out", "kernel"):
+        matrix = (math.prod(shape[:-1]), shape[-1])
+    if x.shape[-len(matrix) :] != matrix or x.size != math.prod(shape):
+        raise ValueError(f"tensor {name!r} has shape {x.shape} with its axes in our order; expected {matrix}")
     if not np.isfinite(x).all():
         raise ValueError(f"tensor {name!r} holds NaN or infinity: download the file again")
-    if legacy:
+    if qkv and legacy:
         *rest, three, heads, channels = shape
         x = np.moveaxis(x.reshape(*rest, heads, three, channels), -3, -2)
     return np.ascontiguousarray(x.reshape(shape), np.float32)

@@ -66,7 +66,7 @@ class AttentionPool(nn.Module):
         x = x.reshape(b, height * width, channels)
         x = jnp.concatenate([jnp.mean(x, axis=1, keepdims=True), x], axis=1)
         init = nn.initializers.normal(channels**-0.5)
-        x = x + self.param("position", init, (1, height * width + 1, channels))
+        x = x + self.param("position", init, (height * width + 1, channels))[None]
         qkv = nn.DenseGeneral((3, heads, channels // heads), name="qkv")(x)
         h = jax.nn.dot_product_attention(qkv[:, :1, 0], qkv[:, :, 1], qkv[:, :, 2])
         return nn.Dense(self.out_features, name="out")(h.reshape(b, channels))

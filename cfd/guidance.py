@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.core import Tracer
 from jaxtyping import Float, Int, Key, UInt32
@@ -133,7 +134,7 @@ def without_null(eps_fn: Callable[[Array, Array, Array], Array]) -> Callable[[Ar
     """
 
     def guarded(z: Array, logsnr: Array, labels: Array) -> Array:
-        if not isinstance(labels, Tracer) and (labels < 0).any():
+        if not isinstance(labels, Tracer) and np.any(np.asarray(labels) < 0):
             raise ValueError(
                 "this model was trained with a label always on (p_uncond = 0): it has no unconditional score; sample "
                 "with a plain w = 0, or use classifier_guidance"

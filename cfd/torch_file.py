@@ -5,6 +5,7 @@ The only module that needs PyTorch, and only when it is called.
 
 import pickle
 import pickletools
+import warnings
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,11 +28,13 @@ def read_torch(path: str | Path) -> dict[str, Shaped[np.ndarray, "..."]]:
     path = Path(path)
     zipped = _check_container(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with warnings.catch_warnings(action="ignore"):  # on pickles of other versions, which the errors below name
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError:
-        held = holds(_pickled_names(path)) if zipped else "objects other than tensors"
+        held = f". It holds {holds(_pickled_names(path))}" if zipped else ""
         raise ValueError(
-            f"{path} is refused: besides tensors its pickle asks to run code on loading. It holds {held}"
+            f"{path} is refused: its pickle asks to run code on loading, or is damaged, and is no plain dict of tensors"
+            f"{held}"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
         raise ValueError(f"{path} is damaged or no PyTorch file: {str(e).splitlines()[0][:200]}") from None
@@ -72,10 +75,16 @@ def _check_container(path: Path) -> bool:
 
 
 def _pickled_names(path: Path) -> list[str]:
-    """The strings of a PyTorch zip's pickle, found without running it."""
-    with zipfile.ZipFile(path) as archive:
-        name = next(n for n in archive.namelist() if n.endswith("data.pkl"))
-        return [str(arg) for op, arg, _ in pickletools.genops(archive.read(name)) if "UNICODE" in op.name]
+    """The strings of a PyTorch zip's pickle, found without running it, up to where it is damaged."""
+    names = []
+    try:
+        with zipfile.ZipFile(path) as archive:
+            name = next(n for n in archive.namelist() if n.endswith("data.pkl"))
+            for op, argument, _ in pickletools.genops(archive.read(name)):
+                names += [str(argument)] if "UNICODE" in op.name else []
+    except (ValueError, zipfile.BadZipFile):  # what was found until then still says what the file was
+        pass
+    return names
 
 
 def _names(state: Any) -> list[str]:

@@ -1,4 +1,4 @@
-"""Weights of ADM's networks by a formula from a tensor's name and shape: the same bits on both sides of a comparison."""
+"""Weights of ADM's networks by a formula from a tensor's name and shape, and what its own code printed with them."""
 
 import json
 from pathlib import Path
@@ -14,15 +14,15 @@ def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Float32: variance 1 / fan-in for matrices and kernels, about 1 for a norm's gain, small for a bias. None is 0."""
     x = 2.0 * uniform(name, *shape) - 1.0
     if "embedding" in name or "label_emb" in name:
-        return np.float32(x)
+        return x.astype(np.float32)
     if len(shape) > 1:
-        return np.float32(x * np.sqrt(3.0 / np.prod(shape[1:])))
-    return np.float32(1.0 + 0.2 * x if name.endswith("weight") else 0.1 * x)
+        return (x * np.sqrt(3.0 / np.prod(shape[1:]))).astype(np.float32)
+    return (1.0 + 0.2 * x if name.endswith("weight") else 0.1 * x).astype(np.float32)
 
 
 def noisy_images(batch: int, size: int) -> np.ndarray:
     """Float32 [batch, size, size, 3] of about unit variance."""
-    return np.float32(3.4 * (uniform("z", batch, size, size, 3) - 0.5))
+    return (3.4 * (uniform("z", batch, size, size, 3) - 0.5)).astype(np.float32)
 
 
 class Printed(NamedTuple):

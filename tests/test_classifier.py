@@ -97,7 +97,7 @@ def noisy() -> tuple[Array, Array, Array]:
     return jax.random.normal(key_z, (64, 2)), logsnr, jnp.arange(64) % 3
 
 
-WEIGHTS = {
+WEIGHTS: dict[str, Any] = {
     "number": 1.5,
     "scalar": jnp.float32(-0.5),
     "an image": jnp.linspace(-1.0, 3.0, 64),
@@ -109,7 +109,7 @@ WEIGHTS = {
 def test_exact_classifier_guidance_is_classifier_free_guidance(w, noisy) -> None:
     """−σ ∇ log p(c | z) = ε(z, c) − ε(z): the implicit classifier of the paper's Section 3.2."""
     z, logsnr, labels = noisy
-    weight = w(logsnr) if callable(w) else w
+    weight: Any = w(logsnr) if callable(w) else w
     free = guide(EPS(z, logsnr, labels), unconditional(z, logsnr, labels), weight)
     np.testing.assert_allclose(
         classifier_guidance(EPS, exact_classifier, w)(z, logsnr, labels), free, rtol=1e-5, atol=2e-5
@@ -129,7 +129,7 @@ def test_guiding_the_unconditional_model_with_one_more(w: float, noisy) -> None:
 def test_whole_samples_are_those_of_classifier_free_guidance(sampler) -> None:
     """From the same noise, with a weight an image and 32 steps, jitted."""
     labels, w = jnp.arange(48) % 3, jnp.linspace(0.0, 2.0, 48)
-    options = dict(shape=(2,), num_steps=32, sampler=sampler, clip=False)
+    options: dict[str, Any] = dict(shape=(2,), num_steps=32, sampler=sampler, clip=False)
     free = jax.jit(lambda key: guided_sample(key, EPS, labels, w=w, **options))(jax.random.key(0))
     guided = classifier_guidance(EPS, exact_classifier, w)
     by_classifier = jax.jit(lambda key: guided_sample(key, guided, labels, **options))(jax.random.key(0))
@@ -231,7 +231,7 @@ def test_algorithm_2_is_ddim_with_the_shifted_eps(noisy) -> None:
 def test_algorithm_1_samples_in_the_loop_and_needs_noise() -> None:
     """It draws the class asked for from an unconditional model; without noise there is no Σ."""
     labels = jnp.full(512, 1)
-    options = dict(shape=(2,), num_steps=64, clip=False)
+    options: dict[str, Any] = dict(shape=(2,), num_steps=64, clip=False)
     rule = shift_mean(ancestral(0.3), exact_classifier, labels, 1.0)
     x = jax.jit(lambda key: guided_sample(key, unconditional, labels, sampler=rule, **options))(jax.random.key(0))
     np.testing.assert_allclose(x.mean(0), MEANS[1], atol=0.1)

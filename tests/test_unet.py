@@ -1,6 +1,7 @@
 """The U-Net against the original network's own outputs, its sizes, its time, and what its fields do."""
 
 import importlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from cfd import adm
 from cfd.guidance import NULL_LABEL
 from cfd.unet import UNet, cosine_time, network_time
 
-SMALL = dict(
+SMALL: dict[str, Any] = dict(
     num_classes=4,
     out_channels=3,
     base_channels=32,
