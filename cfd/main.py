@@ -12,7 +12,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from cfd import evaluation, generate, parallel, preemption, train, watchdog, workdir, xla
+from cfd import evaluation, generate, parallel, preemption, report, train, watchdog, workdir, xla
 from cfd.checkpoint import CheckpointError
 from cfd.config import Config, validate
 
@@ -41,7 +41,7 @@ def sample(config: Config, folder: str) -> None:
 def sweep(config: Config, folder: str) -> None:
     """Measure every weight of `eval.weights`."""
     evaluation.sweep(config, folder)
-    print(f"Wrote {folder}/sweep.csv, sweep.png and samples/sweep.png.")
+    print(f"Wrote {folder}/sweep.csv, sweep.png and the grids samples/sweep*.png.")
 
 
 def compare(config: Config, folder: str) -> None:
@@ -50,11 +50,17 @@ def compare(config: Config, folder: str) -> None:
     print(f"Wrote {folder}/compare.md and compare.png.")
 
 
+def make_report(config: Config, folder: str) -> None:
+    """Write the page about the run."""
+    print(f"Wrote {report.report(folder)}.")
+
+
 MODES: dict[str, Callable[[Config, str], None]] = {
     "train": train_and_sweep,
     "sample": sample,
     "sweep": sweep,
     "compare": compare,
+    "report": make_report,
 }
 MODE = flags.DEFINE_enum("mode", "train", sorted(MODES), "What to do.")
 

@@ -23,7 +23,7 @@ MEASURED: tuple[str, ...] = ("fid", "sfid", "is", "precision", "recall", "class_
 COLUMNS: tuple[str, ...] = (*SETTINGS, *MEASURED, "fid_name", "manifest")
 WORDS = ("sampler", "interval", "labels", "features", "fid_name", "manifest")
 COUNTS = ("step", "num_steps", "num_samples", "seed")
-SYMBOLS = {"num_steps": "T", "interval": "λ in", "num_samples": "N"}
+SYMBOLS = {"num_steps": "T", "num_samples": "N"}
 
 
 def fid_name(num_samples: int) -> str:
@@ -111,9 +111,9 @@ def curves(rows: list[Row], prefix: str = "") -> dict[str, list[Row]]:
     """
     keys = varied(rows)
     grouped: dict[str, dict[float, Row]] = {}
-    for row in rows:
-        settings = ", ".join(f"{SYMBOLS.get(key, key)} = {_shown(row[key])}" for key in keys)
-        name = ", ".join(part for part in (prefix, settings) if part) or "classifier-free guidance"
+    for row in sorted(rows, key=lambda row: [row[key] for key in keys]):
+        settings = [f"{SYMBOLS.get(key, key)} = {shown(key, row[key])}" for key in keys]
+        name = ", ".join(filter(None, [prefix, *settings])) or "classifier-free guidance"
         grouped.setdefault(name, {})[row["w"]] = row
     return {name: [by_weight[w] for w in sorted(by_weight)] for name, by_weight in grouped.items()}
 
@@ -127,15 +127,11 @@ def table(blocks: dict[str, list[Row]]) -> str:
     header, columns = ["w"], []
     for column in ("fid", "is"):
         for heading, rows in blocks.items():
-            lines = list(curves(rows).values())
-            keys = varied(rows)
-            names = [" ".join(_shown(line[0][key]) for key in keys) for line in lines]
-            what = " ".join(SYMBOLS.get(key, key) for key in keys)
+            lines, keys = list(curves(rows).values()), varied(rows)
             fid = "/".join(sorted({fid_name(row["num_samples"]) for row in rows}))
-            header.append(
-                " ".join(part for part in (heading, fid if column == "fid" else "IS") if part)
-                + (f", {what} = {' / '.join(names)}" if keys else "")
-            )
+            names = " / ".join(", ".join(shown(key, line[0][key]) for key in keys) for line in lines)
+            what = f"{', '.join(SYMBOLS.get(key, key) for key in keys)} = {names}" if keys else ""
+            header.append(" ".join(filter(None, [heading, fid if column == "fid" else "IS", what])))
             columns.append([{row["w"]: row[column] for row in line} for line in lines])
     text = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
     for w in weights:
@@ -149,5 +145,8 @@ def rounded(value: float) -> str:
     return f"{value:.2f}" if value >= 1 else f"{value:.3g}"
 
 
-def _shown(value: Any) -> str:
+def shown(key: str, value: Any) -> str:
+    """A setting in words."""
+    if key == "interval":
+        return f"[{value.replace(':', ', ')}]" if value else "all"
     return f"{value:g}" if isinstance(value, float) else str(value)
