@@ -27,7 +27,7 @@ import cfd
 from cfd import data, figures, metrics, npz, paper, parallel, preemption, results
 from cfd.config import CONVENTIONS, Config
 from cfd.features import FeatureNetwork, open_classifier, open_inception
-from cfd.generate import Draw, Request, check_weights, evaluation_flops, evaluations, load_run, make_draw
+from cfd.generate import Draw, Request, check_weights, evaluation_flops, evaluations, load_guide, load_run, make_draw
 from cfd.reference import Reference, add, open_reference, reference_hash
 from cfd.results import MEASURED, SETTINGS, Row
 
@@ -57,10 +57,12 @@ def sweep(config: Config, folder: str) -> list[Row]:
     train = data.from_config(config.data, config.data.split)
     features = open_features(config, folder, mesh, train)
     reference_name = reference_hash(config, features, train)
+    guide = load_guide(config, folder)
     weights = weights_hash(run.params)
+    guide_weights = "" if guide is None else weights_hash(guide.args[0])
     manifests = {}
     for c in grid(config, run.step):
-        manifest = manifest_of(config, c, weights, reference_name, features)
+        manifest = manifest_of(config, c, weights, guide_weights, reference_name, features)
         manifests[results.manifest_name(manifest)] = c, manifest
 
     held = rows_of(folder, manifests)
@@ -71,11 +73,11 @@ def sweep(config: Config, folder: str) -> list[Row]:
     if missing:
         reference = open_reference(config, folder, features, train, reference_name)
         metrics.check_rank(config.eval.num_samples, len(reference.mu))
-        measure_cells(config, folder, mesh, run.params, missing, features, reference)
+        measure_cells(config, folder, mesh, run.params, guide, missing, features, reference)
 
     rows = list(rows_of(folder, manifests).values())
     if jax.process_index() == 0:
-        show(config, folder, rows, run.class_names)
+        show(config, folder, rows + beside(folder, rows), run.class_names)
     return rows
 
 
@@ -84,6 +86,7 @@ def measure_cells(
     folder: str,
     mesh: Mesh,
     params: Any,
+    guide: Any,
     cells: list[tuple[Row, dict[str, Any]]],
     features: FeatureNetwork,
     reference: Reference,
@@ -98,11 +101,11 @@ def measure_cells(
     def draw_with(num_steps: int) -> Draw:
         return make_draw(config, ConfigDict(config.sample.to_dict() | {"num_steps": num_steps}), mesh)
 
-    params = parallel.replicate(mesh, params)
+    params, guide = parallel.replicate(mesh, params), parallel.replicate(mesh, guide)
     with tqdm(total=total, desc="sweep", unit="eval", unit_scale=True, smoothing=0.1, disable=None) as bar:
         for number, ((c, manifest), cost) in enumerate(zip(cells, costs, strict=True)):
             start = time.perf_counter()
-            images = drawn(config, draw_with(c["num_steps"]), params, c, folder)
+            images = drawn(config, draw_with(c["num_steps"]), params, guide, c, folder)
             row = c | measure(counted(images, bar, cost), c["num_samples"], features, reference)
             rate = c["num_samples"] / (time.perf_counter() - start)
             if jax.process_index() == 0:
@@ -181,7 +184,7 @@ def open_features(config: Config, folder: str, mesh: Mesh, train: data.Dataset) 
     )
 
 
-def drawn(config: Config, draw: Draw, params: Any, c: Row, folder: str) -> Batches:
+def drawn(config: Config, draw: Draw, params: Any, guide: Any, c: Row, folder: str) -> Batches:
     """The (images, labels) of a cell as they are drawn; also written to its .npz, in OpenAI's layout."""
     count = c["num_samples"]
     index = np.arange(count, dtype=np.int32)
@@ -193,7 +196,7 @@ def drawn(config: Config, draw: Draw, params: Any, c: Row, folder: str) -> Batch
     first_process = jax.process_index() == 0
     with npz.sample_writer(path, count, size) if first_process else contextlib.nullcontext(lambda *_: None) as write:
         first = 0
-        for images in draw(params, request, v=c["v"], interval=ends(c)):
+        for images in draw(params, request, v=c["v"], interval=ends(c), classifier=guide):
             rows = labels[first : first + len(images)]
             write(images, rows)
             first += len(images)
@@ -222,6 +225,7 @@ def grid(config: Config, step: int) -> list[Row]:
             "num_steps": num_steps,
             "sampler": sample.sampler,
             "v": float(v),
+            "guidance": sample.guidance,
             "interval": ":".join(f"{end:g}" for end in interval),
             "w": float(w),
             "num_samples": evaluate.num_samples,
@@ -241,12 +245,14 @@ def ends(c: Row) -> tuple[float, ...]:
 
 def samples_path(folder: str, c: Row) -> str:
     """Where the images of a cell are kept."""
-    keys = ("step", "num_steps", "sampler", "v", "interval", "w", "num_samples", "labels", "seed")
+    keys = ("step", "num_steps", "sampler", "v", "guidance", "interval", "w", "num_samples", "labels", "seed")
     name = "_".join(f"{key}-{c[key]}" for key in keys if c[key] != "")
     return os.path.join(folder, "samples", f"{name}.npz")
 
 
-def manifest_of(config: Config, c: Row, weights: str, reference: str, features: FeatureNetwork) -> dict[str, Any]:
+def manifest_of(
+    config: Config, c: Row, weights: str, guide_weights: str, reference: str, features: FeatureNetwork
+) -> dict[str, Any]:
     """How a row is made: the hashes of all that goes in, every setting, and the versions of the programs."""
     settings = {key: c[key] for key in SETTINGS if key not in ("step", "p_uncond", "features")}
     return {
@@ -256,6 +262,7 @@ def manifest_of(config: Config, c: Row, weights: str, reference: str, features: 
             "ema_decay": config.train.ema_decay,
             "p_uncond": c["p_uncond"],
         },
+        "classifier": {"sha256": guide_weights},
         "network": config.model.to_dict(),
         "sampling": settings | {"clip": config.sample.clip, "process": config.process.to_dict()},
         "label_policy": LABELS[c["labels"]],
@@ -289,6 +296,16 @@ def rows_of(folder: str, names: Iterable[str]) -> dict[str, Row]:
     """The rows of sweep.csv whose manifests have these names and are there, in the order of the names."""
     rows = {row["manifest"]: row for row in results.read_rows(folder)}
     return {name: rows[name] for name in names if name in rows and results.read_manifest(folder, name) is not None}
+
+
+def beside(folder: str, rows: list[Row]) -> list[Row]:
+    """The rows of the other kind of guidance that are measured with all else equal: they belong in the same picture."""
+
+    def others(row: Row) -> tuple:
+        return tuple(row[key] for key in SETTINGS if key not in ("guidance", "w"))
+
+    kinds, settings = {row["guidance"] for row in rows}, {others(row) for row in rows}
+    return [row for row in results.read_rows(folder) if row["guidance"] not in kinds and others(row) in settings]
 
 
 def show(config: Config, folder: str, rows: list[Row], class_names: tuple[str, ...]) -> None:

@@ -15,8 +15,9 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float, UInt8
 
 from cfd import checkpoint, figures, npz, parallel, preemption, watchdog, workdir, xla
+from cfd.classifier import ClassifierFn, load_classifier
 from cfd.config import Config, describe
-from cfd.guidance import Interval
+from cfd.guidance import Interval, classifier_guidance
 from cfd.process import cosine_logsnr
 from cfd.sampling import EpsFn, StepRule, ancestral, ddim, guided_sample
 from cfd.unet import UNet
@@ -32,7 +33,7 @@ class Request(NamedTuple):
 
 
 Draw = Callable[..., Iterator[UInt8[np.ndarray, "n h w c"]]]
-"""(parameters, request, v=..., interval=...) -> the images in order, in batches, on every process."""
+"""(parameters, request, v=..., interval=..., classifier=...) -> the images in order, in batches, on every process."""
 
 
 def step_rule(sampler: str, v: Any) -> StepRule:
@@ -53,22 +54,27 @@ def make_draw(config: Config, sample: Config, mesh: Mesh) -> Draw:
 
     `config` gives the network, `sample` the sampler and its T. Batches have `sample.batch_size` rows, the last one
     padded, so that an image does not depend on the request's size. A batch whose weights are all 0 costs one network
-    evaluation a step. Raises ValueError if the devices do not divide the batch, and for images that are not finite.
+    evaluation a step. With a noisy classifier, w is the weight of classifier guidance. Raises ValueError if the devices
+    do not divide the batch, and for images that are not finite.
     """
     parallel.check_batch("sample.batch_size", sample.batch_size, mesh)
     eps = eps_of_params(config)
     shape = (config.data.image_size, config.data.image_size, config.data.channels)
 
     def program(
-        params: Any, seed: Array, index: Array, label: Array, w: Array, v: Array, lo: Array, hi: Array
+        networks: Any, seed: Array, index: Array, label: Array, w: Array, v: Array, lo: Array, hi: Array
     ) -> tuple[Array, Array]:
+        params, classifier = networks
+        eps_fn, weight = eps(params), Interval(w, lo, hi)
+        if classifier is not None:
+            eps_fn, weight = classifier_guidance(eps_fn, classifier, weight), 0.0
         keys = jax.vmap(lambda s, i: jax.random.fold_in(jax.random.key(s), i))(seed, index)
         x = guided_sample(
             keys,
-            eps(params),
+            eps_fn,
             label,
             shape,
-            w=Interval(w, lo, hi),
+            w=weight,
             num_steps=sample.num_steps,
             sampler=step_rule(sample.sampler, v),
             clip=sample.clip,
@@ -80,7 +86,11 @@ def make_draw(config: Config, sample: Config, mesh: Mesh) -> Draw:
     compiled = xla.jit(program, out_shardings=NamedSharding(mesh, parallel.BATCH))
 
     def draw(
-        params: Any, request: Request, v: float = sample.v, interval: tuple[float, ...] = tuple(sample.interval)
+        params: Any,
+        request: Request,
+        v: float = sample.v,
+        interval: tuple[float, ...] = tuple(sample.interval),
+        classifier: ClassifierFn | None = None,
     ) -> Iterator[np.ndarray]:
         size = sample.batch_size
         for first in range(0, len(request.index), size):
@@ -88,7 +98,9 @@ def make_draw(config: Config, sample: Config, mesh: Mesh) -> Draw:
             rows = Request(*(np.resize(column[first : first + size], size) for column in request))
             ends = (interval or (-np.inf, np.inf)) if rows.w.any() else (np.inf, -np.inf)
             columns = (parallel.shard_rows(mesh, column) for column in rows)
-            images, finite = map(parallel.gather, compiled(params, *columns, *map(np.float32, (v, *ends))))
+            images, finite = map(
+                parallel.gather, compiled((params, classifier), *columns, *map(np.float32, (v, *ends)))
+            )
             if not finite.all():
                 i = int(finite.argmin())
                 raise ValueError(
@@ -102,7 +114,10 @@ def make_draw(config: Config, sample: Config, mesh: Mesh) -> Draw:
 
 
 def evaluations(config: Config, num_steps: int, w: float, interval: tuple[float, ...]) -> int:
-    """Network evaluations an image: one a step, and where w is not 0 a second one a step inside of the interval."""
+    """Network evaluations an image: one a step, and where w is not 0 a second one a step inside of the interval.
+
+    Under classifier guidance the second is a gradient of the classifier, counted as one evaluation.
+    """
     u = 1.0 - jnp.arange(num_steps, dtype=jnp.float32) / max(num_steps - 1, 1)
     logsnr = cosine_logsnr(u, **config.process)
     lo, hi = interval or (-np.inf, np.inf)
@@ -162,7 +177,8 @@ def sample(config: Config, folder: str) -> str:
     draw = make_draw(config, config.sample, mesh)
     start = time.perf_counter()
     batches: list[np.ndarray] = []
-    for batch in draw(parallel.replicate(mesh, run.params), request):
+    classifier = parallel.replicate(mesh, load_guide(config, folder))
+    for batch in draw(parallel.replicate(mesh, run.params), request, classifier=classifier):
         batches.append(batch)
         if preemption.requested():
             done = sum(map(len, batches))
@@ -193,9 +209,22 @@ def load_run(config: Config, folder: str) -> checkpoint.Loaded:
     return checkpoint.load(folder)
 
 
+def load_guide(config: Config, folder: str) -> ClassifierFn | None:
+    """The noisy classifier of a run, where `sample.guidance` asks for it. Raises ValueError if there is none."""
+    if config.sample.guidance == "classifier-free":
+        return None
+    place = os.path.join(folder, "classifier")
+    if not os.path.exists(os.path.join(place, workdir.CONFIG)):
+        raise ValueError(
+            f"config.sample.guidance is 'classifier', and {place} holds no noisy classifier: train it with "
+            "--mode=train_classifier"
+        )
+    return load_classifier(place)
+
+
 def check_weights(config: Config, weights: Sequence[float]) -> None:
     """Raises ValueError where a weight needs the unconditional score of a run that was never trained on it."""
-    if config.train.p_uncond == 0 and any(weights):
+    if config.train.p_uncond == 0 and any(weights) and config.sample.guidance == "classifier-free":
         raise ValueError(
             f"w = {next(filter(None, weights)):g} needs the unconditional score, and this run was trained with "
             "train.p_uncond = 0: only w = 0 can be sampled"

@@ -1,7 +1,8 @@
 """`python -m cfd.main --config=FILE [--workdir=DIR] [--mode=MODE] [--config.GROUP.FIELD=VALUE ...]`
 
 Trains, and then sweeps the guidance weight as the config's `eval` asks. The same command again resumes. Other modes:
-sample, sweep, compare (several runs' sweeps in one table) and report (a page to look at).
+train_classifier (for classifier guidance), sample, sweep, compare (several runs' sweeps in one table) and report (a
+page to look at).
 """
 
 import os
@@ -33,6 +34,11 @@ def train_and_sweep(config: Config, folder: str) -> None:
         evaluation.sweep(config, folder)
 
 
+def train_classifier(config: Config, folder: str) -> None:
+    """Train the noisy classifier that `sample.guidance = "classifier"` needs."""
+    train.train_classifier(config, folder, allow_fresh_start=ALLOW_FRESH_START.value)
+
+
 def sample(config: Config, folder: str) -> None:
     """Draw the grid of `sample`'s classes, seeds and weights."""
     print(f"Wrote {generate.sample(config, folder)} and the .npz beside it.")
@@ -57,6 +63,7 @@ def make_report(config: Config, folder: str) -> None:
 
 MODES: dict[str, Callable[[Config, str], None]] = {
     "train": train_and_sweep,
+    "train_classifier": train_classifier,
     "sample": sample,
     "sweep": sweep,
     "compare": compare,
@@ -81,7 +88,7 @@ def main(argv: Sequence[str]) -> None:
         xla.use_compilation_cache(config.xla.compilation_cache)
         preemption.install()
         watchdog.install(config.train.watchdog_seconds)
-        if MODE.value != "train" and not os.path.exists(os.path.join(folder, workdir.CONFIG)):
+        if MODE.value not in ("train", "train_classifier") and not os.path.exists(os.path.join(folder, workdir.CONFIG)):
             raise ValueError(
                 f"{folder} holds no run: train it first, with --mode=train, or give the --workdir of another"
             )

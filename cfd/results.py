@@ -17,11 +17,12 @@ from cfd.workdir import write_atomically
 Row = dict[str, Any]
 
 SETTINGS: tuple[str, ...] = (
-    "step", "p_uncond", "num_steps", "sampler", "v", "interval", "w", "num_samples", "labels", "seed", "features",
+    "step", "p_uncond", "num_steps", "sampler", "v", "guidance", "interval", "w", "num_samples", "labels", "seed",
+    "features",
 )  # fmt: skip
 MEASURED: tuple[str, ...] = ("fid", "sfid", "is", "precision", "recall", "class_accuracy")
 COLUMNS: tuple[str, ...] = (*SETTINGS, *MEASURED, "fid_name", "manifest")
-WORDS = ("sampler", "interval", "labels", "features", "fid_name", "manifest")
+WORDS = ("sampler", "guidance", "interval", "labels", "features", "fid_name", "manifest")
 COUNTS = ("step", "num_steps", "num_samples", "seed")
 SYMBOLS = {"num_steps": "T", "num_samples": "N"}
 
@@ -113,7 +114,7 @@ def curves(rows: list[Row], prefix: str = "") -> dict[str, list[Row]]:
     grouped: dict[str, dict[float, Row]] = {}
     for row in sorted(rows, key=lambda row: [row[key] for key in keys]):
         settings = [f"{SYMBOLS.get(key, key)} = {shown(key, row[key])}" for key in keys]
-        name = ", ".join(filter(None, [prefix, *settings])) or "classifier-free guidance"
+        name = ", ".join(filter(None, [prefix, *settings])) or rows[0]["guidance"] + " guidance"
         grouped.setdefault(name, {})[row["w"]] = row
     return {name: [by_weight[w] for w in sorted(by_weight)] for name, by_weight in grouped.items()}
 

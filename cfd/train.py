@@ -1,5 +1,6 @@
 """Training: the state, one pure step, and a linear loop that resumes where it stopped."""
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -12,9 +13,11 @@ import numpy as np
 import optax
 from jax import Array
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from cfd import checkpoint, data, generate, parallel, preemption, watchdog, workdir, xla
+from cfd.classifier import Classifier, classifier_loss
 from cfd.config import Config, describe
 from cfd.losses import eps_loss
 from cfd.unet import UNet
@@ -154,6 +157,42 @@ def train(config: Config, folder: str, *, allow_fresh_start: bool = False) -> No
         init,
         loss_fn,
         draw,
+        seed=config.seed,
+        loading=config.data,
+        allow_fresh_start=allow_fresh_start,
+    )
+
+
+def train_classifier(config: Config, folder: str, *, allow_fresh_start: bool = False) -> None:
+    """Train the noisy classifier of classifier guidance in `folder`/classifier, a run folder of its own, or resume it.
+
+    `config.classifier` is the network, `config.classifier_train` what differs from `config.train`.
+    """
+    mesh = parallel.make_mesh(**config.mesh)
+    dataset = data.from_config(config.data, config.data.split)
+    net = Classifier(**config.classifier)
+    shape = (1, config.data.image_size, config.data.image_size, config.data.channels)
+
+    def init(key: Array) -> Any:
+        return net.init(key, jnp.zeros(shape), jnp.zeros(1))["params"]
+
+    def loss_fn(key: Array, params: Any, x: Array, labels: Array) -> Array:
+        key_loss, key_dropout = jax.random.split(key)
+
+        def classifier_fn(z: Array, logsnr: Array) -> Any:
+            return net.apply({"params": params}, z, logsnr, train=True, rngs={"dropout": key_dropout})
+
+        return classifier_loss(key_loss, classifier_fn, x, labels, **config.process)
+
+    fit(
+        ConfigDict(config.train.to_dict() | config.classifier_train.to_dict()),
+        os.path.join(folder, "classifier"),
+        mesh,
+        dataset,
+        describe("classifier", config, dataset.class_names),
+        init,
+        loss_fn,
+        None,
         seed=config.seed,
         loading=config.data,
         allow_fresh_start=allow_fresh_start,
