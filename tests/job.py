@@ -1,0 +1,145 @@
+"""`python -m cfd.main` with a network of two layers and made-up images, so that it starts in seconds; and with faults.
+
+Everything else is the real command: its flags, its loop, its checkpoints and its signals. The environment says more:
+JOB_STEP_SECONDS   what each step takes on top
+JOB_CORES          how many cores to run on
+JOB_HANG           "main:S" or "loader:S": the main thread, or the one that loads data, sleeps for ever at step S
+JOB_HANG_PROCESS   the number of the process that does
+Each step adds a line to WORKDIR/steps.jsonl, which, other than metrics.jsonl, keeps the steps that are done again.
+"""
+
+import json
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+if cores := os.environ.get("JOB_CORES"):
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(cores)])
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+import cfd.checkpoint
+import cfd.data
+import cfd.generate
+import cfd.main
+import cfd.preemption
+import cfd.train
+import cfd.workdir
+from cfd.losses import eps_loss
+
+SIZE, WIDTH, CLASSES, EXAMPLES = 8, 128, 10, 100
+
+
+def init(key: Any) -> Any:
+    key_in, key_out = jax.random.split(key)
+    return {
+        "in": 0.1 * jax.random.normal(key_in, (SIZE * SIZE, WIDTH)),
+        "class": jnp.zeros((CLASSES + 1, WIDTH)),
+        "logsnr": jnp.zeros(WIDTH),
+        "out": 0.1 * jax.random.normal(key_out, (WIDTH, SIZE * SIZE)),
+    }
+
+
+def eps_of_params(params: Any) -> Any:
+    def eps_fn(z: Any, logsnr: Any, labels: Any) -> Any:
+        h = z.reshape(len(z), -1) @ params["in"] + params["class"][labels] + logsnr[:, None] * params["logsnr"][None]
+        return (jnp.tanh(h) @ params["out"]).reshape(z.shape)
+
+    return eps_fn
+
+
+def diffusion(config: Any) -> Any:
+    def loss_fn(key: Any, params: Any, x: Any, labels: Any) -> Any:
+        return eps_loss(key, eps_of_params(params), x, labels, p_uncond=config.train.p_uncond, **config.process)
+
+    return init, loss_fn
+
+
+def hangs(where: str, step: int) -> bool:
+    place, _, at = os.environ.get("JOB_HANG", ":0").partition(":")
+    here = os.environ.get("JOB_HANG_PROCESS", "0") == os.environ.get("CFD_PROCESS_ID", "0")
+    return place == where and step == int(at) and here
+
+
+def from_config(group: Any, split: str) -> cfd.data.Dataset:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (EXAMPLES, SIZE, SIZE, 1), np.uint8)
+    labels = np.arange(EXAMPLES, dtype=np.int32) % CLASSES
+    reads = iter(range(1, 2**62))
+
+    def read(i: int) -> tuple[np.ndarray, int]:
+        if hangs("loader", next(reads)):
+            time.sleep(1e6)
+        return images[i], int(labels[i])
+
+    names = tuple(f"class {c}" for c in range(CLASSES))
+    return cfd.data.Dataset(read, lambda: labels, EXAMPLES, SIZE, 1, names, "raise")
+
+
+def note(**values: Any) -> None:
+    if os.environ.get("CFD_PROCESS_ID", "0") == "0":
+        status = dict(line.split(":\t") for line in Path("/proc/self/status").read_text().splitlines() if ":\t" in line)
+        values |= dict(rss=int(status["VmRSS"].split()[0]) * 1024, fds=len(os.listdir("/proc/self/fd")))
+        values |= dict(threads=threading.active_count(), os_threads=int(status["Threads"]), time=time.time())
+        with open(Path(flags.FLAGS.workdir) / "steps.jsonl", "a") as file:
+            file.write(json.dumps(values) + "\n")
+
+
+def slowed(requested: Any) -> Any:
+    def slow() -> bool:
+        time.sleep(float(os.environ.get("JOB_STEP_SECONDS", "0")))
+        return requested()
+
+    return slow
+
+
+def hanging(batches: Any) -> Any:
+    def with_hang(*arguments: Any, start_step: int = 0, **keywords: Any) -> Any:
+        inner = batches(*arguments, start_step=start_step, **keywords)
+        count = iter(range(start_step + 1, 2**62))
+
+        class Hanging:
+            def __next__(self) -> Any:
+                if hangs("main", next(count)):
+                    time.sleep(1e6)
+                return next(inner)
+
+            def close(self) -> None:
+                inner.close()
+
+        return Hanging()
+
+    return with_hang
+
+
+def noted(write_metrics: Any) -> Any:
+    def write(log: Any, step: int, metrics: Any) -> None:
+        write_metrics(log, step, metrics)
+        note(step=step, loss=metrics["loss"])
+
+    return write
+
+
+def timed(save: Any) -> Any:
+    def timed_save(manager: Any, step: int, *arguments: Any, **keywords: Any) -> None:
+        start = time.perf_counter()
+        save(manager, step, *arguments, **keywords)
+        note(saved=step, seconds=time.perf_counter() - start)
+
+    return timed_save
+
+
+if __name__ == "__main__":
+    cfd.train.diffusion = diffusion
+    cfd.generate.eps_of_params = lambda config: eps_of_params
+    cfd.data.from_config = from_config
+    cfd.data.batches = hanging(cfd.data.batches)
+    cfd.preemption.requested = slowed(cfd.preemption.requested)
+    cfd.workdir.write_metrics = noted(cfd.workdir.write_metrics)
+    cfd.checkpoint.save = timed(cfd.checkpoint.save)
+    app.run(cfd.main.main, flags_parser=cfd.main.parse_flags)

@@ -1,0 +1,484 @@
+"""Real processes that are killed, frozen, hung and stopped: nothing is lost, and nothing waits for ever.
+
+Each test runs the real command by tests/job.py, whose network is small enough to start in seconds.
+"""
+
+import hashlib
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import SingleDeviceSharding
+from job import init as network
+from tiny import ROOT, flags_of, tiny_config
+
+from cfd import checkpoint
+from cfd.train import initial_state, make_optimizer
+
+HEARTBEAT, STARTING = 10, 120.0
+"""Seconds: of jax.distributed, and how long a process may take to start on a busy machine."""
+
+slow = pytest.mark.slow
+
+
+class Job(NamedTuple):
+    """The processes of one start."""
+
+    folder: Path
+    processes: list[subprocess.Popen]
+    outputs: list[Path]
+
+    def send(self, number: int, *which: int) -> None:
+        for i in which or range(len(self.processes)):
+            os.kill(self.processes[i].pid, number)
+
+    def finish(self, seconds: float = STARTING) -> list[int]:
+        """The exit codes; a process that runs for longer fails the test."""
+        deadline = time.monotonic() + seconds
+        return [p.wait(max(deadline - time.monotonic(), 0.01)) for p in self.processes]
+
+    def text(self, which: int = 0) -> str:
+        return self.outputs[which].read_text(errors="replace")
+
+    def says(self) -> str:
+        return "\n".join(f"--- process {i}\n{self.text(i)}" for i in range(len(self.outputs)))
+
+
+Start = Callable[..., Job]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Compiled programs, for all tests."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Callable[[int, int], Path]:
+    """(steps, devices) -> the folder of a run in one process that was never stopped."""
+    made: dict[tuple[int, int], Path] = {}
+
+    def make(steps: int, devices: int) -> Path:
+        if (steps, devices) not in made:
+            folder = tmp_path_factory.mktemp("reference") / "run"
+            job = launch(folder, cache, devices=devices, train__num_steps=steps)
+            assert job.finish() == [0], job.says()
+            made[steps, devices] = folder
+        return made[steps, devices]
+
+    return make
+
+
+@pytest.fixture
+def start(cache: Path) -> Iterator[Start]:
+    """`launch`, whose processes do not outlive the test."""
+    jobs: list[Job] = []
+
+    def one(folder: Path, **keywords: Any) -> Job:
+        jobs.append(launch(folder, cache, **keywords))
+        return jobs[-1]
+
+    yield one
+    for process in (p for job in jobs for p in job.processes):
+        process.kill()
+        process.wait()
+
+
+def command(folder: Path, cache: Path, mode: str, **changes: Any) -> list[str]:
+    fields = dict(eval__weights=(), train__checkpoint_every_steps=10, xla__compilation_cache=str(cache)) | changes
+    flags = [f"--mode={mode}", "--config=configs/digits.py", f"--workdir={folder}", *flags_of(**fields)]
+    return [sys.executable, str(ROOT / "tests" / "job.py"), *flags]
+
+
+def environment(devices: int, **more: str) -> dict[str, str]:
+    base = {k: v for k, v in os.environ.items() if not k.startswith(("CFD_", "JOB_", "XLA_FLAGS"))}
+    ours = dict(JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES=str(devices), PYTHONPATH=str(ROOT))
+    return base | ours | {"CFD_HEARTBEAT_TIMEOUT": str(HEARTBEAT), "CFD_SHUTDOWN_TIMEOUT": str(HEARTBEAT)} | more
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def launch(
+    folder: Path,
+    cache: Path,
+    *,
+    mode: str = "train",
+    processes: int = 1,
+    devices: int = 1,
+    of: int | None = None,
+    env: dict[str, str] | None = None,
+    **changes: Any,
+) -> Job:
+    """`processes` processes with `devices` devices each, told that they are the first of `of`."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    address, count, number = f"127.0.0.1:{free_port()}", of or processes, len(list(folder.parent.glob("*.log")))
+    job = Job(folder, [], [])
+    for i in range(processes):
+        distributed = dict(CFD_COORDINATOR=address, CFD_NUM_PROCESSES=str(count), CFD_PROCESS_ID=str(i))
+        variables = environment(devices, **(distributed if count > 1 else {}), **(env or {}))
+        job.outputs.append(folder.parent / f"{number}.{i}.log")
+        with open(job.outputs[-1], "w") as log:
+            arguments = command(folder, cache, mode, **changes)
+            job.processes.append(subprocess.Popen(arguments, cwd=ROOT, env=variables, stdout=log, stderr=log))
+    return job
+
+
+def steps_of(folder: Path) -> list[dict[str, Any]]:
+    """The steps that were done, those again that were done again."""
+    path = folder / "steps.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    values = [json.loads(line) for line in lines if line.endswith(b"\n")]
+    return [value for value in values if "step" in value]
+
+
+def wait_until(happened: Callable[[], Any], job: Job | None = None, seconds: float = STARTING) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert job is None or all(p.poll() is None for p in job.processes), job.says()
+        assert time.monotonic() < deadline, job.says() if job else "timed out"
+        time.sleep(0.005)
+
+
+def wait_for_step(job: Job, step: int) -> None:
+    wait_until(lambda: any(done["step"] >= step for done in steps_of(job.folder)), job)
+
+
+def final_state(folder: Path) -> tuple[int, str]:
+    """(step, SHA-256 of every array) of the newest checkpoint, whose digests are verified on the way."""
+    manager = checkpoint.open_manager(folder, keep=100)
+    optimizer = make_optimizer(tiny_config().train)
+    abstract = jax.eval_shape(partial(initial_state, network, optimizer), jax.random.key(0))
+    place = SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract)
+    newest = checkpoint.latest_step(manager)
+    restored = checkpoint.restore(manager, abstract)
+    checkpoint.close(manager)
+    assert restored is not None and restored[0] == newest
+    digest = hashlib.sha256()
+    for path, x in jax.tree_util.tree_flatten_with_path(restored[1])[0]:
+        digest.update(f"{path} {x.dtype} {x.shape}".encode() + np.asarray(x).tobytes())
+    return restored[0], digest.hexdigest()
+
+
+def losses(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))  # none missing, none twice
+    return [line["loss"] for line in lines]
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    """The same final state, the same loss at every step, and at every step that was done again."""
+    assert final_state(folder) == final_state(other)
+    expected = losses(other)
+    assert losses(folder) == expected
+    assert all(done["loss"] == expected[done["step"] - 1] for done in steps_of(folder))
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("kills, steps", [(1, 40), pytest.param(15, 600, marks=slow)])
+def test_killed_at_random_steps_of_one_process(
+    kills: int, steps: int, start: Start, reference: Any, tmp_path: Path
+) -> None:
+    """T11; and of T30 that nine tenths of the steps, and of the time after the start, are not lost."""
+    folder = tmp_path / "run"
+    rng = random.Random(0)
+    for at in sorted(rng.sample(range(5, steps - 5), kills)):
+        job = start(folder, env={"JOB_STEP_SECONDS": "0.02"}, train__num_steps=steps, train__checkpoint_every_steps=5)
+        wait_for_step(job, at)
+        time.sleep(rng.uniform(0.0, 0.05))
+        job.send(signal.SIGKILL)
+        assert job.finish() == [-signal.SIGKILL]
+    job = start(folder, train__num_steps=steps)
+    assert job.finish() == [0], job.says()
+    assert re.search(rf"Resuming .* at step \d+ of {steps}", job.text())
+    assert_same_run(folder, reference(steps, 1))
+    print(f"{kills} kills: {steps} steps, {len(steps_of(folder)) - steps} of them done again")
+    if kills > 1:
+        assert steps / len(steps_of(folder)) >= 0.9
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("kills, steps", [(1, 30), pytest.param(6, 130, marks=slow)])
+def test_killed_at_random_steps_of_two_processes(
+    kills: int, steps: int, start: Start, reference: Any, tmp_path: Path
+) -> None:
+    """T12, T18: one is killed, the other ends with an error, both are started again; one process with two devices
+    that was never stopped gives the same bits."""
+    folder = tmp_path / "run"
+    rng = random.Random(1)
+    for kill, at in enumerate(sorted(rng.sample(range(5, steps - 5), kills))):
+        job = start(folder, processes=2, env={"JOB_STEP_SECONDS": "0.02"}, train__num_steps=steps)
+        wait_for_step(job, at)
+        job.send(signal.SIGKILL, kill % 2)
+        killed = time.monotonic()
+        codes = job.finish()
+        assert codes[kill % 2] == -signal.SIGKILL and codes[1 - kill % 2] != 0
+        print(f"process {kill % 2} killed; the other ended after {time.monotonic() - killed:.1f} s")
+        assert time.monotonic() - killed < HEARTBEAT + 5
+    job = start(folder, processes=2, train__num_steps=steps)
+    assert job.finish() == [0, 0], job.says()
+    assert_same_run(folder, reference(steps, 2))
+
+
+@slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("first, then", [((2, 1), (1, 2)), ((1, 2), (2, 1)), ((1, 2), (1, 1)), ((2, 2), (4, 1))])
+def test_resumed_on_other_processes_or_devices(
+    first: tuple[int, int], then: tuple[int, int], start: Start, reference: Any, tmp_path: Path
+) -> None:
+    """T13: (processes, devices of each). The same number of devices in all gives the same bits, another 1e-5."""
+    folder = tmp_path / "run"
+    for (processes, devices), steps in ((first, 20), (then, 40)):
+        job = start(folder, processes=processes, devices=devices, train__num_steps=steps)
+        assert job.finish() == [0] * processes, job.says()
+    expected = reference(40, first[0] * first[1])
+    if first[0] * first[1] == then[0] * then[1]:
+        assert_same_run(folder, expected)
+    else:
+        np.testing.assert_allclose(losses(folder), losses(expected), rtol=1e-5)
+
+
+@slow
+@pytest.mark.timeout(900)
+def test_one_two_and_four_processes_of_eight_devices(start: Start, reference: Any, tmp_path: Path) -> None:
+    """1x8, 2x4 and 4x2 give the same bits; one device, and parameters divided over four, the same loss to 1e-5."""
+    whole = reference(40, 8)
+    for processes in (2, 4):
+        job = start(tmp_path / f"{processes}" / "run", processes=processes, devices=8 // processes, train__num_steps=40)
+        assert job.finish() == [0] * processes, job.says()
+        assert losses(job.folder) == losses(whole)
+        assert final_state(job.folder) == final_state(whole)
+    job = start(tmp_path / "fsdp" / "run", processes=2, devices=4, train__num_steps=40, mesh__fsdp=4)
+    assert job.finish() == [0, 0], job.says()
+    for other in (losses(job.folder), losses(reference(40, 1))):
+        np.testing.assert_allclose(other, losses(whole), rtol=1e-5)
+        print("largest relative difference of a loss", np.max(np.abs(np.divide(other, losses(whole)) - 1)))
+
+
+@slow
+@pytest.mark.timeout(300)
+def test_two_runs_and_a_run_on_one_core_are_equal(start: Start, reference: Any, tmp_path: Path) -> None:
+    """T15."""
+    for i, env in enumerate(({}, {"JOB_CORES": "1"})):
+        job = start(tmp_path / str(i) / "run", env=env, train__num_steps=40)
+        assert job.finish() == [0], job.says()
+        assert_same_run(job.folder, reference(40, 1))
+
+
+@slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_process_ends_the_other(frozen: int, start: Start, tmp_path: Path) -> None:
+    """T19."""
+    env = {"JOB_STEP_SECONDS": "0.02"}
+    job = start(tmp_path / "run", processes=2, env=env, train__num_steps=100_000)
+    wait_for_step(job, 3)
+    job.send(signal.SIGSTOP, frozen)
+    stopped = time.monotonic()
+    other = job.processes[1 - frozen]
+    assert other.wait(HEARTBEAT + 5) != 0
+    print(f"process {frozen} frozen; the other ended after {time.monotonic() - stopped:.1f} s, code {other.returncode}")
+
+
+@slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("where, processes", [("main", 1), ("loader", 1), ("main", 2), ("loader", 2)])
+def test_a_hung_process_ends_with_its_stacks(where: str, processes: int, start: Start, tmp_path: Path) -> None:
+    """T20: every process has a watchdog, so that those which wait for the hung one end as well."""
+    env = {"JOB_HANG": f"{where}:{100 if where == 'loader' else 7}", "JOB_HANG_PROCESS": str(processes - 1)}
+    job = start(tmp_path / "run", processes=processes, env=env, train__num_steps=10_000, train__watchdog_seconds=15)
+    wait_for_step(job, 3)
+    hung = time.monotonic()
+    assert all(code != 0 for code in job.finish(15 + 5 + 5)), job.says()
+    print(f"{processes} processes, {where} hung: all ended within {time.monotonic() - hung:.1f} s of step 3")
+    for i in range(processes):
+        assert "Timeout (0:00:15)!" in job.text(i) and "most recent call first" in job.text(i), job.says()
+    assert "job.py" in job.text(processes - 1)
+
+
+@slow
+@pytest.mark.timeout(120)
+def test_a_process_that_never_comes(start: Start, tmp_path: Path) -> None:
+    """T21: the other says what it waits for, and for how long, before JAX aborts it."""
+    for process in (0,):
+        job = start(tmp_path / str(process) / "run", of=2, env={"CFD_INITIALIZATION_TIMEOUT": "10"})
+        wait_until(lambda job=job: "joins the coordinator" in job.text(), job)
+        joined = time.monotonic()
+        codes = job.finish(10 + 10)
+        print(f"no second process: ended after {time.monotonic() - joined:.1f} s, code {codes}")
+        assert codes[0] != 0 and "Process 0 of 2 joins" in job.text() and "after 10 s" in job.text()
+
+
+def interrupted(job: Job, number: int, which: int) -> float:
+    """Seconds from the signal to exit code 0 of every process."""
+    sent = time.monotonic()
+    job.send(number, which)
+    assert job.finish(30) == [0] * len(job.processes), job.says()
+    assert all("; the same command resumes." in job.text(i) for i in range(len(job.processes))), job.says()
+    return time.monotonic() - sent
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "processes, which, number, every",
+    [
+        pytest.param(1, 0, signal.SIGTERM, 1000, id="one-SIGTERM"),
+        pytest.param(1, 0, signal.SIGINT, 1000, id="one-SIGINT", marks=slow),
+        pytest.param(1, 0, signal.SIGTERM, 1, id="one-SIGTERM-in-a-save", marks=slow),
+        pytest.param(2, 0, signal.SIGTERM, 1000, id="two-SIGTERM-to-0", marks=slow),
+        pytest.param(2, 1, signal.SIGTERM, 1000, id="two-SIGTERM-to-1", marks=slow),
+        pytest.param(2, 1, signal.SIGINT, 1000, id="two-SIGINT-to-1", marks=slow),
+        pytest.param(2, 0, signal.SIGTERM, 1, id="two-SIGTERM-in-a-save", marks=slow),
+    ],
+)
+def test_stopped_in_training(
+    processes: int, which: int, number: int, every: int, start: Start, reference: Any, tmp_path: Path
+) -> None:
+    """T22: a signal to any one process saves the step that all are at; the rest of the run is as if never stopped."""
+    folder = tmp_path / "run"
+    env = {"JOB_STEP_SECONDS": "0.05"}
+    fields = dict(train__num_steps=200, train__checkpoint_every_steps=every)
+    job = start(folder, processes=processes, env=env, **fields)
+    wait_for_step(job, 7)
+    seconds = interrupted(job, number, which)
+    step = int(re.findall(r"Stopped at step (\d+) of 200", job.text())[0])
+    print(f"stopped at step {step}, {seconds:.2f} s after the signal")
+    assert steps_of(folder)[-1]["step"] == step == final_state(folder)[0]  # no step is lost
+    job = start(folder, processes=processes, **fields)
+    assert job.finish() == [0] * processes, job.says()
+    assert f"at step {step} of 200" in job.text()
+    assert len(steps_of(folder)) == 200
+    assert_same_run(folder, reference(200, processes))
+
+
+@slow
+@pytest.mark.timeout(120)
+def test_a_second_interrupt_stops_at_once(start: Start, tmp_path: Path) -> None:
+    """T22."""
+    job = start(tmp_path / "run", env={"JOB_STEP_SECONDS": "20"}, train__num_steps=10)
+    wait_until(lambda: (tmp_path / "run" / "tensorboard").exists(), job)
+    time.sleep(5)  # it is in its first step
+    job.send(signal.SIGINT)
+    time.sleep(1)
+    assert job.processes[0].poll() is None
+    sent = time.monotonic()
+    job.send(signal.SIGINT)
+    assert job.finish(10)[0] != 0
+    assert "KeyboardInterrupt" in job.text() and time.monotonic() - sent < 10
+
+
+@slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_stopped_in_sampling_and_in_the_sweep(processes: int, start: Start, reference: Any, tmp_path: Path) -> None:
+    """T22: it ends with 0, and what it had measured is not measured again."""
+    folder = tmp_path / "run"
+    fields = dict(processes=processes, eval__num_samples=64, sample__num_steps=4, sample__batch_size=2 * processes)
+    job = start(folder, train__num_steps=3, **fields)
+    assert job.finish() == [0] * processes, job.says()
+
+    weights = tuple(range(8))
+    env = {"JOB_STEP_SECONDS": "0.1"}
+    job = start(folder, mode="sweep", env=env, **fields, eval__weights=weights)
+    rows = folder / "sweep.csv"
+    wait_until(lambda: rows.exists() and rows.read_text().count("\n") >= 3, job)
+    print(f"sweep of {processes}: {interrupted(job, signal.SIGTERM, processes - 1):.2f} s")
+    measured = rows.read_text().splitlines()
+    assert 3 <= len(measured) < 9
+    job = start(folder, mode="sweep", **fields, eval__weights=weights)
+    assert job.finish() == [0] * processes, job.says()
+    assert rows.read_text().splitlines()[: len(measured)] == measured and len(rows.read_text().splitlines()) == 9
+
+    job = start(folder, mode="sample", env={"JOB_STEP_SECONDS": "1"}, **fields, sample__seeds=tuple(range(100)))
+    wait_until(lambda: "Process 0" in job.text() or processes == 1, job)
+    time.sleep(12)
+    print(f"sampling of {processes}: {interrupted(job, signal.SIGTERM, 0):.2f} s")
+
+
+@slow
+@pytest.mark.timeout(120)
+def test_nothing_is_left_of_a_killed_trainer(start: Start, tmp_path: Path) -> None:
+    """T23: data is loaded by threads, so that there is no process and no shared memory to leave behind."""
+    shared = set(os.listdir("/dev/shm"))
+    job = start(tmp_path / "run", train__num_steps=100_000, data__num_workers=4)
+    wait_for_step(job, 3)
+    pid = job.processes[0].pid
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    job.send(signal.SIGKILL)
+    job.finish()
+    time.sleep(1)
+    assert children == []
+    assert set(os.listdir("/dev/shm")) - shared == set()
+
+
+@slow
+@pytest.mark.timeout(180)
+def test_the_coordinator_listens_where_it_is_told_and_survives_noise(start: Start, tmp_path: Path) -> None:
+    """T29."""
+    job = start(tmp_path / "run", processes=2, env={"JOB_STEP_SECONDS": "0.02"}, train__num_steps=300)
+    wait_for_step(job, 3)
+    port = int(re.findall(r"coordinator 127.0.0.1:(\d+)", job.text())[0])
+    listening = listening_addresses(job.processes[0].pid)
+    assert ("127.0.0.1", port) in listening
+    assert not any(host in ("0.0.0.0", "::") for host, _ in listening), listening
+    with socket.create_connection(("127.0.0.1", port)) as noise:
+        try:
+            noise.sendall(random.Random(0).randbytes(2**20))
+        except OSError as error:
+            print("the coordinator hung up:", error)
+    assert job.finish() == [0, 0], job.says()
+
+
+def listening_addresses(pid: int) -> set[tuple[str, int]]:
+    """(host, port) of the TCP sockets on which a process listens, from /proc."""
+    links = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()]
+    inodes = {match[1] for link in links if (match := re.fullmatch(r"socket:\[(\d+)\]", link))}
+    found = set()
+    for name, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+        for line in Path(f"/proc/{pid}/net/{name}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in inodes:
+                host, port = fields[1].split(":")
+                words = [bytes.fromhex(host[i : i + 8])[::-1] for i in range(0, len(host), 8)]
+                found.add((socket.inet_ntop(family, b"".join(words)).removeprefix("::ffff:"), int(port, 16)))
+    return found
+
+
+@slow
+@pytest.mark.timeout(600)
+def test_a_thousand_steps_with_a_hundred_saves_leak_nothing(start: Start, tmp_path: Path) -> None:
+    """T30."""
+    folder = tmp_path / "run"
+    job = start(folder, env={"JOB_STEP_SECONDS": "0.05"}, train__num_steps=1000, train__log_every_steps=10)
+    assert job.finish(500) == [0], job.says()
+    lines = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+    steps, saves = [line for line in lines if "step" in line], [line for line in lines if "saved" in line]
+    assert len(saves) == 100
+    warm = [line for line in steps if line["step"] > 200]
+    growth = (max(line["rss"] for line in warm[-10:]) - max(line["rss"] for line in warm[:10])) / 2**20
+    blocked = sum(line["seconds"] for line in saves) / (lines[-1]["time"] - lines[0]["time"])
+    goodput = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["goodput"]
+    print(f"RSS grew by {growth:.1f} MB; saving took {blocked:.1%} of the time; goodput {goodput:.1%}")
+    for name in ("fds", "threads", "os_threads"):
+        counts = [line[name] for line in warm]
+        print(name, min(counts), max(counts), "last", counts[-1])
+        assert np.mean(counts[-20:]) - np.mean(counts[:20]) < 2
+    assert growth < 20
+    assert re.search(r"1000 steps in .* s, goodput \d+\.\d%", job.text())
