@@ -160,7 +160,7 @@ def training(metrics: list[Row]) -> str:
     metrics = metrics[:: math.ceil(len(metrics) / MAX_POINTS)]
 
     def plot(key: str, label: str) -> str:
-        points = [(row["step"], row[key], "") for row in metrics if row.get(key) is not None]
+        points = [(float(row["step"]), float(row[key]), "") for row in metrics if row.get(key) is not None]
         return svg_plot(f"{label} against step", "step", label, [Line(label, points, False)]) if points else ""
 
     return (
