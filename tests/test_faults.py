@@ -214,8 +214,9 @@ def test_killed_at_random_steps_of_one_process(
         assert steps / len(steps_of(folder)) >= 0.9
 
 
+@slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("kills, steps", [(1, 30), pytest.param(6, 130, marks=slow)])
+@pytest.mark.parametrize("kills, steps", [(1, 30), (6, 130)])
 def test_killed_at_random_steps_of_two_processes(
     kills: int, steps: int, start: Start, reference: Any, tmp_path: Path
 ) -> None:
@@ -339,7 +340,7 @@ def interrupted(job: Job, number: int, which: int) -> float:
 @pytest.mark.parametrize(
     "processes, which, number, every",
     [
-        pytest.param(1, 0, signal.SIGTERM, 1000, id="one-SIGTERM"),
+        pytest.param(1, 0, signal.SIGTERM, 1000, id="one-SIGTERM", marks=slow),
         pytest.param(1, 0, signal.SIGINT, 1000, id="one-SIGINT", marks=slow),
         pytest.param(1, 0, signal.SIGTERM, 1, id="one-SIGTERM-in-a-save", marks=slow),
         pytest.param(2, 0, signal.SIGTERM, 1000, id="two-SIGTERM-to-0", marks=slow),

@@ -147,9 +147,8 @@ def test_slurm_runs_the_command_on_every_task(tmp_path: Path) -> None:
 def test_slurm_requeues_a_job_that_runs_out_of_time(tmp_path: Path) -> None:
     env = with_fakes(tmp_path, "scontrol") | {"SLURM_JOB_ID": "17"}
     srun = tmp_path / "bin" / "srun"
-    srun.write_text(
-        "#!/usr/bin/env bash\ntrap 'echo \"; the same command resumes.\"; exit 0' TERM\necho ready\nsleep 30 & wait $!\n"
-    )
+    trap = "trap 'echo \"; the same command resumes.\"; exit 0' TERM"
+    srun.write_text(f"#!/usr/bin/env bash\n{trap}\necho ready\nsleep 30 & wait $!\n")
     srun.chmod(0o755)
     script = str(ROOT / "launch" / "slurm.sh")
     with subprocess.Popen(["bash", script, "c", "w"], env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
