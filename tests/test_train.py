@@ -1,0 +1,416 @@
+"""The train step against independent derivations, and a loop that resumes to the bits it would have reached."""
+
+import itertools
+import json
+import os
+import signal
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, Mesh
+from tiny import tiny_config
+
+from cfd import checkpoint, data, parallel, preemption
+from cfd.config import describe
+from cfd.train import TrainState, diffusion, fit, initial_state, make_optimizer, train_step
+
+pytestmark = pytest.mark.usefixtures("compile_once")
+
+
+def mesh_of(data: int, fsdp: int = 1) -> Mesh:
+    devices = jax.devices()[: data * fsdp]
+    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def init(key: Any) -> Any:
+    return {"w": 0.1 * jax.random.normal(key, (64, 4)), "b": jnp.zeros(4)}
+
+
+def forward(params: Any, x: Any) -> Any:
+    return x.reshape(len(x), -1) @ params["w"] + params["b"][None]
+
+
+def squares(key: Any, params: Any, x: Any, labels: Any) -> Any:
+    """Without randomness: the mean square of what a linear map gets wrong of the label."""
+    return jnp.mean((forward(params, x) - labels[:, None]) ** 2)
+
+
+def noisy(key: Any, params: Any, x: Any, labels: Any) -> Any:
+    return jnp.mean((forward(params, x) - jax.random.normal(key, (len(x), 4))) ** 2)
+
+
+def batch_of(seed: int, rows: int = 16) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    image = rng.uniform(-1.0, 1.0, (rows, 8, 8, 1)).astype(np.float32)
+    return {"image": jnp.asarray(image), "label": jnp.asarray(rng.integers(0, 10, rows, np.int32))}
+
+
+def step_of(loss_fn: Any, *, num_microbatches: int = 1, **changes: Any) -> tuple[TrainState, Callable]:
+    """A fresh state, and the jitted step of the tiny config with changes."""
+    settings = tiny_config(**{f"train__{name}": value for name, value in changes.items()}).train
+    optimizer = make_optimizer(settings)
+    step = partial(
+        train_step,
+        loss_fn=loss_fn,
+        optimizer=optimizer,
+        ema_decay=settings.ema_decay,
+        num_microbatches=num_microbatches,
+    )
+    return initial_state(init, optimizer, jax.random.key(1)), jax.jit(step)
+
+
+def assert_same_bits(a: Any, b: Any) -> None:
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y), strict=True), a, b)
+
+
+def test_a_step_is_a_function_of_its_arguments() -> None:
+    state, step = step_of(noisy)
+    before = jax.tree.map(np.array, state)
+    key = jax.random.key(0)
+    first, second = step(state, batch_of(0), key), step(state, batch_of(0), key)
+    assert_same_bits(first, second)
+    assert_same_bits(before, state)
+    other_step = step(state._replace(step=state.step + 1), batch_of(0), key)
+    assert float(other_step[1]["loss"]) != float(first[1]["loss"])  # the noise is the step's own
+
+
+def test_microbatches_give_the_gradient_of_the_whole_batch() -> None:
+    state, whole = step_of(squares, warmup_steps=0)
+    _, parts = step_of(squares, warmup_steps=0, num_microbatches=4)
+    (_, a), (_, b) = whole(state, batch_of(0), jax.random.key(0)), parts(state, batch_of(0), jax.random.key(0))
+    np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-6)
+    np.testing.assert_allclose(a["grad_norm"], b["grad_norm"], rtol=1e-6)
+    for _ in range(3):
+        (state_a, _), (state_b, _) = (f(state, batch_of(0), jax.random.key(0)) for f in (whole, parts))
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), state_a, state_b)
+        state = state_a
+
+
+def test_microbatches_have_noise_of_their_own() -> None:
+    state, step = step_of(lambda key, params, x, labels: jax.random.normal(key) + 0.0 * params["b"].sum())
+    parts = step_of(lambda key, params, x, labels: jax.random.normal(key) + 0.0 * params["b"].sum(), num_microbatches=4)
+    key = jax.random.fold_in(jax.random.key(0), 0)
+    draws = [float(jax.random.normal(jax.random.fold_in(key, i))) for i in range(4)]
+    np.testing.assert_allclose(parts[1](state, batch_of(0), jax.random.key(0))[1]["loss"], np.mean(draws), rtol=1e-6)
+    np.testing.assert_allclose(step(state, batch_of(0), jax.random.key(0))[1]["loss"], jax.random.normal(key))
+
+
+def numpy_training(w: Any, b: Any, batches: list[Any], *, rate: float, warmup: int, clip: float, decay: float) -> Any:
+    """Adam by its paper (arXiv:1412.6980, Algorithm 1) in float64, on the gradient derived by hand, clipped."""
+    ema_w, m, v = w.copy(), 0.0, 0.0
+    norms = []
+    for t, batch in enumerate(batches, 1):
+        x, y = np.float64(batch["image"]).reshape(-1, 64), np.float64(batch["label"])[:, None]
+        residual = 2.0 * (x @ w + b - y) / (len(x) * 4)
+        grad_w, grad_b = x.T @ residual, residual.sum(0)
+        norm = np.sqrt((grad_w**2).sum() + (grad_b**2).sum())
+        norms.append(norm)
+        g = np.concatenate([grad_w.ravel(), grad_b]) * min(1.0, clip / norm)
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        at = rate * min((t - 1) / warmup, 1.0)
+        change = at * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+        w, b = w - change[:256].reshape(64, 4), b - change[256:]
+        ema_w = decay * ema_w + (1.0 - decay) * w
+    return w, ema_w, norms
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 4])
+def test_adam_warm_up_clipping_and_ema_against_numpy(num_microbatches: int) -> None:
+    state, step = step_of(
+        squares, learning_rate=0.01, warmup_steps=4, grad_clip=2.0, ema_decay=0.9, num_microbatches=num_microbatches
+    )
+    batches = [batch_of(seed) for seed in range(8)]
+    w, b = np.float64(state.params["w"]), np.float64(state.params["b"])
+    w, ema_w, norms = numpy_training(w, b, batches, rate=0.01, warmup=4, clip=2.0, decay=0.9)
+    measured = []
+    for batch in batches:
+        state, metrics = step(state, batch, jax.random.key(0))
+        measured.append(metrics["grad_norm"])
+    np.testing.assert_allclose(measured, norms, rtol=1e-5)  # logged before it is clipped
+    assert min(norms) > 2.0
+    np.testing.assert_allclose(state.params["w"], w, atol=2e-5)
+    np.testing.assert_allclose(state.ema["w"], ema_w, atol=2e-5)
+    assert int(state.step) == 8 and int(state.nonfinite_steps) == 0
+
+
+def test_weight_decay_is_decoupled() -> None:
+    """With a gradient of zero, p shrinks by rate * decay at every step (arXiv:1711.05101), and by nothing else."""
+    state, step = step_of(
+        lambda key, params, x, labels: 0.0 * params["w"].sum(), learning_rate=0.1, warmup_steps=0, weight_decay=0.5
+    )
+    after, _ = step(state, batch_of(0), jax.random.key(0))
+    np.testing.assert_allclose(after.params["w"], 0.95 * state.params["w"], rtol=1e-6)
+
+
+def bad_loss(kind: str, is_bad: Callable[[Any], Any]) -> Callable:
+    """`noisy`, made non-finite in its value, in its gradient alone, or by its input, where is_bad(key)."""
+
+    def loss_fn(key: Any, params: Any, x: Any, labels: Any) -> Any:
+        bad = is_bad(key)
+        if kind == "data":
+            x = jnp.where(bad, jnp.nan, x)
+        loss = noisy(key, params, x, labels)
+        if kind == "loss":
+            loss = loss + jnp.where(bad, jnp.inf, 0.0)
+        if kind == "gradient":  # the root has the value 0 and an infinite slope there
+            loss = loss + jnp.sqrt(jnp.where(bad, 0.0, 1.0) * (1.0 + jnp.sum(params["b"] ** 2)))
+        return loss
+
+    return loss_fn
+
+
+def bad_at(key: Any, steps: list[int]) -> Callable[[Any], Any]:
+    """Whether a step's key is that of one of `steps`, counted from 1."""
+    keys = jnp.stack([jax.random.key_data(jax.random.fold_in(key, s - 1)) for s in steps])
+    return lambda key: jnp.any(jnp.all(keys == jax.random.key_data(key)[None], axis=-1))
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient", "data"])
+def test_non_finite_steps_change_nothing_and_are_counted(kind: str) -> None:
+    """T24: 1, 3 and 10 such steps in a row."""
+    key = jax.random.key(0)
+    bad = [2, *range(4, 7), *range(8, 18)]
+    state, step = step_of(bad_loss(kind, bad_at(key, bad)), warmup_steps=0)
+    good, count, in_a_row = state, 0, 0
+    for number in range(1, 20):
+        state, metrics = step(state, batch_of(number), key)
+        finite = bool(np.isfinite([metrics["loss"], metrics["grad_norm"]]).all())
+        assert finite == (number not in bad)
+        count, in_a_row = count + (not finite), 0 if finite else in_a_row + 1
+        assert (int(metrics["nonfinite_steps"]), int(metrics["nonfinite_in_a_row"])) == (count, in_a_row)
+        assert int(state.step) == number
+        if finite:
+            assert (np.asarray(state.params["w"]) != np.asarray(good.params["w"])).any()
+            good = state
+        else:
+            for name in ("params", "ema", "opt_state"):
+                assert_same_bits(getattr(good, name), getattr(state, name))
+    assert count == 14
+
+
+def run(
+    folder: Path,
+    loss_fn: Any = noisy,
+    *,
+    mesh: Mesh | None = None,
+    init: Callable[[Any], Any] = init,
+    draw: Callable[[int, Any], np.ndarray] | None = None,
+    **changes: Any,
+) -> None:
+    """`fit` with the tiny config, by default of the linear map and on one device."""
+    config = tiny_config(**changes)
+    dataset = data.from_config(config.data, config.data.split)
+    fit(
+        config.train,
+        str(folder),
+        mesh or mesh_of(1),
+        dataset,
+        describe("diffusion", config, dataset.class_names),
+        init,
+        loss_fn,
+        draw,
+        seed=config.seed,
+        loading=config.data,
+    )
+
+
+def lines(folder: Path, *names: str) -> list[tuple]:
+    """(step, value of each name) of every line of metrics.jsonl."""
+    text = (folder / "metrics.jsonl").read_text()
+    return [tuple(json.loads(line)[name] for name in ("step", *names)) for line in text.splitlines()]
+
+
+def saved(folder: Path, init: Callable[[Any], Any] = init, mesh: Mesh | None = None) -> tuple[int, Any]:
+    """The newest checkpoint: its step and the whole state."""
+    optimizer = make_optimizer(tiny_config().train)
+    abstract = jax.eval_shape(lambda key: initial_state(init, optimizer, key), jax.random.key(0))
+    manager = checkpoint.open_manager(folder, keep=2)
+    restored = checkpoint.restore(manager, parallel.placed(mesh or mesh_of(1), abstract))
+    checkpoint.close(manager)
+    assert restored is not None
+    return restored[0], jax.tree.map(np.asarray, restored[1])
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("straight")
+    run(folder)
+    return folder
+
+
+def test_a_run_logs_every_step_once_and_saves_its_last(straight: Path) -> None:
+    assert [step for (step,) in lines(straight)] == [1, 2, 3, 4, 5, 6]
+    step, state = saved(straight)
+    assert step == int(state.step) == 6
+    assert {"images_per_second", "data_wait", "nonfinite_steps"} <= json.loads(
+        (straight / "metrics.jsonl").read_text().splitlines()[0]
+    ).keys()
+    before = (straight / "metrics.jsonl").read_bytes()
+    run(straight)  # nothing is left to do
+    assert (straight / "metrics.jsonl").read_bytes() == before
+
+
+def same_run(a: Path, b: Path) -> None:
+    assert lines(a, "loss", "grad_norm") == lines(b, "loss", "grad_norm")
+    (step_a, state_a), (step_b, state_b) = saved(a), saved(b)
+    assert step_a == step_b
+    assert_same_bits(state_a, state_b)
+
+
+@pytest.mark.parametrize("stops", [(3,), (6,), (1, 2, 5)])
+def test_stopped_on_request_and_resumed_to_the_same_bits(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, stops: tuple
+) -> None:
+    at = 0
+    for stop in stops:
+        calls = itertools.count(at + 1)
+        with monkeypatch.context() as patch, pytest.raises(preemption.Stopped, match=f"step {stop} of 6"):
+            patch.setattr(preemption, "requested", lambda calls=calls, stop=stop: next(calls) == stop)
+            run(tmp_path)
+        assert saved(tmp_path)[0] == at + (stop - at)
+        at = stop
+    run(tmp_path)
+    assert f"Resuming {tmp_path} at step {at} of 6" in capsys.readouterr().out
+    same_run(tmp_path, straight)
+
+
+def test_a_stop_adds_no_line_to_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = itertools.count(1)
+    with monkeypatch.context() as patch, pytest.raises(preemption.Stopped):
+        patch.setattr(preemption, "requested", lambda: next(calls) == 3)
+        run(tmp_path, train__log_every_steps=4)
+    assert lines(tmp_path) == []
+    run(tmp_path, train__log_every_steps=4)
+    assert lines(tmp_path) == [(4,), (6,)]
+
+
+def test_sigterm_saves_the_step_it_came_at(straight: Path, tmp_path: Path) -> None:
+    def send(step: int, ema: Any) -> np.ndarray:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return np.zeros((8, 8, 3), np.uint8)
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        preemption.install()
+        with pytest.raises(preemption.Stopped):  # the signal comes after step 3 asked, so step 4 is the last
+            run(tmp_path, draw=send, train__sample_every_steps=3)
+        preemption.install()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert saved(tmp_path)[0] == 4
+    run(tmp_path)
+    same_run(tmp_path, straight)
+
+
+@pytest.mark.parametrize("crash", [1, 5])
+def test_an_error_in_the_loop_loses_only_steps_after_the_last_checkpoint(
+    straight: Path, tmp_path: Path, crash: int
+) -> None:
+    def fail(step: int, ema: Any) -> np.ndarray:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(tmp_path, draw=fail, train__sample_every_steps=crash)
+    run(tmp_path)
+    same_run(tmp_path, straight)
+
+
+def test_isolated_non_finite_steps_do_not_stop_a_run(tmp_path: Path) -> None:
+    key = jax.random.split(jax.random.key(0))[1]
+    run(tmp_path, bad_loss("gradient", bad_at(key, [2, 3, 5])))
+    assert lines(tmp_path, "nonfinite_steps", "nonfinite_in_a_row") == [
+        (1, 0, 0),
+        (2, 1, 1),
+        (3, 2, 2),
+        (4, 2, 0),
+        (5, 3, 1),
+        (6, 3, 0),
+    ]
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(saved(tmp_path)[1]))
+
+
+def test_non_finite_steps_in_a_row_stop_the_run_and_name_the_checkpoint(tmp_path: Path) -> None:
+    key = jax.random.split(jax.random.key(0))[1]
+    loss_fn = bad_loss("data", bad_at(key, list(range(3, 13))))
+    for _ in range(2):  # the same command again meets the same steps, from the checkpoint
+        with pytest.raises(FloatingPointError) as error:
+            run(tmp_path, loss_fn, train__num_steps=20)
+        assert "at step 5 " in str(error.value) and "the last good checkpoint is step 4 " in str(error.value)
+        step, state = saved(tmp_path)
+        assert step == 4 and all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+
+
+def test_a_run_that_is_never_finite_saves_nothing_and_says_so(tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match="the last good checkpoint is none"):
+        run(
+            tmp_path,
+            lambda key, params, x, labels: jnp.nan * params["b"].sum(),
+            train__nonfinite_limit=1,
+            train__checkpoint_every_steps=1,
+        )
+    assert not [p for p in (tmp_path / "checkpoints").iterdir() if p.name.isdecimal()]
+
+
+def test_a_batch_that_the_devices_do_not_divide_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    for mesh, changes in ((mesh_of(3), {}), (mesh_of(8), {"train__num_microbatches": 4})):
+        with pytest.raises(ValueError, match=r"train\.batch_size.* do not divide: use a multiple such as"):
+            run(tmp_path, mesh=mesh, **changes)
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_config_is_refused_and_nothing_is_overwritten(straight: Path) -> None:
+    before = {path: path.read_bytes() for path in straight.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"learning_rate: 0\.001 there, 0\.5 here.*another --workdir"):
+        run(straight, train__learning_rate=0.5)
+    assert {path: path.read_bytes() for path in straight.rglob("*") if path.is_file()} == before
+
+
+def network(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(init and loss_fn, changes to the tiny config) for 40 steps of the linear map, or of the diffusion model."""
+    changes = dict(train__num_steps=40, train__checkpoint_every_steps=40, model__dropout=0.1)
+    if name == "linear":
+        return dict(init=init, loss_fn=noisy), changes
+    return dict(zip(("init", "loss_fn"), diffusion(tiny_config(**changes)), strict=True)), changes
+
+
+@pytest.fixture(scope="module", params=["linear", pytest.param("unet", marks=pytest.mark.slow)])
+def on_one_device(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    folder = tmp_path_factory.mktemp(request.param)
+    functions, changes = network(request.param)
+    run(folder, **functions, **changes)
+    return request.param, folder
+
+
+@pytest.mark.parametrize("fsdp", [1, 2])
+def test_eight_devices_train_as_one_does(on_one_device: tuple[str, Path], tmp_path: Path, fsdp: int) -> None:
+    name, folder = on_one_device
+    functions, changes = network(name)
+    run(tmp_path, mesh=mesh_of(8 // fsdp, fsdp), **functions, **changes)
+    one, many = (np.array(lines(at, "loss", "grad_norm")) for at in (folder, tmp_path))
+    assert len(one) == 40
+    np.testing.assert_allclose(many, one, rtol=1e-5)
+
+
+def test_fsdp_divides_the_state_and_restores_on_another_mesh(tmp_path: Path) -> None:
+    mesh = mesh_of(2, 4)
+    run(tmp_path, mesh=mesh)
+    optimizer = make_optimizer(tiny_config().train)
+    abstract = parallel.placed(mesh, jax.eval_shape(lambda key: initial_state(init, optimizer, key), jax.random.key(0)))
+    manager = checkpoint.open_manager(tmp_path, keep=2)
+    restored = checkpoint.restore(manager, abstract)
+    checkpoint.close(manager)
+    assert restored is not None
+    for tree in (restored[1].params, restored[1].ema, optax.tree.get(restored[1].opt_state, "mu")):
+        assert tree["w"].addressable_shards[0].data.shape == (16, 4)
+        assert tree["b"].addressable_shards[0].data.shape == (1,)
+    other = saved(tmp_path, mesh=mesh_of(8))
+    assert_same_bits(other[1], jax.tree.map(np.asarray, restored[1]))
