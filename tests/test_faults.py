@@ -97,9 +97,9 @@ def start(cache: Path) -> Iterator[Start]:
         process.wait()
 
 
-def command(folder: Path, cache: Path, mode: str, **changes: Any) -> list[str]:
+def command(folder: Path, cache: Path, mode: str, more: list[str], **changes: Any) -> list[str]:
     fields = dict(eval__weights=(), train__checkpoint_every_steps=10, xla__compilation_cache=str(cache)) | changes
-    flags = [f"--mode={mode}", "--config=configs/digits.py", f"--workdir={folder}", *flags_of(**fields)]
+    flags = [f"--mode={mode}", "--config=configs/digits.py", f"--workdir={folder}", *more, *flags_of(**fields)]
     return [sys.executable, str(ROOT / "tests" / "job.py"), *flags]
 
 
@@ -124,6 +124,7 @@ def launch(
     devices: int = 1,
     of: int | None = None,
     env: dict[str, str] | None = None,
+    more: tuple[str, ...] = (),
     **changes: Any,
 ) -> Job:
     """`processes` processes with `devices` devices each, told that they are the first of `of`."""
@@ -135,7 +136,7 @@ def launch(
         variables = environment(devices, **(distributed if count > 1 else {}), **(env or {}))
         job.outputs.append(folder.parent / f"{number}.{i}.log")
         with open(job.outputs[-1], "w") as log:
-            arguments = command(folder, cache, mode, **changes)
+            arguments = command(folder, cache, mode, list(more), **changes)
             job.processes.append(subprocess.Popen(arguments, cwd=ROOT, env=variables, stdout=log, stderr=log))
     return job
 
@@ -411,6 +412,24 @@ def test_stopped_in_sampling_and_in_the_sweep(processes: int, start: Start, refe
     wait_until(lambda: "Process 0" in job.text() or processes == 1, job)
     time.sleep(12)
     print(f"sampling of {processes}: {interrupted(job, signal.SIGTERM, 0):.2f} s")
+
+
+@slow
+@pytest.mark.timeout(300)
+def test_a_run_whose_checkpoints_are_all_damaged(start: Start, reference: Any, tmp_path: Path) -> None:
+    """T6: an error, and only on request a start from step 0, with nothing thrown away."""
+    folder = tmp_path / "run"
+    job = start(folder, train__num_steps=20)
+    assert job.finish() == [0], job.says()
+    for step in (folder / "checkpoints").glob("[0-9]*"):
+        (step / "meta" / "metadata").write_text("")
+    job = start(folder, train__num_steps=40)
+    assert job.finish() == [1]
+    assert "all checkpoints" in job.text() and "--allow_fresh_start" in job.text() and str(folder) in job.text()
+    job = start(folder, train__num_steps=40, more=("--allow_fresh_start",))
+    assert job.finish() == [0], job.says()
+    assert_same_run(folder, reference(40, 1))
+    assert len(list((folder / "checkpoints" / "quarantine").iterdir())) == 2
 
 
 @slow

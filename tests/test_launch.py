@@ -1,15 +1,20 @@
-"""The supervisor's decisions with small commands in the place of training, and the scripts around it."""
+"""The supervisor's decisions with small commands in the place of training, the scripts around it, and what they set."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import jax
 import pytest
 from tiny import ROOT, flags_of
+
+from cfd import parallel
 
 SUPERVISE = ROOT / "launch" / "supervise.py"
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
@@ -115,6 +120,62 @@ def test_scripts_pass_shellcheck(script: Path) -> None:
 def test_scripts_say_how_they_are_called(script: Path) -> None:
     done = subprocess.run(["bash", str(script)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and "CONFIG WORKDIR" in done.stdout
+
+
+def joined(monkeypatch: pytest.MonkeyPatch, **environment: str) -> dict[str, Any] | None:
+    """What `init_distributed` asks of JAX in an environment, or None."""
+    asked: list[dict[str, Any]] = []
+    for name in [n for n in os.environ if n.startswith(("CFD_", "SLURM_", "TPU_"))]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: asked.append(arguments))
+    parallel.init_distributed()
+    return asked[0] if asked else None
+
+
+TIMEOUTS = {"initialization_timeout": 300, "heartbeat_timeout_seconds": 100, "shutdown_timeout_seconds": 300}
+
+
+def test_a_lone_process_joins_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert joined(monkeypatch) is None
+    assert joined(monkeypatch, SLURM_STEP_NUM_TASKS="1", TPU_WORKER_HOSTNAMES="localhost") is None
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"CFD_COORDINATOR": "auto"}, {"SLURM_STEP_NUM_TASKS": "16"}, {"TPU_WORKER_HOSTNAMES": "host0,host1"}],
+)
+def test_a_cluster_is_left_to_jax(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
+    assert joined(monkeypatch, **environment) == TIMEOUTS
+
+
+def test_host_and_port_are_the_only_address_listened_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"CFD_COORDINATOR": "10.0.0.1:99", "CFD_NUM_PROCESSES": "4", "CFD_HEARTBEAT_TIMEOUT": "7"}
+    ours = dict(TIMEOUTS, heartbeat_timeout_seconds=7, coordinator_address="10.0.0.1:99", num_processes=4)
+    assert joined(monkeypatch, **given, CFD_PROCESS_ID="3") == ours | {"process_id": 3}
+    first = joined(monkeypatch, **given, CFD_PROCESS_ID="0")
+    assert first == ours | {"process_id": 0, "coordinator_bind_address": "10.0.0.1:99"}
+    assert "Process 0 of 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "environment, message",
+    [
+        ({}, "CFD_NUM_PROCESSES is ''"),
+        ({"CFD_NUM_PROCESSES": "two"}, "CFD_NUM_PROCESSES is 'two'"),
+        ({"CFD_NUM_PROCESSES": "2"}, "CFD_PROCESS_ID is ''"),
+        ({"CFD_NUM_PROCESSES": "2", "CFD_PROCESS_ID": "2"}, "CFD_PROCESS_ID is 2 of CFD_NUM_PROCESSES 2"),
+        ({"CFD_HEARTBEAT_TIMEOUT": "-1"}, "CFD_HEARTBEAT_TIMEOUT is '-1'"),
+    ],
+)
+def test_half_an_environment_is_refused(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        joined(monkeypatch, CFD_COORDINATOR="127.0.0.1:1", **environment)
 
 
 FAKE = """#!/usr/bin/env bash
