@@ -14,6 +14,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from cfd.adm import adm_time
+from cfd.norm import group_norm
 
 
 class UNet(nn.Module):
@@ -63,7 +64,7 @@ class UNet(nn.Module):
                 else:
                     h = conv3(h.shape[-1], self.dtype, f"up_{level}_sample")(upsample(h))
 
-        h = nn.silu(Norm(name="norm_out")(h.astype(jnp.float32)))
+        h = Norm(silu=True, name="norm_out")(h.astype(jnp.float32))
         return conv3(self.out_channels, "float32", "conv_out", zero=True)(h)
 
 
@@ -142,16 +143,14 @@ class ResBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], emb: Float[Array, "b d"], train: bool) -> Float[Array, "b h2 w2 k"]:
         change = {"none": lambda h: h, "down": downsample, "up": upsample}[self.resample]
-        h = change(nn.silu(Norm(name="norm_0")(x)))
+        h = change(Norm(silu=True, name="norm_0")(x))
         h = conv3(self.channels, self.dtype, "conv_0")(h)
         emb = nn.Dense((1 + self.scale_shift_norm) * self.channels, dtype=self.dtype, name="emb")(nn.silu(emb))
-        emb = emb[:, None, None, :]
         if self.scale_shift_norm:
-            scale, shift = jnp.split(emb, 2, -1)
-            h = Norm(name="norm_1")(h) * (1.0 + scale) + shift
+            h = Norm(silu=True, name="norm_1")(h, *jnp.split(emb, 2, -1))
         else:
-            h = Norm(name="norm_1")(h + emb)
-        h = nn.Dropout(self.dropout, deterministic=not train)(nn.silu(h))
+            h = Norm(silu=True, name="norm_1")(h + emb[:, None, None, :])
+        h = nn.Dropout(self.dropout, deterministic=not train)(h)
         h = conv3(self.channels, self.dtype, "conv_1", zero=True)(h)
         x = change(x)
         if x.shape[-1] != self.channels:
@@ -184,12 +183,30 @@ class AttentionBlock(nn.Module):
 
 
 class Norm(nn.Module):
-    """Group normalisation over 32 groups, its moments in float32 whatever the dtype of x."""
+    """Group normalisation, then · (1 + scale) + shift of ADM's scale-shift norm where they are given, then SiLU."""
+
+    silu: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        norm = nn.GroupNorm(32, epsilon=1e-5, dtype=jnp.float32, use_fast_variance=False, name="group")
-        return norm(x.astype(jnp.float32)).astype(x.dtype)
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        scale: Float[Array, "b c"] | None = None,
+        shift: Float[Array, "b c"] | None = None,
+    ) -> Float[Array, "b h w c"]:
+        gain, bias = (jnp.broadcast_to(p, (x.shape[0], x.shape[3])) for p in Affine(name="group")(x.shape[3]))
+        if scale is not None and shift is not None:
+            gain, bias = gain * (1.0 + scale), bias * (1.0 + scale) + shift
+        return group_norm(x, gain.astype(jnp.float32), bias.astype(jnp.float32), silu=self.silu)
+
+
+class Affine(nn.Module):
+    """The gain and the bias of a normalisation."""
+
+    @nn.compact
+    def __call__(self, channels: int) -> tuple[Float[Array, "c"], Float[Array, "c"]]:
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        return scale, self.param("bias", nn.initializers.zeros, (channels,))
 
 
 def conv3(channels: int, dtype: str, name: str, zero: bool = False) -> nn.Conv:

@@ -1,0 +1,103 @@
+"""The fused normalisation against float64 NumPy and against the gradient of its plain form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import Array
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Float, Float64
+
+from cfd.norm import group_norm
+
+Inputs = tuple[Array, Array, Array]
+
+
+def inputs(channels: int, offset: float = 0.0) -> Inputs:
+    keys = jax.random.split(jax.random.key(channels), 3)
+    x = offset + jax.random.normal(keys[0], (4, 6, 5, channels))
+    return x, 1.0 + 0.3 * jax.random.normal(keys[1], (4, channels)), jax.random.normal(keys[2], (4, channels))
+
+
+def plain(x: Float[Array, "b h w c"], gain: Array, shift: Array, silu: bool) -> Float[Array, "b h w c"]:
+    """By groups, as the paper writes it."""
+    groups = x.reshape(*x.shape[:3], 32, -1)
+    y = jax.nn.standardize(groups, axis=(1, 2, 4), epsilon=1e-5, variance=jnp.var(groups, (1, 2, 4), keepdims=True))
+    y = y.reshape(x.shape) * gain[:, None, None] + shift[:, None, None]
+    return jax.nn.silu(y) if silu else y
+
+
+def float64(x: Array, gain: Array, shift: Array, silu: bool) -> Float64[np.ndarray, "b h w c"]:
+    wide, gains, shifts = (np.asarray(a, np.float64) for a in (x, gain, shift))
+    y = np.empty_like(wide)
+    size = x.shape[-1] // 32
+    for image in range(len(wide)):
+        for first in range(0, x.shape[-1], size):
+            block = wide[image, ..., first : first + size]
+            y[image, ..., first : first + size] = (block - block.mean()) / np.sqrt(block.var() + 1e-5)
+    y = y * gains[:, None, None] + shifts[:, None, None]
+    return y / (1 + np.exp(-y)) if silu else y
+
+
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("channels", [32, 96])
+def test_values_are_those_of_float64(channels: int, silu: bool) -> None:
+    arrays = inputs(channels)
+    np.testing.assert_allclose(group_norm(*arrays, silu=silu), float64(*arrays, silu), rtol=0, atol=1e-5)
+
+
+def test_a_large_mean_costs_no_more_than_the_rounding_of_x() -> None:
+    """E x² − (E x)² would lose every digit here."""
+    arrays = inputs(64, offset=1000.0)
+    np.testing.assert_allclose(group_norm(*arrays, silu=True), float64(*arrays, True), rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("channels", [64, 96])
+def test_gradients_are_those_of_the_plain_form(channels: int, silu: bool) -> None:
+    arrays = inputs(channels)
+    cotangent = jax.random.normal(jax.random.key(9), arrays[0].shape)
+    ours = jax.vjp(lambda *a: group_norm(*a, silu=silu), *arrays)[1](cotangent)
+    theirs = jax.vjp(lambda *a: plain(*a, silu), *arrays)[1](cotangent)
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+def test_extreme_inputs_have_finite_values_and_gradients() -> None:
+    """Constant images, and SiLU so far below 0 that e^{−u} overflows."""
+    _, gain, shift = inputs(32)
+    x = jnp.zeros((4, 6, 5, 32)).at[0, 0, 0, 0].set(1e6)
+    value, pullback = jax.vjp(lambda *a: group_norm(*a, silu=True), x, gain, shift - 200.0)
+    assert all(jnp.isfinite(a).all() for a in (value, *pullback(jnp.ones_like(value))))
+
+
+def test_bfloat16_is_rounded_once() -> None:
+    """The moments and SiLU are float32: the result is within half a unit in bfloat16's last place of the exact one."""
+    x, gain, shift = inputs(64)
+    x = x.astype(jnp.bfloat16)
+    y = group_norm(x, gain, shift, silu=True)
+    assert y.dtype == jnp.bfloat16
+    exact = float64(x, gain, shift, True)
+    assert (np.abs(np.asarray(y, np.float64) - exact) <= 2.0**-8 * np.abs(exact) + 1e-5).all()
+
+
+def test_it_maps_and_shards_over_images() -> None:
+    """vmap over single images and shard_map over devices give each image what the batch gave it, gradients included."""
+
+    def loss(x: Array, gain: Array, shift: Array) -> Array:
+        return jnp.sum(jnp.sin(group_norm(x, gain, shift, silu=True)))
+
+    arrays = inputs(32)
+    whole = jax.grad(loss, (0, 1, 2))(*arrays)
+    single = jax.vmap(jax.grad(lambda x, gain, shift: loss(x[None], gain[None], shift[None]), (0, 1, 2)))(*arrays)
+    mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
+    rows = PartitionSpec("data")
+    sharded = jax.shard_map(jax.grad(loss, (0, 1, 2)), mesh=mesh, in_specs=rows, out_specs=rows)(*arrays)
+    for a, b, c in zip(whole, single, sharded, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(a, c, rtol=1e-5, atol=1e-5)
+
+
+def test_channels_that_the_groups_do_not_divide_are_refused() -> None:
+    with pytest.raises(ValueError, match="48 channels do not divide into 32 groups"):
+        group_norm(jnp.zeros((1, 2, 2, 48)), jnp.ones((1, 48)), jnp.zeros((1, 48)), silu=False)
