@@ -38,7 +38,7 @@ def get_config() -> ConfigDict:
             ),
             process=dict(logsnr_min=-20.0, logsnr_max=20.0),
             train=dict(
-                num_steps=1000,
+                num_steps=800,
                 batch_size=128,
                 p_uncond=0.1,
                 learning_rate=1e-3,
@@ -50,10 +50,10 @@ def get_config() -> ConfigDict:
                 ema_decay=0.995,
                 num_microbatches=1,
                 nonfinite_limit=3,
-                checkpoint_every_steps=250,
+                checkpoint_every_steps=200,
                 keep_checkpoints=2,
                 log_every_steps=50,
-                sample_every_steps=500,
+                sample_every_steps=400,
                 watchdog_seconds=600,
             ),
             classifier=dict(
