@@ -173,12 +173,18 @@ def validate(config: Config) -> None:
     values = dict(_leaves(config, ""))
     for name in FIELDS.keys() - values.keys():
         raise ValueError(f"config.{name} is missing; every field is written out: add it as {FIELDS[name].words}")
-    for name in values.keys() - FIELDS.keys():
-        raise ValueError(f"config.{name} is not a field; the group has {_siblings(name)}")
+    for name in values:
+        check_name(name)
     for name, field in FIELDS.items():
         if not fits(field, values[name]):
             raise ValueError(f"config.{name} is {values[name]!r}; expected {field.words}")
     _validate_together(config)
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError, with the names to choose from, unless `name`, such as "train.num_steps", is a field."""
+    if name not in FIELDS:
+        raise ValueError(f"config.{name} is not a field; the group has {_siblings(name)}")
 
 
 def _validate_together(config: Config) -> None:

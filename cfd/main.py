@@ -15,7 +15,7 @@ from ml_collections import config_flags
 
 from cfd import evaluation, generate, parallel, preemption, report, train, watchdog, workdir, xla
 from cfd.checkpoint import CheckpointError
-from cfd.config import Config, validate
+from cfd.config import Config, check_name, validate
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file of configs/.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; runs/<config name> by default.")
@@ -97,17 +97,27 @@ def main(argv: Sequence[str]) -> None:
     except preemption.Stopped as stopped:
         print(f"{stopped}; the same command resumes.", flush=True)
     except (ValueError, OSError, CheckpointError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {in_one_line(error)}")
     finally:
         watchdog.off()
+
+
+def in_one_line(error: Exception) -> str:
+    """What an error says; a message that is a bare name, as of a KeyError, with its type."""
+    text = " ".join(str(error).split())
+    return text if " " in text else f"{type(error).__name__}: {text}"
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
     """absl's parser, with the errors of the config file and of its overrides in one line."""
     try:
+        for argument in argv[1:]:
+            name = argument.lstrip("-").partition("=")[0]
+            if name.startswith("config."):
+                check_name(name.removeprefix("config."))
         return flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
-        sys.exit(f"error: {type(error).__name__}: {error}")
+        sys.exit(f"error: {in_one_line(error)}")
 
 
 if __name__ == "__main__":

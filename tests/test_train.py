@@ -115,7 +115,7 @@ def numpy_training(w: Any, b: Any, batches: list[Any], *, rate: float, warmup: i
         g = np.concatenate([grad_w.ravel(), grad_b]) * min(1.0, clip / norm)
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
         at = rate * min((t - 1) / warmup, 1.0)
-        change = at * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+        change: Any = at * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
         w, b = w - change[:256].reshape(64, 4), b - change[256:]
         ema_w = decay * ema_w + (1.0 - decay) * w
     return w, ema_w, norms

@@ -1,0 +1,193 @@
+"""The command line: the whole job once, and every mistake answered by a line or two, with nothing overwritten."""
+
+import json
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import ROOT, flags_of, tiny_config
+
+from cfd import npz, results, workdir
+from cfd.config import describe
+
+DIGITS = f"--config={ROOT}/configs/digits.py"
+
+
+class Finished(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def start(arguments: list[str], output: str, folder: str) -> None:
+    """`python -m cfd.main`, in a process that has imported what it imports."""
+    os.chdir(folder)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT), number)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    sys.argv = ["cfd.main", *arguments]
+    try:
+        runpy.run_module("cfd.main", run_name="__main__", alter_sys=True)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+class Command(NamedTuple):
+    """Runs the command in `folder`, the current directory of each process."""
+
+    folder: Path
+    outputs: Path
+    context: Any
+
+    def __call__(self, *arguments: str) -> Finished:
+        output = self.outputs / str(len(list(self.outputs.iterdir())))
+        process = self.context.Process(target=start, args=(arguments, str(output), str(self.folder)))
+        process.start()
+        process.join(100)
+        assert process.exitcode is not None, "it still runs"
+        return Finished(process.exitcode, *(output.with_suffix(f".{name}").read_text() for name in ("out", "err")))
+
+    def fails(self, *arguments: str) -> str:
+        """What it says, in a line or two."""
+        before = contents(self.folder)
+        code, out, err = self(*arguments)
+        assert code == 1 and out == "", (code, out, err)
+        assert err.startswith("error: ") and "Traceback" not in err and err.count("\n") <= 2, err
+        assert contents(self.folder) == before
+        return err
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Every file but the locks, whose owner is the last that came."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != workdir.LOCK}
+
+
+@pytest.fixture
+def command(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cfd.evaluation", "cfd.report", "cfd.train"])
+    yield Command(tmp_path, tmp_path_factory.mktemp("outputs"), context)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config.train.lr=1"], ("config.train.lr is not a field", "learning_rate")),
+        (["--config.train.num_steps=0"], ("config.train.num_steps is 0", "an integer >= 1")),
+        (["--config.train.num_steps=ten"], ("train.num_steps", "ten")),
+        (["--config.sample.w=(0.0,-2.0)"], ("config.sample.w is (0.0, -2.0)", ">= -1")),
+        (["--config.train.p_uncond=nan"], ("config.train.p_uncond is nan", ">= 0 and <= 1")),
+        (["--config.sample.classes=(3,10)"], ("config.sample.classes has 10", "0 to 9")),
+        (["--config.mesh.data=3"], ("mesh is data=3 x fsdp=1 for 1 devices",)),
+        (["--config.data.source=folder", "--config.data.path=nowhere"], ("nowhere",)),
+        (["--config.xla.compilation_cache=/proc/none"], ("/proc/none",)),
+        (["--workdir=/proc/none"], ("/proc/none",)),
+        (["--mode=evaluate"], ("mode", "evaluate", "sample", "sweep", "train")),
+        (["--mode=sample"], ("runs/digits holds no run", "--mode=train")),
+        (["--mode=sweep", "--workdir=elsewhere"], ("elsewhere holds no run", "--mode=train")),
+        (["--verbos"], ("verbos",)),
+        (["--workdir"], ("workdir",)),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_mistake_is_answered_by_a_line(command: Command, arguments: list[str], words: tuple[str, ...]) -> None:
+    error = command.fails(DIGITS, *arguments)
+    assert all(word in error for word in words), error
+
+
+def test_the_config_itself_can_be_the_mistake(command: Command) -> None:
+    assert "config" in command("--mode=train").err
+    assert "nowhere.py" in command.fails("--config=nowhere.py")
+    broken = command.folder / "broken.py"
+    broken.write_text("def get_config(:\n")
+    assert "broken.py" in command.fails(f"--config={broken}")
+    short = command.folder / "short.py"
+    short.write_text("from ml_collections import ConfigDict\ndef get_config():\n  return ConfigDict(dict(seed=0))\n")
+    assert "is missing; every field is written out" in command.fails(f"--config={short}")
+
+
+@pytest.fixture
+def run(command: Command) -> Command:
+    """A run's folder, runs/digits, that has not saved a checkpoint."""
+    names = tuple("0123456789")
+    workdir.write_config(command.folder / "runs" / "digits", describe("diffusion", tiny_config(), names))
+    return command
+
+
+def test_a_folder_of_another_run_is_left_alone(run: Command) -> None:
+    for mode in ("train", "sample", "sweep"):
+        error = run.fails(DIGITS, *flags_of(train__learning_rate=0.5), f"--mode={mode}")
+        assert "learning_rate: 0.001 there, 0.5 here" in error and "another --workdir" in error
+
+
+def test_a_run_without_a_checkpoint_says_that_it_has_none(run: Command) -> None:
+    for mode in ("sample", "sweep"):
+        assert "has no step; its steps are []" in run.fails(DIGITS, *flags_of(), f"--mode={mode}")
+
+
+def test_a_sweep_of_nothing_says_so(run: Command) -> None:
+    error = run.fails(DIGITS, *flags_of(eval__weights=()), "--mode=sweep")
+    assert "config.eval.weights is ()" in error and "--config.eval.weights=" in error
+
+
+def test_a_folder_in_use_is_refused(run: Command) -> None:
+    with workdir.lock(run.folder / "runs" / "digits"):
+        error = run.fails(DIGITS, *flags_of())
+    assert f"locked by pid {os.getpid()}" in error and "another --workdir" in error
+
+
+@pytest.mark.parametrize("missing", ["inception", "reference"])
+def test_what_a_sweep_will_need_is_looked_for_before_training(command: Command, missing: str) -> None:
+    changes = {"inception": dict(eval__features="inception", eval__inception_path="no.npz")}
+    error = command.fails(DIGITS, *flags_of(**changes.get(missing, dict(eval__reference="no.npz"))))
+    assert "no.npz" in error and "is no file" in error
+
+
+def test_the_whole_job(tmp_path: Path) -> None:
+    """Trains, sweeps and samples with the real network and data; the same command again has nothing left to do."""
+    changes = dict(train__num_steps=24, train__checkpoint_every_steps=12, train__sample_every_steps=12)
+    base = [sys.executable, "-m", "cfd.main", DIGITS, "--workdir=run", *flags_of(**changes, eval__weights=(0.0, 2.0))]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+
+    def call(*arguments: str) -> str:
+        done = subprocess.run([*base, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    folder = tmp_path / "run"
+    out = call()
+    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == list(range(1, 25))
+    losses = [line["loss"] for line in log]
+    assert abs(losses[0] - 1.0) < 0.15 and np.mean(losses[-5:]) < 0.9 * losses[0]  # ε has variance 1, a new net gives 0
+    rows = results.read_rows(str(folder))
+    assert [(row["w"], row["num_samples"], row["features"]) for row in rows] == [
+        (0.0, 20, "classifier"),
+        (2.0, 20, "classifier"),
+    ]
+    assert "| w |" in out and "| 2 |" in out
+    for name in ("sweep.png", "samples/sweep.png", "samples/step_0000012.png", "samples/step_0000024.png"):
+        with Image.open(folder / name) as image:
+            image.load()
+            assert image.format == "PNG"
+    assert list((folder / "tensorboard").iterdir())
+    labels = npz.read_npz(next((folder / "samples").glob("*w-2.0*.npz")))["arr_1"]
+    assert np.bincount(labels).tolist() == [2] * 10
+
+    before = {name: (folder / name).read_bytes() for name in ("metrics.jsonl", "sweep.csv")}
+    again = call()
+    assert "at step 24 of 24" in again and "2 of 2 cells are in" in again
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    grid = call("--mode=sample", "--config.sample.classes=(3,)", "--config.sample.w=(0.0,1.0,4.0)")
+    assert "sample_step_0000024_" in grid
+    written = next((folder / "samples").glob("sample_step_*.npz"))
+    assert npz.read_npz(written)["arr_1"].tolist() == [3, 3, 3]
