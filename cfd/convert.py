@@ -55,16 +55,10 @@ def convert_adm(
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None
     count = sum(x.size for x in jax.tree.leaves(params))
-    size, heads = (
-        network.image_size,
-        network.fields["num_heads"] or "channels / {head_channels}".format(**network.fields),
-    )
-    print(
-        f"{path}: ADM {network.kind} network for {size}x{size}, {count:,} parameters. Not shown by its tensors and taken"
-    )
-    print(
-        f"from the flags or the published model: {network.attention_order} order of attention, {heads} heads, {network.schedule} schedule."
-    )
+    size, heads = network.image_size, network.fields["num_heads"] or f"channels / {network.fields['head_channels']}"
+    print(f"{path}: ADM {network.kind} network for {size}x{size}, {count:,} parameters. Not shown by its tensors and")
+    print(f"taken from the flags or the published model: {heads} heads in {network.attention_order} order,")
+    print(f"{network.schedule} schedule.")
 
     channels = int(state["input_blocks.0.0.weight"].shape[1])
     if network.fields.get("out_channels") == 2 * channels:

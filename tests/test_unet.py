@@ -17,9 +17,9 @@ SMALL: dict[str, Any] = dict(
     num_classes=4,
     out_channels=3,
     base_channels=32,
-    channel_mult=(1, 2),
+    channel_mult=(1,),
     num_res_blocks=1,
-    attention_resolutions=(4,),
+    attention_resolutions=(8,),
     head_channels=32,
     num_heads=0,
     resblock_updown=True,
@@ -115,7 +115,7 @@ def test_an_untrained_network_returns_zero() -> None:
 @pytest.mark.parametrize(
     ("fields", "size", "message"),
     [
-        ({}, 9, "sides divisible by 2"),
+        (dict(channel_mult=(1, 2)), 9, "sides divisible by 2"),
         (dict(head_channels=48), 8, "head_channels = 48"),
         (dict(head_channels=0), 8, "num_heads = 0"),
         (dict(time="linear"), 8, "adm_linear"),
