@@ -189,5 +189,5 @@ def test_the_whole_job(tmp_path: Path) -> None:
     assert {name: (folder / name).read_bytes() for name in before} == before
     grid = call("--mode=sample", "--config.sample.classes=(3,)", "--config.sample.w=(0.0,1.0,4.0)")
     assert "sample_step_0000024_" in grid
-    written = next((folder / "samples").glob("sample_step_*.npz"))
-    assert npz.read_npz(written)["arr_1"].tolist() == [3, 3, 3]
+    written = grid.split("Wrote ")[1].split(".png")[0]
+    assert npz.read_npz(f"{written}.npz")["arr_1"].tolist() == [3, 3, 3]
