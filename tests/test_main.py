@@ -190,4 +190,4 @@ def test_the_whole_job(tmp_path: Path) -> None:
     grid = call("--mode=sample", "--config.sample.classes=(3,)", "--config.sample.w=(0.0,1.0,4.0)")
     assert "sample_step_0000024_" in grid
     written = grid.split("Wrote ")[1].split(".png")[0]
-    assert npz.read_npz(f"{written}.npz")["arr_1"].tolist() == [3, 3, 3]
+    assert npz.read_npz(tmp_path / f"{written}.npz")["arr_1"].tolist() == [3, 3, 3]
