@@ -184,8 +184,9 @@ def train_classifier(config: Config, folder: str, *, allow_fresh_start: bool = F
 
         return classifier_loss(key_loss, classifier_fn, x, labels, **config.process)
 
+    settings: dict[str, Any] = config.train.to_dict() | config.classifier_train.to_dict()
     fit(
-        ConfigDict(config.train.to_dict() | config.classifier_train.to_dict()),
+        ConfigDict(settings),
         os.path.join(folder, "classifier"),
         mesh,
         dataset,

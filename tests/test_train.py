@@ -107,7 +107,7 @@ def numpy_training(w: Any, b: Any, batches: list[Any], *, rate: float, warmup: i
     ema_w, m, v = w.copy(), np.zeros(260), np.zeros(260)
     norms = []
     for t, batch in enumerate(batches, 1):
-        x, y = np.float64(batch["image"]).reshape(-1, 64), np.float64(batch["label"])[:, None]
+        x, y = np.asarray(batch["image"], np.float64).reshape(-1, 64), np.asarray(batch["label"], np.float64)[:, None]
         residual = 2.0 * (x @ w + b - y) / (len(x) * 4)
         grad_w, grad_b = x.T @ residual, residual.sum(0)
         norm = np.sqrt((grad_w**2).sum() + (grad_b**2).sum())
