@@ -184,7 +184,7 @@ def train_classifier(config: Config, folder: str, *, allow_fresh_start: bool = F
 
         return classifier_loss(key_loss, classifier_fn, x, labels, **config.process)
 
-    settings: dict[str, Any] = config.train.to_dict() | config.classifier_train.to_dict()
+    settings = {**config.train.to_dict(), **config.classifier_train.to_dict()}
     fit(
         ConfigDict(settings),
         os.path.join(folder, "classifier"),

@@ -58,7 +58,7 @@ def test_gradients_are_those_of_the_plain_form(channels: int, silu: bool) -> Non
     arrays = inputs(channels)
     cotangent = jax.random.normal(jax.random.key(9), arrays[0].shape)
     ours = jax.vjp(lambda x, gain, shift: group_norm(x, gain, shift, silu=silu), *arrays)[1](cotangent)
-    theirs = jax.vjp(lambda *a: plain(*a, silu), *arrays)[1](cotangent)
+    theirs = jax.vjp(lambda x, gain, shift: plain(x, gain, shift, silu), *arrays)[1](cotangent)
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
 
