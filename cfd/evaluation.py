@@ -269,7 +269,8 @@ def manifest_of(
         "seeds": "image i is drawn with the key fold_in(key(seed), i)",
         "images": CONVENTIONS["images"],
         "w": CONVENTIONS["w"],
-        "reference": {"sha256": reference, "source": config.eval.reference and os.path.basename(config.eval.reference)},
+        "data": {key: config.data[key] for key in ("source", "name", "split", "image_size")},
+        "reference": {"sha256": reference, "source": os.path.basename(config.eval.reference) or "data"},
         "features": {"name": features.name, "sha256": features.weights_hash},
         "cfd": cfd.__version__,
         "environment": {
