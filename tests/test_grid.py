@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 from tiny import tiny_config
 
-from cfd import checkpoint, data, evaluation, features, generate, npz, parallel, preemption, reference, results
+from cfd import checkpoint, data, evaluation, features, generate, metrics, npz, parallel, preemption, reference, results
 from cfd.guidance import Interval
 from cfd.sampling import guided_sample
 from cfd.unet import UNet
@@ -154,6 +154,26 @@ def test_random_labels_are_drawn_from_the_seed(untrained: list[Any], tmp_path: P
     labels = npz.read_npz(evaluation.samples_path(str(tmp_path), row))["arr_1"]
     np.testing.assert_array_equal(labels, np.random.default_rng(1000).integers(10, size=20))
     np.testing.assert_array_equal(evaluation.labels_of("random", 1000, 7, 10), labels[:7])
+
+
+def test_sfid_is_of_the_spatial_features_and_the_score_is_split_by_image_number() -> None:
+    numbers = np.random.default_rng(0)
+    images, others = numbers.integers(0, 256, (2, 90, 2, 2, 1), np.uint8)
+
+    def extract(block: np.ndarray) -> features.Outputs:
+        flat = block.reshape(len(block), 4) / 255
+        return features.Outputs(flat[:, :2], flat[:, 1:], (flat + 0.1) / (flat + 0.1).sum(axis=1, keepdims=True))
+
+    network = features.FeatureNetwork("inception", "f" * 64, extract)
+    base = reference.measure([images], 90, network)
+    batches = ((others[first : first + 7], np.zeros(7, np.int32)[: 90 - first]) for first in range(0, 90, 7))
+    found = evaluation.measure(batches, 90, network, base)
+    (_, spatial, probs), (_, held, _) = extract(others), extract(images)
+    assert spatial is not None and held is not None
+    expected = metrics.frechet_distance(held.mean(0), np.cov(held.T), spatial.mean(0), np.cov(spatial.T))
+    np.testing.assert_allclose(found["sfid"], expected, rtol=1e-9)
+    np.testing.assert_allclose(found["is"], metrics.inception_score(probs), rtol=1e-12)
+    assert found["class_accuracy"] is None, "Inception's classes are not the data set's"
 
 
 @pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
