@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -125,12 +126,20 @@ def evaluations(config: Config, num_steps: int, w: float, interval: tuple[float,
 
 
 def evaluation_flops(config: Config, params: Any) -> float:
-    """Floating-point operations of one network evaluation of one image, by XLA's count for the network as lowered."""
+    """Floating-point operations of one network evaluation of one image, by XLA's count for the network as lowered.
+
+    XLA counts for the CPU alone, so that is what is lowered for; NaN where JAX_PLATFORMS leaves the CPU out.
+    """
+    try:
+        cpu = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return math.nan
     z = jax.ShapeDtypeStruct((1, config.data.image_size, config.data.image_size, config.data.channels), jnp.float32)
     one = jax.ShapeDtypeStruct((1,), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     eps = eps_of_params(config)
-    lowered: Any = jax.jit(lambda params, *inputs: eps(params)(*inputs)).lower(params, z, *one)
+    with jax.default_device(cpu):
+        lowered: Any = jax.jit(lambda params, *inputs: eps(params)(*inputs)).lower(params, z, *one)
     return lowered.cost_analysis()["flops"]
 
 
@@ -150,15 +159,20 @@ def grid_request(classes: tuple[int, ...], seeds: tuple[int, ...], weights: tupl
 
 
 def preview(config: Config, mesh: Mesh, folder: str, class_names: tuple[str, ...]) -> Callable[[int, Any], np.ndarray]:
-    """(step, EMA parameters) -> the grid of `config.sample`'s classes, seeds and weights, also in samples/."""
+    """(step, EMA parameters) -> the grid of `config.sample`'s classes, seeds and weights, also in samples/.
+
+    Where `sample.guidance` is by a classifier, which is trained apart, the one column is w = 0.
+    """
+    weights = config.sample.w if config.sample.guidance == "classifier-free" else (0.0,)
+    check_weights(config, weights)
     draw = make_draw(config, config.sample, mesh)
     classes = chosen_classes(config)
-    request = grid_request(classes, config.sample.seeds, config.sample.w)
+    request = grid_request(classes, config.sample.seeds, weights)
 
     def at(step: int, params: Any) -> np.ndarray:
         images = np.concatenate(list(draw(params, request)))
         path = os.path.join(folder, "samples", f"step_{step:07d}.png")
-        return figures.save_grid(path, *_grid(config, images, classes, class_names))
+        return figures.save_grid(path, *_grid(config, images, classes, weights, class_names))
 
     return at
 
@@ -185,20 +199,20 @@ def sample(config: Config, folder: str) -> str:
             raise preemption.Stopped(f"Stopped in sampling, after {done} of {len(request.index)} images")
     images = np.concatenate(batches)
     seconds = time.perf_counter() - start
+
+    settings = json.dumps(config.sample.to_dict(), sort_keys=True)
+    digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
+    stem = os.path.join(folder, "samples", f"sample_step_{run.step:07d}_{digest}")
+    if jax.process_index() == 0:
+        figures.save_grid(stem + ".png", *_grid(config, images, classes, config.sample.w, run.class_names))
+        with npz.sample_writer(stem + ".npz", len(images), images.shape[1:]) as write:
+            write(images, request.label)
     count = evaluations(config, config.sample.num_steps, max(map(abs, config.sample.w)), tuple(config.sample.interval))
     print(
         f"{len(images)} images, {count} network evaluations or {count * evaluation_flops(config, run.params):.3g} FLOP "
         f"an image: {len(images) / seconds:.3g} images/s, compilation included.",
         flush=True,
     )
-
-    settings = json.dumps(config.sample.to_dict(), sort_keys=True)
-    digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
-    stem = os.path.join(folder, "samples", f"sample_step_{run.step:07d}_{digest}")
-    if jax.process_index() == 0:
-        figures.save_grid(stem + ".png", *_grid(config, images, classes, run.class_names))
-        with npz.sample_writer(stem + ".npz", len(images), images.shape[1:]) as write:
-            write(images, request.label)
     return stem + ".png"
 
 
@@ -223,11 +237,17 @@ def load_guide(config: Config, folder: str) -> ClassifierFn | None:
 
 
 def check_weights(config: Config, weights: Sequence[float]) -> None:
-    """Raises ValueError where a weight needs the unconditional score of a run that was never trained on it."""
-    if config.train.p_uncond == 0 and any(weights) and config.sample.guidance == "classifier-free":
+    """Raises ValueError where a weight needs a score, conditional or unconditional, that the run never trains."""
+    free = config.sample.guidance == "classifier-free"
+    if config.train.p_uncond == 0 and any(weights) and free:
         raise ValueError(
-            f"w = {next(filter(None, weights)):g} needs the unconditional score, and this run was trained with "
-            "train.p_uncond = 0: only w = 0 can be sampled"
+            f"w = {next(filter(None, weights)):g} needs the unconditional score, which train.p_uncond = 0 does not "
+            "train: sample.w and eval.weights can only be (0.0,)"
+        )
+    if config.train.p_uncond == 1 and not (free and set(weights) == {-1}):
+        raise ValueError(
+            f"w in {tuple(weights)} needs the conditional score, which train.p_uncond = 1 does not train: sample.w and "
+            "eval.weights can only be (-1.0,), with sample.guidance 'classifier-free'"
         )
 
 
@@ -236,7 +256,12 @@ def chosen_classes(config: Config) -> tuple[int, ...]:
     return config.sample.classes or tuple(range(min(10, config.data.num_classes)))
 
 
-def _grid(config: Config, images: np.ndarray, classes: tuple[int, ...], class_names: tuple[str, ...]) -> tuple:
-    weights = config.sample.w
+def _grid(
+    config: Config,
+    images: np.ndarray,
+    classes: tuple[int, ...],
+    weights: tuple[float, ...],
+    class_names: tuple[str, ...],
+) -> tuple:
     rows = [class_names[c] for c in classes for _ in config.sample.seeds]
     return images.reshape(len(rows), len(weights), *images.shape[1:]), rows, [f"w = {w:g}" for w in weights]

@@ -179,6 +179,26 @@ def test_a_preview_is_the_same_grid(run: Path, params: Any) -> None:
         np.testing.assert_array_equal(np.asarray(image), pixels)
 
 
+def test_a_preview_shows_no_weight_that_the_run_does_not_train(run: Path, params: Any) -> None:
+    with pytest.raises(ValueError, match="p_uncond = 0 does not train"):
+        generate.preview(tiny_config(train__p_uncond=0.0), mesh_of(1), str(run), tuple("0123456789"))
+    changes: list[dict[str, Any]] = [{"sample__guidance": "classifier", "train__p_uncond": 0.0}, {"sample__w": (0.0,)}]
+    by_classifier, alone = (
+        generate.preview(tiny_config(**change), mesh_of(1), str(run), tuple("0123456789"))(12, params)
+        for change in changes
+    )
+    np.testing.assert_array_equal(by_classifier, alone)
+
+
+def test_without_a_cpu_nothing_counts_operations(params: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_cpu(backend: str) -> list[Any]:
+        raise RuntimeError(f"Unknown backend {backend}")
+
+    assert generate.evaluation_flops(tiny_config(), params) > 2 * 64 * 64  # the mix of all pixels
+    monkeypatch.setattr(jax, "local_devices", no_cpu)
+    assert np.isnan(generate.evaluation_flops(tiny_config(), params))
+
+
 def test_batches_that_devices_do_not_divide_are_refused() -> None:
     config = tiny_config(sample__batch_size=12)
     with pytest.raises(ValueError, match=r"sample\.batch_size is 12, which 8 devices do not divide"):

@@ -254,6 +254,14 @@ def test_a_run_without_an_unconditional_score_is_not_guided() -> None:
     generate.check_weights(config, (0.0,))
     with pytest.raises(ValueError, match=r"w = 2 needs the unconditional score.*p_uncond = 0"):
         generate.check_weights(config, (0.0, 2.0))
+    generate.check_weights(tiny_config(train__p_uncond=0.0, sample__guidance="classifier"), (0.0, 2.0))
+
+
+def test_a_run_without_a_conditional_score_is_sampled_at_minus_one_alone() -> None:
+    generate.check_weights(tiny_config(train__p_uncond=1.0), (-1.0,))
+    for guidance, weights in (("classifier-free", (-1.0, 0.0)), ("classifier", (-1.0,))):
+        with pytest.raises(ValueError, match=r"needs the conditional score.*p_uncond = 1"):
+            generate.check_weights(tiny_config(train__p_uncond=1.0, sample__guidance=guidance), weights)
 
 
 def swept(folder: Path, p_uncond: float, features_hash: str = "f") -> Path:
