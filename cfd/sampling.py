@@ -56,7 +56,8 @@ def guided_sample(
     """Draw one image a label with guidance weight w: Algorithm 2, Ho and Salimans. Pure: jit, vmap or shard_map it.
 
     Args:
-      key: one PRNG key, from which image i takes `fold_in(key, i)`, or [B] keys, one an image.
+      key: one PRNG key, from which image i takes `fold_in(key, i)`, or [B] keys, one an image. (In `shard_map` and
+        `pmap` i is the row on its own device: from one replicated key all devices draw the same noise.)
       eps_fn: `(z, logsnr, labels) -> eps`.
       labels: int32 [B], or any pytree of arrays with a leading batch axis.
       shape: the shape of one image, without the batch.
@@ -95,7 +96,8 @@ def guided_sample(
         z_next = mean if std is None else mean + std * noise(t)
         return jnp.where(t == num_steps, x, z_next), None
 
-    z, _ = jax.lax.scan(step, noise(0), (jnp.arange(1, num_steps + 1), logsnr, logsnr_next))
+    z = _varying_like(noise(0), labels, w)
+    z, _ = jax.lax.scan(step, z, (jnp.arange(1, num_steps + 1), logsnr, logsnr_next))
     return z
 
 
@@ -142,6 +144,14 @@ def _guided(
 def _interleave(a: Array, b: Array) -> Array:
     """[B, ...] and [B, ...] -> [2B, ...]: a_0, b_0, a_1, b_1, ..."""
     return jnp.stack([a, b], axis=1).reshape(2 * a.shape[0], *a.shape[1:])
+
+
+def _varying_like(z: Array, *inputs: PyTree) -> Array:
+    """z, but in a caller's `shard_map` of a type that varies over the devices as the inputs do: a loop's carry must
+    begin with the type that it ends with, and the noise of a replicated key does not vary."""
+    for x in jax.tree.leaves(inputs):
+        z = z if callable(x) else jnp.where(True, z, jnp.sum(x).astype(z.dtype))
+    return z
 
 
 def _batch_size(labels: PyTree) -> int:

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from mixtures import gaussian_eps
 from scipy.integrate import quad
 
@@ -153,6 +155,30 @@ def test_a_key_is_reproducible_under_jit():
     eager, jitted = loss(jax.random.key(11), 0.3), jax.jit(loss)
     np.testing.assert_allclose(eager, jitted(jax.random.key(11), 0.3), rtol=1e-6)
     assert float(jitted(jax.random.key(12), 0.3)) != float(eager)
+
+
+def test_eight_devices_equal_one():
+    """A caller's own pmap and shard_map: the mean over the devices of each one's loss, and its gradient."""
+    x, labels = jnp.linspace(-1.0, 1.0, 8 * 3 * 5).reshape(8, 3, 5), jnp.arange(24, dtype=jnp.int32).reshape(8, 3)
+    keys = jax.random.split(jax.random.key(14), 8)
+
+    def loss(theta, key, x, labels):
+        return eps_loss(key, lambda z, logsnr, labels: theta * z + 0.01 * labels[:, None], x, labels, p_uncond=0.3)
+
+    theta = jnp.float32(0.4)
+    value_and_grad = jax.value_and_grad(loss)
+    losses, gradients = jax.vmap(value_and_grad, in_axes=(None, 0, 0, 0))(theta, keys, x, labels)
+    mapped = jax.pmap(value_and_grad, in_axes=(None, 0, 0, 0))(theta, keys, x, labels)
+    np.testing.assert_allclose(mapped, (losses, gradients), rtol=1e-5)
+
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+    def mean_loss(theta, keys, x, labels):
+        return jax.lax.pmean(loss(theta, keys[0], x[0], labels[0]), "data")
+
+    specs = (P(), P("data"), P("data"), P("data"))
+    sharded = jax.jit(jax.value_and_grad(jax.shard_map(mean_loss, mesh=mesh, in_specs=specs, out_specs=P())))
+    np.testing.assert_allclose(sharded(theta, keys, x, labels), (np.mean(losses), np.mean(gradients)), rtol=1e-5)
 
 
 def test_float32_under_x64():

@@ -458,6 +458,22 @@ def test_eight_devices_equal_one():
     np.testing.assert_allclose(sample(*on_mesh, 0.7), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("specs", [(P(), P("data"), P()), (P(), P(), P("data"))], ids=["labels", "w"])
+def test_a_replicated_key_in_shard_map(specs):
+    """What is divided among the devices is the labels alone, or w alone: each draws as it would without the others."""
+
+    @jax.jit
+    def four(key, labels, w):
+        return guided_sample(key, network, labels[:4], (3,), w=w[:4], num_steps=4)
+
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    arguments = (KEY, LABELS.at[:4].set(-1), jnp.linspace(0.0, 3.0, 8))
+    images = jax.jit(jax.shard_map(four, mesh=mesh, in_specs=specs, out_specs=P("data")))(*arguments)
+    for rows in (slice(4), slice(4, 8)):
+        own = [x[rows] if spec == P("data") else x for x, spec in zip(arguments, specs, strict=True)]
+        np.testing.assert_allclose(images[rows], four(*own), rtol=1e-5, atol=1e-6)
+
+
 def test_strict_promotion_and_float32_under_x64():
     for w in (0.0, 0.5, Interval(0.5, -1.0, 1.0)):
         for rule in (ancestral(0.3), ddim()):
