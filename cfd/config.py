@@ -190,35 +190,38 @@ def check_name(name: str) -> None:
 def _validate_together(config: Config) -> None:
     """The conditions that join two fields."""
     data, model, sample, train = config.data, config.model, config.sample, config.train
-    if model.num_classes != data.num_classes:
-        raise ValueError(
-            f"config.model.num_classes is {model.num_classes}, data.num_classes {data.num_classes}: set both the same"
-        )
+    for group, net in (("model", model), ("classifier", config.classifier)):
+        if net.num_classes != data.num_classes:
+            raise ValueError(
+                f"config.{group}.num_classes is {net.num_classes}, data.num_classes {data.num_classes}: "
+                "set both the same"
+            )
+        if (net.head_channels > 0) == (net.num_heads > 0):
+            raise ValueError(
+                f"config.{group}.head_channels is {net.head_channels} and num_heads {net.num_heads}: "
+                "give one of them, and 0 for the other"
+            )
+        factor = 2 ** (len(net.channel_mult) - 1)
+        if data.image_size % factor:
+            raise ValueError(
+                f"config.data.image_size is {data.image_size}; {len(net.channel_mult)} levels of {group}.channel_mult "
+                f"need a multiple of {factor}"
+            )
     if model.out_channels != data.channels:
         raise ValueError(
             f"config.model.out_channels is {model.out_channels}, data.channels {data.channels}: set both the same"
-        )
-    if (model.head_channels > 0) == (model.num_heads > 0):
-        raise ValueError(
-            f"config.model.head_channels is {model.head_channels} and num_heads {model.num_heads}: "
-            "give one of them, and 0 for the other"
-        )
-    factor = 2 ** (len(model.channel_mult) - 1)
-    if data.image_size % factor:
-        raise ValueError(
-            f"config.data.image_size is {data.image_size}; {len(model.channel_mult)} levels of model.channel_mult "
-            f"need a multiple of {factor}"
         )
     if config.process.logsnr_min >= config.process.logsnr_max:
         raise ValueError(
             f"config.process.logsnr_min is {config.process.logsnr_min}; "
             f"it must be below logsnr_max, {config.process.logsnr_max}"
         )
-    if train.batch_size % train.num_microbatches:
-        raise ValueError(
-            f"config.train.batch_size is {train.batch_size}, "
-            f"which num_microbatches {train.num_microbatches} does not divide: make it a multiple"
-        )
+    for group in ("train", "classifier_train"):
+        if config[group].batch_size % train.num_microbatches:
+            raise ValueError(
+                f"config.{group}.batch_size is {config[group].batch_size}, "
+                f"which num_microbatches {train.num_microbatches} does not divide: make it a multiple"
+            )
     if sample.sampler == "ddim" and config.eval.v:
         raise ValueError(f"config.eval.v is {config.eval.v}, but sample.sampler 'ddim' has no v: set eval.v to ()")
     for label in sample.classes:

@@ -15,7 +15,7 @@ from ml_collections import config_flags
 
 from cfd import evaluation, generate, parallel, preemption, report, train, watchdog, workdir, xla
 from cfd.checkpoint import CheckpointError
-from cfd.config import Config, check_name, validate
+from cfd.config import FIELDS, Config, check_name, validate
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file of configs/.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; runs/<config name> by default.")
@@ -109,12 +109,22 @@ def in_one_line(error: Exception) -> str:
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
-    """absl's parser, with the errors of the config file and of its overrides in one line."""
+    """absl's parser, with the errors of the config file and of its overrides in one line.
+
+    A tuple that is given twice is an error: ml_collections would join the two.
+    """
     try:
-        for argument in argv[1:]:
-            name = argument.lstrip("-").partition("=")[0]
-            if name.startswith("config."):
-                check_name(name.removeprefix("config."))
+        tuples = set()
+        for argument in flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False):
+            flag = argument.lstrip("-").partition("=")[0]
+            if not flag.startswith("config."):
+                continue
+            name = flag.removeprefix("config.")
+            check_name(name)
+            if name in tuples:
+                raise ValueError(f"--{flag} is given twice: give it once, as --{flag}='(A, B)'")
+            if FIELDS[name].type is tuple:
+                tuples.add(name)
         return flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
         sys.exit(f"error: {in_one_line(error)}")

@@ -224,8 +224,9 @@ def fit(
     is not counted: what building, restoring, waiting for data, drawing and saving leave.
     """
     started = time.perf_counter()
+    group = "train" if config_json["kind"] == "diffusion" else "classifier_train"
     parallel.check_batch(
-        "train.batch_size / train.num_microbatches", settings.batch_size // settings.num_microbatches, mesh
+        f"{group}.batch_size / train.num_microbatches", settings.batch_size // settings.num_microbatches, mesh
     )
     workdir.write_config(folder, config_json)
     key_init, key_steps = jax.random.split(jax.random.key(seed))

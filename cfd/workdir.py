@@ -43,6 +43,7 @@ FREE_FIELDS = (
     "train.log_every_steps",
     "train.sample_every_steps",
     "train.watchdog_seconds",
+    "classifier_train.num_steps",
     "mesh",
     "sample",
     "eval",

@@ -87,6 +87,7 @@ def command(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         (["--config.sample.w=(0.0,-2.0)"], ("config.sample.w is (0.0, -2.0)", ">= -1")),
         (["--config.train.p_uncond=nan"], ("config.train.p_uncond is nan", ">= 0 and <= 1")),
         (["--config.sample.classes=(3,10)"], ("config.sample.classes has 10", "0 to 9")),
+        (["--config.sample.w=(1.0,)", "--config.sample.w=()"], ("--config.sample.w is given twice", "give it once")),
         (["--config.mesh.data=3"], ("mesh is data=3 x fsdp=1 for 1 devices",)),
         (["--config.data.source=folder", "--config.data.path=nowhere"], ("nowhere",)),
         (["--config.xla.compilation_cache=/proc/none"], ("/proc/none",)),
