@@ -7,6 +7,7 @@ never sees the diffusion model, and is kept in the run's folder. Its numbers are
 import json
 import os
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -19,7 +20,7 @@ from jax import Array
 from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
-from cfd import data, inception, npz, parallel, watchdog, xla
+from cfd import data, inception, npz, parallel, preemption, watchdog, xla
 
 
 class Outputs(NamedTuple):
@@ -140,13 +141,14 @@ def train_classifier(net: Any, dataset: data.Dataset, *, num_steps: int, flip: b
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
-    batches = data.batches(dataset, seed=seed, batch_size=128, flip=flip, num_workers=1)
-    for _ in range(num_steps):
-        watchdog.alive(slow=True)
-        batch = next(batches)
-        images = np.round((batch["image"] + 1.0) * 127.5).astype(np.uint8)
-        params, opt_state = step(params, opt_state, images, batch["label"])
-    batches.close()
+    with closing(data.batches(dataset, seed=seed, batch_size=128, flip=flip, num_workers=1)) as batches:
+        for _ in range(num_steps):
+            if preemption.requested():
+                raise preemption.Stopped("Stopped in the sweep, in training its feature classifier")
+            watchdog.alive(slow=True)
+            batch = next(batches)
+            images = np.round((batch["image"] + 1.0) * 127.5).astype(np.uint8)
+            params, opt_state = step(params, opt_state, images, batch["label"])
     return params
 
 

@@ -121,6 +121,13 @@ def check_batch(name: str, batch_size: int, mesh: Mesh) -> None:
         )
 
 
+def total(count: int) -> int:
+    """The sum of a count over the processes, which all call it."""
+    if jax.process_count() == 1:
+        return count
+    return int(multihost_utils.process_allgather(np.int32(count)).sum())
+
+
 def barrier(name: str) -> None:
     """Wait until every process is here."""
     if jax.process_count() > 1:

@@ -1,6 +1,7 @@
 """Training: the state, one pure step, and a linear loop that resumes where it stopped."""
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -237,8 +238,10 @@ def fit(
 
     manager = checkpoint.open_manager(folder, keep=settings.keep_checkpoints)
     restored = checkpoint.restore(manager, abstract, allow_fresh_start=allow_fresh_start)
-    start, state = (0, jax.jit(init_state, out_shardings=shardings)(key_init)) if restored is None else restored[:2]
-    if restored is not None:
+    if restored is None:
+        start, state, skipped = 0, jax.jit(init_state, out_shardings=shardings)(key_init), 0
+    else:
+        start, state, skipped = *restored[:2], restored[2]["skipped_images"]
         print(f"Resuming {folder} at step {start} of {settings.num_steps}.", flush=True)
 
     step_fn = partial(
@@ -283,6 +286,7 @@ def fit(
                 values["images_per_second"] = (step - last_logged) * settings.batch_size / (now - clock)
                 values["data_wait"] = waited / (now - clock)
                 values["goodput"] = productive / (now - started)
+                values["skipped_images"] = skipped + parallel.total(batches.skipped)
                 workdir.write_metrics(log, step, values)
                 last_logged, clock, waited = step, time.perf_counter(), 0.0
             drawn = step == settings.num_steps or (draw and step % settings.sample_every_steps == 0)
@@ -290,7 +294,11 @@ def fit(
                 workdir.write_image(log, step, "samples", draw(step, state.ema))
             if stop or step == settings.num_steps or step % settings.checkpoint_every_steps == 0:
                 check_finite(unchecked, settings.nonfinite_limit, manager)
-                checkpoint.save(manager, step, state, data_state={"next_step": step}, config_json=config_json)
+                data_state = {"next_step": step, "skipped_images": skipped + parallel.total(batches.skipped)}
+                checkpoint.save(manager, step, state, data_state=data_state, config_json=config_json)
+                if jax.process_index() == 0:
+                    tqdm.write(f"Saving step {step} of {settings.num_steps}.")
+                    sys.stdout.flush()  # a supervisor reads it
             if stop:
                 break
         watchdog.alive(slow=True)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import signal
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +16,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, Mesh
+from PIL import Image
 from tiny import tiny_config
 
 from cfd import checkpoint, data, parallel, preemption
@@ -250,9 +252,10 @@ def test_a_run_logs_every_step_once_and_saves_its_last(straight: Path) -> None:
     assert [step for (step,) in lines(straight)] == [1, 2, 3, 4, 5, 6]
     step, state = saved(straight)
     assert step == int(state.step) == 6
-    assert {"images_per_second", "data_wait", "nonfinite_steps"} <= json.loads(
-        (straight / "metrics.jsonl").read_text().splitlines()[0]
-    ).keys()
+    assert lines(straight, "nonfinite_steps", "skipped_images") == [(step, 0, 0) for step in range(1, 7)]
+    shares = lines(straight, "goodput", "data_wait")
+    assert shares[0][1] == 0.0 and all(0.0 < share < 1.0 for line in shares[1:] for share in line[1:])
+    assert all(rate > 0 for _, rate in lines(straight, "images_per_second"))
     before = (straight / "metrics.jsonl").read_bytes()
     run(straight)  # nothing is left to do
     assert (straight / "metrics.jsonl").read_bytes() == before
@@ -278,8 +281,29 @@ def test_stopped_on_request_and_resumed_to_the_same_bits(
         assert saved(tmp_path)[0] == at + (stop - at)
         at = stop
     run(tmp_path)
-    assert f"Resuming {tmp_path} at step {at} of 6" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"Resuming {tmp_path} at step {at} of 6" in said
+    assert len(re.findall(r"\d steps in .* s, goodput \d+\.\d%", said)) == len(stops) + (at < 6)
     same_run(tmp_path, straight)
+
+
+def test_bad_images_are_counted_across_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """T25: as many files as a batch has rows, so that every step passes over each of the three bad ones."""
+    for i in range(16):
+        file = tmp_path / "pictures" / "ab"[i % 2] / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8), 10 * i, np.uint8)).save(file)
+        if i in (3, 8, 13):
+            file.write_bytes(file.read_bytes()[:40])
+    fields: dict[str, Any] = dict(data__source="folder", data__path=str(tmp_path / "pictures"), data__num_classes=2)
+    calls = itertools.count(1)
+    with monkeypatch.context() as patch, pytest.raises(preemption.Stopped):
+        patch.setattr(preemption, "requested", lambda: next(calls) == 3)
+        run(tmp_path, **fields, data__on_bad_image="skip")
+    run(tmp_path, **fields, data__on_bad_image="skip")
+    assert lines(tmp_path, "skipped_images") == [(step, 3 * step) for step in range(1, 7)]
+    with pytest.raises(data.BadImage, match=r"\.png cannot be decoded"):
+        run(tmp_path, **fields, data__on_bad_image="raise", train__num_steps=7)
 
 
 def test_a_stop_adds_no_line_to_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
