@@ -25,8 +25,10 @@ from types import FrameType
 
 MAX_FAULTS = 3
 STOPPED = re.compile(r"; the same command resumes\.")
-PROGRESS = re.compile(r"Resuming .* at step \d+ of \d+|\d+ of \d+ [a-z]+ are in .* already")
-"""What a restarted job says of the work that it found done: training's step, and the finished part of a sweep."""
+PROGRESS = re.compile(
+    r"(?:Resuming .* at|Saving) (step \d+ of \d+)|(\d+ of \d+ [a-z]+ are in .*) already|^(T \d+  w \S+)"
+)
+"""What a job says of the work that is done: the step of a checkpoint, the cells of a sweep, found or just measured."""
 
 
 class Job:
@@ -34,7 +36,7 @@ class Job:
 
     def __init__(self, command: list, environments: list):
         self.stopped = False
-        self.found: dict = {}
+        self.place = "no checkpoint yet"
         self.processes = [
             # A group of its own: a signal to this program's group reaches the command once, through `send`.
             subprocess.Popen(
@@ -54,8 +56,8 @@ class Job:
     def _read(self, output) -> None:
         for line in output:
             self.stopped |= bool(STOPPED.search(line))
-            for text in PROGRESS.findall(line):
-                self.found[re.sub(r"\d+", "", text)] = text
+            if progress := PROGRESS.search(line):
+                self.place = progress[progress.lastindex or 0]
             sys.stdout.write(line)
             sys.stdout.flush()
 
@@ -123,20 +125,16 @@ def main() -> int:
             say("stopped by a preemption; it starts again")
             faults = 0
         else:
-            faults = faults + 1 if job.found == before else 1
+            faults = faults + 1 if job.place == before else 1
             if faults == MAX_FAULTS:
-                say(f"failed {MAX_FAULTS} times at the same place ({place(job.found)}), the last with exit code {code}")
+                say(f"failed {MAX_FAULTS} times at the same place ({job.place}), the last with exit code {code}")
                 say("gave up: mend what the last error names, then start again")
                 return 1
-            say(f"failed with exit code {code} ({place(job.found)}); it starts again")
-        before = job.found
+            say(f"failed with exit code {code} ({job.place}); it starts again")
+        before = job.place
         time.sleep(arguments.pause_seconds)
     say("stopped on request")
     return 75
-
-
-def place(found: dict) -> str:
-    return "; ".join(found.values()) or "no checkpoint yet"
 
 
 def say(text: str) -> None:

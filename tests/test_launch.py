@@ -56,7 +56,7 @@ def test_faults_with_progress_in_between_are_started_again(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "line, place",
     [
-        ("print('Resuming runs/x at step 30 of 100.')", "at step 30 of 100"),
+        ("print('Resuming runs/x at step 30 of 100.')", "(step 30 of 100)"),
         ("pass", "no checkpoint yet"),
         ("print('Resuming runs/x at step 9 of 9.'); print('4 of 9 cells are in runs/x/sweep.csv already.')", "4 of 9"),
     ],
@@ -65,6 +65,18 @@ def test_three_faults_at_the_same_place_are_enough(tmp_path: Path, line: str, pl
     done = supervise(tmp_path, f"{ATTEMPTS}{line}\nsys.stdout.flush()\nos.kill(os.getpid(), signal.SIGKILL)")
     assert (done.returncode, attempts(tmp_path)) == (1, 3)
     assert "gave up" in done.stderr and place in done.stderr and "exit code -9" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "said, starts", [("Saving step 7 of 100.", 5), ("7 of 9 cells are in x already.", 6), ("T 7  w 1  fid", 6)]
+)
+def test_what_a_start_reaches_before_it_fails_is_progress(tmp_path: Path, said: str, starts: int) -> None:
+    """The third start gets further before it, too, fails: only three faults at the new place are enough."""
+    first, then = (f"Resuming runs/x at step {step} of 100." for step in (5, 7))
+    program = f"{ATTEMPTS}print({first!r} if n < 3 else {then!r})\nif n == 2: print({said!r})\nsys.exit(1)"
+    done = supervise(tmp_path, program)
+    assert done.returncode == 1 and "gave up" in done.stderr
+    assert attempts(tmp_path) == starts
 
 
 def test_a_sweep_that_gets_further_is_started_again(tmp_path: Path) -> None:
@@ -222,7 +234,7 @@ def test_slurm_requeues_a_job_that_runs_out_of_time(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("state", ["READY", "PREEMPTED"])
 def test_a_preempted_slice_is_created_again(tmp_path: Path, state: str) -> None:
-    env = with_fakes(tmp_path, "gcloud") | {"STATE": state, "CFD_ATTEMPT": "1"}
+    env = with_fakes(tmp_path, "gcloud") | {"STATE": state}
     env |= {"TPU_NAME": "slice", "TPU_ZONE": "zone", "TPU_TYPE": "v5litepod-16", "TPU_VERSION": "version"}
     command = ["bash", str(ROOT / "launch" / "tpu_pod.sh"), "configs/a.py", "/mnt/a b"]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=60)
