@@ -9,6 +9,7 @@ import functools
 import hashlib
 import os
 import platform
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
@@ -113,6 +114,7 @@ def measure_cells(
                 results.append_row(folder, row | {"manifest": results.manifest_name(manifest)})
                 shown = "  ".join(f"{key} {row[key]:.4g}" for key in MEASURED if row[key] is not None)
                 tqdm.write(f"T {c['num_steps']}  w {c['w']:g}  {shown}  ({rate:.3g} images/s drawn and measured)")
+                sys.stdout.flush()  # a supervisor reads it
             parallel.barrier(f"sweep cell {number}")
 
 
