@@ -363,7 +363,11 @@ def load_ema(
     """
     config_json = read_config(workdir)
     if config_json["kind"] != kind:
-        raise ValueError(f"{os.fspath(workdir)} holds a {config_json['kind']} run; a {kind} run was expected")
+        opened_by = {"diffusion": "cfd.checkpoint.load", "classifier": "cfd.classifier.load_classifier"}
+        raise ValueError(
+            f"{os.fspath(workdir)} holds a {config_json['kind']} run; a {kind} run was expected: give its "
+            f"folder, or open this one with {opened_by.get(config_json['kind'], 'the program that wrote it')}"
+        )
     directory = Path(workdir).absolute() / CHECKPOINTS
     steps = sorted(int(p.name) for p in directory.glob("*") if p.name.isdecimal())
     if not steps or (step is not None and step not in steps):

@@ -227,11 +227,17 @@ def _validate_together(config: Config) -> None:
     for label in sample.classes:
         if label >= data.num_classes:
             raise ValueError(f"config.sample.classes has {label}; classes are 0 to {data.num_classes - 1}")
-    if config.eval.features == "inception" and not config.eval.inception_path:
-        raise ValueError(
-            "config.eval.features is 'inception' without eval.inception_path; "
-            "make the file with `python -m cfd.convert inception FILE OUT`"
-        )
+    if config.eval.features == "inception":
+        if not config.eval.inception_path:
+            raise ValueError(
+                "config.eval.features is 'inception' without eval.inception_path; "
+                "make the file with `python -m cfd.convert inception FILE OUT`"
+            )
+        if data.channels != 3:
+            raise ValueError(
+                f"config.eval.features is 'inception', which takes RGB, and data.channels is {data.channels}: "
+                "set eval.features to 'classifier', or data.channels and model.out_channels to 3"
+            )
 
 
 def _leaves(group: ConfigDict, prefix: str) -> list[tuple[str, Any]]:

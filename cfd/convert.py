@@ -83,7 +83,9 @@ def _write_run(out: str | Path, network: Network, params: dict[str, Any], channe
         network.kind,
         ConfigDict(
             {
-                "data": dict(image_size=network.image_size, channels=channels, num_classes=num_classes),
+                "data": dict(
+                    source="adm", name="", image_size=network.image_size, channels=channels, num_classes=num_classes
+                ),
                 "model" if network.kind == "diffusion" else "classifier": network.fields,
                 "process": dict(logsnr_min=float(table[-1]), logsnr_max=float(table[0])),
                 "train": dict(p_uncond=0.0),
@@ -100,7 +102,12 @@ def _write_run(out: str | Path, network: Network, params: dict[str, Any], channe
 
 
 def convert_inception(path: str | Path, out: str | Path) -> None:
-    """InceptionV3's weights as the `.npz` that `eval.inception_path` names. Raises ValueError on any other file."""
+    """InceptionV3's weights as the `.npz` that `eval.inception_path` names.
+
+    Raises ValueError on any other file, and if `out` exists.
+    """
+    if Path(out).exists():
+        raise ValueError(f"{out} exists: give the name of a file to make")
     state = read_torch(path)
     if not holds(list(state)).startswith("InceptionV3"):
         raise ValueError(f"{path} does not hold InceptionV3 but {holds(list(state))}")
@@ -133,7 +140,7 @@ def main(argv: Sequence[str]) -> None:
         else:
             hidden = Hidden(*(getattr(args, name) for name in Hidden._fields))
             convert_adm(args.FILE, args.OUT, kind=args.kind, hidden=hidden, keep_variance=args.keep_variance)
-    except (ValueError, ModuleNotFoundError, checkpoint.CheckpointError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, checkpoint.CheckpointError) as error:
         sys.exit(f"error: {error}")
 
 

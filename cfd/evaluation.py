@@ -29,7 +29,7 @@ from cfd import data, figures, metrics, npz, paper, parallel, preemption, result
 from cfd.config import CONVENTIONS, Config
 from cfd.features import FeatureNetwork, open_classifier, open_inception
 from cfd.generate import Draw, Request, check_weights, evaluation_flops, evaluations, load_guide, load_run, make_draw
-from cfd.reference import Reference, add, open_reference, reference_hash
+from cfd.reference import Reference, add, check_reference, open_reference, reference_hash
 from cfd.results import MEASURED, SETTINGS, Row
 
 Batches = Iterator[tuple[UInt8[np.ndarray, "n h w c"], Int[np.ndarray, " n"]]]
@@ -168,8 +168,15 @@ def check(config: Config) -> None:
             f"config.eval.inception_path is {evaluate.inception_path!r}, which is no file; make it with "
             "`python -m cfd.convert inception FILE OUT`"
         )
-    if evaluate.reference and not os.path.isfile(evaluate.reference):
-        raise ValueError(f"config.eval.reference is {evaluate.reference!r}, which is no file; '' takes the data set")
+    else:
+        npz.npz_headers(evaluate.inception_path)
+    if evaluate.reference:
+        if not os.path.isfile(evaluate.reference):
+            raise ValueError(
+                f"config.eval.reference is {evaluate.reference!r}, which is no file; '' takes the data set"
+            )
+        shape = (config.data.image_size, config.data.image_size, config.data.channels)
+        check_reference(evaluate.reference, shape, evaluate.features)
     check_weights(config, evaluate.weights)
 
 

@@ -84,6 +84,20 @@ def open_reference(
 
 def read_reference(path: str, image_shape: tuple[int, int, int], features: FeatureNetwork) -> Reference:
     """The statistics of an `.npz` in the layout of OpenAI's evaluator; their own, where it holds them."""
+    headers = check_reference(path, image_shape, features.name)
+    images, rows = headers["arr_0"], block_rows(image_shape)
+    if "mu" not in headers:
+        return measure(npz.npz_batches(path, "arr_0", rows), images.shape[0], features)
+    chosen = evenly_spaced(images.shape[0], NEIGHBOUR_ROWS)
+    pool = [
+        features.extract(block[chosen[first : first + rows]]).pool
+        for first, block in zip(range(0, len(chosen), rows), npz.npz_batches(path, "arr_0", rows), strict=True)
+    ]
+    return Reference(**npz.read_npz(path, ("mu", "sigma", "mu_s", "sigma_s")), features=np.concatenate(pool))
+
+
+def check_reference(path: str, image_shape: tuple[int, int, int], features_name: str) -> dict[str, npz.Header]:
+    """The headers of such an `.npz`. Raises ValueError if it does not go with images of this shape, or the features."""
     headers = npz.npz_headers(path)
     if "arr_0" not in headers:
         raise ValueError(f"{path} holds {sorted(headers)} and no images arr_0, which precision and recall need")
@@ -93,20 +107,12 @@ def read_reference(path: str, image_shape: tuple[int, int, int], features: Featu
             f"{path} holds {images.dtype} images of shape {images.shape[1:]}, this config makes uint8 {image_shape}: "
             "give the reference of the config's own resolution"
         )
-    rows = block_rows(image_shape)
-    if "mu" not in headers:
-        return measure(npz.npz_batches(path, "arr_0", rows), images.shape[0], features)
-    if features.name != "inception":
+    if "mu" in headers and features_name != "inception":
         raise ValueError(
-            f"{path} holds statistics of InceptionV3, and eval.features is {features.name!r}: set eval.features to "
+            f"{path} holds statistics of InceptionV3, and eval.features is {features_name!r}: set eval.features to "
             "'inception', or eval.reference to ''"
         )
-    chosen = evenly_spaced(images.shape[0], NEIGHBOUR_ROWS)
-    pool = [
-        features.extract(block[chosen[first : first + rows]]).pool
-        for first, block in zip(range(0, len(chosen), rows), npz.npz_batches(path, "arr_0", rows), strict=True)
-    ]
-    return Reference(**npz.read_npz(path, ("mu", "sigma", "mu_s", "sigma_s")), features=np.concatenate(pool))
+    return headers
 
 
 def measure(images: Iterable[UInt8[np.ndarray, "n h w c"]], count: int, features: FeatureNetwork) -> Reference:

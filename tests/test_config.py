@@ -105,6 +105,7 @@ def test_a_bad_value_is_refused_by_name(name: str, value: Any) -> None:
         ({"sample.interval": (5.0, -5.0)}, ("interval is (5.0, -5.0)", "lo <= hi")),
         ({"sample.classes": (3, 10)}, ("sample.classes has 10", "0 to 9")),
         ({"eval.features": "inception"}, ("inception_path", "cfd.convert")),
+        ({"eval.features": "inception", "eval.inception_path": "a.npz"}, ("RGB", "data.channels is 1", "'classifier'")),
     ],
 )
 def test_fields_that_do_not_fit_together_are_refused(changes: dict[str, Any], words: tuple[str, ...]) -> None:

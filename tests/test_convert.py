@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from adm_formula import hidden, printed, relative
 
-from cfd import checkpoint, convert
+from cfd import checkpoint, convert, report
 from cfd.adm import logsnr_table
 from cfd.adm_import import PUBLISHED, Hidden, adm_network, adm_params
 from cfd.classifier import load_classifier
@@ -206,6 +206,7 @@ def test_a_u_net_becomes_a_run_that_samples(torch, tmp_path: Path, capsys: pytes
     options: dict[str, Any] = dict(num_steps=2, sampler=ancestral(0.3), **run.config["process"])
     x = guided_sample(jax.random.key(0), run.eps_fn, labels, run.image_shape, **options)
     assert x.shape == (3, 16, 16, 3) and jnp.isfinite(x).all()
+    assert "adm, 16x16, 10 classes" in Path(report.report(str(out))).read_text()
     # There is no null label: refused by name where the labels are known, and NaN where they are traced.
     with pytest.raises(ValueError, match="no unconditional score"):
         guided_sample(jax.random.key(0), run.eps_fn, labels, run.image_shape, w=1.0, **options)
@@ -319,7 +320,15 @@ def test_files_that_are_something_else_are_named(torch, tmp_path: Path, capsys) 
 
 def test_nothing_is_overwritten(torch, tmp_path: Path, capsys) -> None:
     file = write(torch, tmp_path / "model.pt", "small")
+    before = file.read_bytes()
     assert "exists" in fails(capsys, "adm", file, tmp_path, *FLAGS["small"])
+    assert "exists" in fails(capsys, "inception", file, file)
+    assert file.read_bytes() == before
+
+
+def test_a_place_that_cannot_be_written_is_named(torch, tmp_path: Path, capsys) -> None:
+    file = write(torch, tmp_path / "model.pt", "small")
+    assert "model.pt" in fails(capsys, "adm", file, file / "run", *FLAGS["small"])
 
 
 def test_without_pytorch_the_extra_is_named(tmp_path: Path) -> None:

@@ -146,11 +146,16 @@ def test_a_folder_in_use_is_refused(run: Command) -> None:
     assert f"locked by pid {os.getpid()}" in error and "another --workdir" in error
 
 
-@pytest.mark.parametrize("missing", ["inception", "reference"])
-def test_what_a_sweep_will_need_is_looked_for_before_training(command: Command, missing: str) -> None:
-    changes = {"inception": dict(eval__features="inception", eval__inception_path="no.npz")}
-    error = command.fails(DIGITS, *flags_of(**changes.get(missing, dict(eval__reference="no.npz"))))
+@pytest.mark.parametrize("needed", ["eval__reference", "eval__inception_path"])
+def test_what_a_sweep_will_need_is_looked_for_before_training(command: Command, needed: str) -> None:
+    colour = dict(data__channels=3, model__out_channels=3, eval__features="inception")
+    changes = colour if needed == "eval__inception_path" else {}
+    error = command.fails(DIGITS, *flags_of(**changes, **{needed: "no.npz"}))
     assert "no.npz" in error and "is no file" in error
+    npz.write_npz(command.folder / "other.npz", {"arr_0": np.zeros((3, 16, 16, 1), np.uint8)})
+    (command.folder / "weights.pth").write_bytes(b"no archive")
+    other, words = ("weights.pth", "not a sound .npz") if changes else ("other.npz", "(16, 16, 1), this config makes")
+    assert words in command.fails(DIGITS, *flags_of(**changes, **{needed: other}))
 
 
 def test_the_whole_job(tmp_path: Path) -> None:
