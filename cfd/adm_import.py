@@ -231,32 +231,32 @@ def adm_params(network: Network, state: Mapping[str, Shaped[np.ndarray, "..."]])
             raise ValueError(f"no tensor {name!r}: the file is of another architecture than its other tensors say")
         unused.discard(name)
         legacy = network.attention_order == "legacy" and path[0] != "pool"
-        params[path] = jnp.asarray(_to_flax(name, state[name], path, leaf.shape, legacy))
+        x = _to_flax(name, state[name], path, leaf.shape)
+        if legacy and path[-2] == "qkv":
+            x = _heads_last(x, network.fields)
+        params[path] = jnp.asarray(x)
     if unused:
         raise ValueError(f"{len(unused)} tensors have no place in the network, first {sorted(unused)[:3]}")
     return unflatten_dict(params)
 
 
 def _to_flax(
-    name: str, x: Shaped[np.ndarray, "..."], path: tuple[str, ...], shape: tuple[int, ...], legacy: bool
+    name: str, x: Shaped[np.ndarray, "..."], path: tuple[str, ...], shape: tuple[int, ...]
 ) -> Float[np.ndarray, "..."]:
-    """[out, in, *space] as [*space, in, out], which is then given Flax's shape; in legacy order the heads go first."""
-    qkv = path[-2:-1] == ("qkv",)
+    """[out, in, *space] as [*space, in, out]; a 1x1 convolution loses its space."""
     if path[-1] in ("kernel", "position"):
         x = x.transpose(*range(2, x.ndim), 1, 0)
-    matrix = shape  # with the axes of the heads as one
-    if qkv:
-        matrix = (*shape[:-3], math.prod(shape[-3:]))
-    elif path[-2:] == ("out", "kernel"):
-        matrix = (math.prod(shape[:-1]), shape[-1])
-    if x.shape[-len(matrix) :] != matrix or x.size != math.prod(shape):
-        raise ValueError(f"tensor {name!r} has shape {x.shape} with its axes in our order; expected {matrix}")
+    if x.shape[-len(shape) :] != shape or x.size != math.prod(shape):
+        raise ValueError(f"tensor {name!r} has shape {x.shape} with its axes in our order; expected {shape}")
     if not np.isfinite(x).all():
         raise ValueError(f"tensor {name!r} holds NaN or infinity: download the file again")
-    if qkv and legacy:
-        *rest, three, heads, channels = shape
-        x = np.moveaxis(x.reshape(*rest, heads, three, channels), -3, -2)
     return np.ascontiguousarray(x.reshape(shape), np.float32)
+
+
+def _heads_last(x: Float[np.ndarray, "*rest c"], fields: dict[str, Any]) -> Float[np.ndarray, "*rest c"]:
+    """The outputs of a qkv layer from legacy order, (heads, 3, channels), to ours: (3, heads, channels)."""
+    heads = fields["num_heads"] or x.shape[-1] // (3 * fields["head_channels"])
+    return np.moveaxis(x.reshape(*x.shape[:-1], heads, 3, -1), -3, -2).reshape(x.shape)
 
 
 def _blocks(network: Network) -> dict[str, str]:

@@ -67,7 +67,7 @@ class AttentionPool(nn.Module):
         x = jnp.concatenate([jnp.mean(x, axis=1, keepdims=True), x], axis=1)
         init = nn.initializers.normal(channels**-0.5)
         x = x + self.param("position", init, (height * width + 1, channels))[None]
-        qkv = nn.DenseGeneral((3, heads, channels // heads), name="qkv")(x)
+        qkv = nn.Dense(3 * channels, name="qkv")(x).reshape(b, -1, 3, heads, channels // heads)
         h = jax.nn.dot_product_attention(qkv[:, :1, 0], qkv[:, :, 1], qkv[:, :, 2])
         return nn.Dense(self.out_features, name="out")(h.reshape(b, channels))
 

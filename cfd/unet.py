@@ -8,13 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
 from cfd.adm import adm_time
-from cfd.norm import group_norm
+from cfd.layers import Conv, attention, group_norm
 
 
 class UNet(nn.Module):
@@ -62,10 +61,10 @@ class UNet(nn.Module):
                 if self.resblock_updown:
                     h = res(f"up_{level}_sample", h, h.shape[-1], "up")
                 else:
-                    h = conv3(h.shape[-1], self.dtype, f"up_{level}_sample")(upsample(h))
+                    h = Conv(h.shape[-1], self.dtype, name=f"up_{level}_sample")(upsample(h))
 
         h = Norm(silu=True, name="norm_out")(h.astype(jnp.float32))
-        return conv3(self.out_channels, "float32", "conv_out", zero=True)(h)
+        return Conv(self.out_channels, "float32", zero=True, name="conv_out")(h)
 
 
 def blocks(net: Any, emb: Float[Array, "b d"], train: bool) -> tuple[Callable[..., Array], Callable[..., Array]]:
@@ -92,7 +91,7 @@ def encode(
             f"z is {z.shape[1]}x{z.shape[2]}; {levels} levels need sides divisible by {2 ** (levels - 1)}: "
             "change image_size or channel_mult"
         )
-    h = conv3(net.base_channels * net.channel_mult[0], net.dtype, "conv_in")(z.astype(net.dtype))
+    h = Conv(net.base_channels * net.channel_mult[0], net.dtype, name="conv_in")(z)
     skips = [h]
     for level, mult in enumerate(net.channel_mult):
         for i in range(net.num_res_blocks):
@@ -104,8 +103,7 @@ def encode(
             if net.resblock_updown:
                 h = res(f"down_{level}_sample", h, h.shape[-1], "down")
             else:
-                conv = nn.Conv(h.shape[-1], (3, 3), 2, ((1, 1), (1, 1)), dtype=net.dtype, name=f"down_{level}_sample")
-                h = conv(h)
+                h = Conv(h.shape[-1], net.dtype, stride=2, name=f"down_{level}_sample")(h)
             skips.append(h)
 
     h = res("mid_0_res", h, h.shape[-1])
@@ -144,17 +142,17 @@ class ResBlock(nn.Module):
     def __call__(self, x: Float[Array, "b h w c"], emb: Float[Array, "b d"], train: bool) -> Float[Array, "b h2 w2 k"]:
         change = {"none": lambda h: h, "down": downsample, "up": upsample}[self.resample]
         h = change(Norm(silu=True, name="norm_0")(x))
-        h = conv3(self.channels, self.dtype, "conv_0")(h)
+        h = Conv(self.channels, self.dtype, name="conv_0")(h)
         emb = nn.Dense((1 + self.scale_shift_norm) * self.channels, dtype=self.dtype, name="emb")(nn.silu(emb))
         if self.scale_shift_norm:
             h = Norm(silu=True, name="norm_1")(h, *jnp.split(emb, 2, -1))
         else:
             h = Norm(silu=True, name="norm_1")(h + emb[:, None, None, :])
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
-        h = conv3(self.channels, self.dtype, "conv_1", zero=True)(h)
+        h = Conv(self.channels, self.dtype, zero=True, name="conv_1")(h)
         x = change(x)
         if x.shape[-1] != self.channels:
-            x = nn.Dense(self.channels, dtype=self.dtype, name="skip")(x)
+            x = Conv(self.channels, self.dtype, size=1, name="skip")(x)
         return x + h
 
 
@@ -175,11 +173,10 @@ class AttentionBlock(nn.Module):
                 f"{self.head_channels}: give a divisor as one of them, and 0 for the other"
             )
         heads = self.num_heads or channels // unit
-        h = Norm(name="norm")(x).reshape(b, height * width, channels)
-        qkv = nn.DenseGeneral((3, heads, channels // heads), dtype=self.dtype, name="qkv")(h)
-        h = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
-        h = nn.DenseGeneral(channels, (-2, -1), kernel_init=nn.initializers.zeros, dtype=self.dtype, name="out")(h)
-        return x + h.reshape(x.shape)
+        qkv = Conv(3 * channels, self.dtype, size=1, name="qkv")(Norm(name="norm")(x))
+        qkv = qkv.reshape(b, height * width, 3, heads, channels // heads)
+        h = attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]).reshape(x.shape)
+        return x + Conv(channels, self.dtype, size=1, zero=True, name="out")(h)
 
 
 class Norm(nn.Module):
@@ -207,12 +204,6 @@ class Affine(nn.Module):
     def __call__(self, channels: int) -> tuple[Float[Array, "c"], Float[Array, "c"]]:
         scale = self.param("scale", nn.initializers.ones, (channels,))
         return scale, self.param("bias", nn.initializers.zeros, (channels,))
-
-
-def conv3(channels: int, dtype: str, name: str, zero: bool = False) -> nn.Conv:
-    """A 3x3 convolution that keeps the resolution; `zero` starts it at 0, as ADM does at the end of every branch."""
-    init = nn.initializers.zeros if zero else nn.initializers.lecun_normal()
-    return nn.Conv(channels, (3, 3), padding=((1, 1), (1, 1)), kernel_init=init, dtype=dtype, name=name)
 
 
 def downsample(h: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:

@@ -1,12 +1,13 @@
-"""Group normalisation, its gain and shift, and SiLU as one operation with its own gradient.
+"""The layers of the U-Net whose plain form is slow on a CPU: group normalisation, convolution, attention.
 
-The network is correct with any other form. This one keeps x alone for the gradient, and is fast on a CPU: sums over
-positions are made for each channel, and what is particular to a group stays in arrays of [b, c].
+The network is correct with any other form. On a CPU, sums over positions are matrix products with ones, many times
+faster than XLA's reductions, and the softmax of attention runs over an axis that is not the last.
 """
 
 from functools import partial
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -14,6 +15,64 @@ from jaxtyping import Float
 
 GROUPS = 32
 EPSILON = 1e-5
+
+
+class Conv(nn.Module):
+    """A 3x3 convolution with padding 1, or 1x1; `zero` starts its kernel at 0, as ADM does at the end of a branch."""
+
+    channels: int
+    dtype: str
+    size: int = 3
+    stride: int = 1
+    zero: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 k"]:
+        init = nn.initializers.zeros if self.zero else nn.initializers.lecun_normal()
+        window = (self.size, self.size) if self.size > 1 else ()
+        kernel = self.param("kernel", init, (*window, x.shape[-1], self.channels)).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.channels,))
+        x = x.astype(self.dtype)
+        if not window:
+            return add_bias(x @ kernel, bias)
+        strides, padding = (self.stride, self.stride), ((1, 1), (1, 1))
+        return add_bias(jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=LAYOUT), bias)
+
+
+LAYOUT = ("NHWC", "HWIO", "NHWC")
+
+
+@jax.custom_vjp
+def add_bias(x: Float[Array, "b h w c"], bias: Float[Array, "c"]) -> Float[Array, "b h w c"]:
+    """x + bias, in the dtype of x."""
+    return x + bias.astype(x.dtype)[None, None, None]
+
+
+def _add_bias_forward(x: Array, bias: Array) -> tuple[Array, None]:
+    return add_bias(x, bias), None
+
+
+def _add_bias_backward(_: None, g: Array) -> tuple[Array, Array]:
+    b, height, width, channels = g.shape
+    means = _channel_means(g.reshape(b, height * width, channels).astype(jnp.float32))
+    return g, height * width * means.sum(axis=0)
+
+
+add_bias.defvjp(_add_bias_forward, _add_bias_backward)
+
+
+def attention(
+    q: Float[Array, "b t n d"], k: Float[Array, "b s n d"], v: Float[Array, "b s n d"]
+) -> Float[Array, "b t n d"]:
+    """softmax(q kᵀ / √d) v for each of n heads: Vaswani et al. (arXiv:1706.03762), Eq. 1. The softmax is float32."""
+    return jax.lax.platform_dependent(q, k, v, cpu=_attention_on_cpu, default=jax.nn.dot_product_attention)
+
+
+def _attention_on_cpu(q: Array, k: Array, v: Array) -> Array:
+    q, k, v = (jnp.moveaxis(x, 2, 1) for x in (q * q.shape[-1] ** -0.5, k, v))
+    scores = jnp.matmul(k, q.swapaxes(2, 3), preferred_element_type=jnp.float32)  # [b, n, s, t]
+    weights = jax.nn.softmax(scores, axis=2).astype(v.dtype)
+    return jnp.moveaxis(jnp.matmul(v.swapaxes(2, 3), weights), 3, 1)
 
 
 def group_norm(

@@ -8,7 +8,7 @@ from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Float, Float64
 
-from cfd.norm import group_norm
+from cfd.layers import group_norm
 
 Inputs = tuple[Array, Array, Array]
 
