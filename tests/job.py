@@ -5,7 +5,8 @@ JOB_STEP_SECONDS   what each step takes on top
 JOB_CORES          how many cores to run on
 JOB_HANG           "main:S" or "loader:S": the main thread, or the one that loads data, sleeps for ever at step S
 JOB_HANG_PROCESS   the number of the process that does
-Each step adds a line to WORKDIR/steps.jsonl, which, other than metrics.jsonl, keeps the steps that are done again.
+Each step, save and start of a loop adds a line to WORKDIR/steps.jsonl, which, other than metrics.jsonl, keeps the steps
+that are done again.
 """
 
 import json
@@ -91,7 +92,11 @@ def note(**values: Any) -> None:
 
 
 def slowed(requested: Any) -> Any:
+    first = iter([True])
+
     def slow() -> bool:
+        if next(first, False):
+            note(started=True)
         time.sleep(float(os.environ.get("JOB_STEP_SECONDS", "0")))
         return requested()
 
@@ -104,6 +109,8 @@ def hanging(batches: Any) -> Any:
         count = iter(range(start_step + 1, 2**62))
 
         class Hanging:
+            skipped = 0
+
             def __next__(self) -> Any:
                 if hangs("main", next(count)):
                     time.sleep(1e6)
