@@ -182,7 +182,7 @@ def restore(
     wait(manager)
     damaged: list[tuple[int, str]] = []
     found = None
-    for step in _newest_first(manager.orbax.all_steps()):
+    for step in sorted(manager.orbax.all_steps(), reverse=True):
         result = _read_verified(manager.directory, step, lambda meta, step=step: _match(meta, abstract_state, step))
         if isinstance(result, str):
             logging.warning("checkpoint of step %d in %s is damaged, skipped: %s", step, manager.directory, result)
@@ -483,10 +483,6 @@ def _sha256(meta: dict[str, Any]) -> str:
 
 def _step_directory(directory: Path, step: int) -> Path:
     return directory / str(step)
-
-
-def _newest_first(steps: Any) -> list[int]:
-    return sorted(steps, reverse=True)
 
 
 def _all_agree(yes: bool) -> bool:

@@ -126,7 +126,7 @@ def _digits(split: str, image_size: int, channels: int) -> _Source:
     from sklearn.datasets import load_digits  # 1 s to import, and only this source needs it
 
     if split not in ("train", "test"):
-        raise ValueError(f"data.split is {split!r}; the digits have the splits 'train' and 'test'")
+        raise ValueError(f"data.split or eval.test_split is {split!r}; the digits have the splits 'train' and 'test'")
     if image_size > 8 and image_size % 8:
         raise ValueError(
             f"data.image_size is {image_size}; the digits are 8x8: give 8, a multiple of 8, or less than 8"
@@ -149,8 +149,8 @@ def _folder(path: str, split: str, image_size: int, channels: int) -> _Source:
         root = root / split
     elif split != "train":
         raise ValueError(
-            f"data.split is {split!r}, but there is no folder {root / split}: make it, with a folder a class, "
-            "or use the split 'train', which is the folder itself where it is not divided"
+            f"data.split or eval.test_split is {split!r}, but there is no folder {root / split}: make it, with a "
+            "folder a class, or use the split 'train', which is the folder itself where it is not divided"
         )
     root = root.resolve()
     folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
@@ -214,7 +214,9 @@ def _tfds(name: str, split: str, path: str, image_size: int, channels: int) -> _
     except (ValueError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().split("\n")[0]
         if "split" in reason.lower():
-            raise ValueError(f"data.split is {split!r} for the tfds data set {name!r}: {reason}") from error
+            raise ValueError(
+                f"data.split or eval.test_split is {split!r} for the tfds data set {name!r}: {reason}"
+            ) from error
         raise ValueError(
             f"the tfds data set {name!r} is not prepared as ArrayRecord in {data_dir or '~/tensorflow_datasets'} "
             f'({reason}). Prepare it once: pip install "cfd[prepare]" && '

@@ -429,7 +429,7 @@ def without_folders(path: Path):
     [
         ({"path": ""}, None, "data.path is '', which is not a folder: give"),
         ({"path": "/no/such/folder"}, None, "'/no/such/folder', which is not a folder: give"),
-        ({"split": "test"}, None, r"data.split is 'test', but there is no folder .*/pics/test: make it"),
+        ({"split": "test"}, None, r"eval.test_split is 'test', but there is no folder .*/pics/test: make it"),
         ({"num_classes": 10}, None, r"num_classes is 10, but data.path = .* has 2 \(ant, bee\): set"),
         ({"channels": 4}, None, r"data.channels is 4; it must be one of \(1, 3\)"),
         ({"image_size": 0}, None, "data.image_size is 0"),
@@ -495,7 +495,10 @@ def test_tfds_reads_array_records_as_a_folder_of_the_same_images(prepared: Path,
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"split": "validation"}, r"data.split is 'validation' for the tfds data set 'tiny': Unknown split"),
+        (
+            {"split": "validation"},
+            r"data.split or eval.test_split is 'validation' for the tfds data set 'tiny': Unknown split",
+        ),
         ({"name": "tinier"}, r"'tinier' is not prepared as ArrayRecord in .*cfd\[prepare\].*download_and_prepare\(\)"),
         ({"name": "mnist"}, r"'mnist' is not prepared as ArrayRecord in .*file_format='array_record'"),
         ({"path": "/no/such/folder"}, r"'tiny' is not prepared as ArrayRecord in /no/such/folder"),
