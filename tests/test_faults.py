@@ -134,7 +134,7 @@ def launch(
     job = Job(folder, [], [])
     for i in range(processes):
         distributed = dict(CFD_COORDINATOR=address, CFD_NUM_PROCESSES=str(count), CFD_PROCESS_ID=str(i))
-        variables = environment(devices, **(distributed if count > 1 else {}), **(env or {}))
+        variables = environment(devices, **(distributed if count > 1 else {}) | (env or {}))
         job.outputs.append(folder.parent / f"{number}.{i}.log")
         with open(job.outputs[-1], "w") as log:
             arguments = command(folder, cache, mode, list(more), **changes)
@@ -142,12 +142,17 @@ def launch(
     return job
 
 
-def steps_of(folder: Path) -> list[dict[str, Any]]:
-    """The steps that were done, those again that were done again."""
+def noted(folder: Path, what: str) -> list[dict[str, Any]]:
+    """What tests/job.py noted of the steps ("step"), the saves ("saved") or the starts of loops ("started")."""
     path = folder / "steps.jsonl"
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     values = [json.loads(line) for line in lines if line.endswith(b"\n")]
-    return [value for value in values if "step" in value]
+    return [value for value in values if what in value]
+
+
+def steps_of(folder: Path) -> list[dict[str, Any]]:
+    """The steps that were done, those again that were done again."""
+    return noted(folder, "step")
 
 
 def wait_until(happened: Callable[[], Any], job: Job | None = None, seconds: float = STARTING) -> None:
@@ -318,15 +323,16 @@ def test_a_hung_process_ends_with_its_stacks(where: str, processes: int, start: 
 
 @slow
 @pytest.mark.timeout(120)
-def test_a_process_that_never_comes(start: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_process_that_never_comes(process: int, start: Start, tmp_path: Path) -> None:
     """T21: the other says what it waits for, and for how long, before JAX aborts it."""
-    for process in (0,):
-        job = start(tmp_path / str(process) / "run", of=2, env={"CFD_INITIALIZATION_TIMEOUT": "10"})
-        wait_until(lambda job=job: "joins the coordinator" in job.text(), job)
-        joined = time.monotonic()
-        codes = job.finish(10 + 10)
-        print(f"no second process: ended after {time.monotonic() - joined:.1f} s, code {codes}")
-        assert codes[0] != 0 and "Process 0 of 2 joins" in job.text() and "after 10 s" in job.text()
+    env = {"CFD_INITIALIZATION_TIMEOUT": "10", "CFD_PROCESS_ID": str(process)}
+    job = start(tmp_path / "run", of=2, env=env)
+    wait_until(lambda: "joins the coordinator" in job.text(), job)
+    joined = time.monotonic()
+    codes = job.finish(10 + 10)
+    print(f"process {process} alone: ended after {time.monotonic() - joined:.1f} s, code {codes}")
+    assert codes[0] != 0 and f"Process {process} of 2 joins" in job.text() and "after 10 s" in job.text()
 
 
 def interrupted(job: Job, number: int, which: int) -> float:
@@ -409,10 +415,36 @@ def test_stopped_in_sampling_and_in_the_sweep(processes: int, start: Start, refe
     assert job.finish() == [0] * processes, job.says()
     assert rows.read_text().splitlines()[:-1] == measured
 
+    before = len(noted(folder, "started"))
     job = start(folder, mode="sample", env={"JOB_STEP_SECONDS": "1"}, **fields, sample__seeds=tuple(range(100)))
-    wait_until(lambda: "Process 0" in job.text() or processes == 1, job)
-    time.sleep(12)
+    wait_until(lambda: len(noted(folder, "started")) > before, job)
     print(f"sampling of {processes}: {interrupted(job, signal.SIGTERM, 0):.2f} s")
+
+
+@slow
+@pytest.mark.timeout(600)
+def test_processes_and_kills_change_no_image(start: Start, tmp_path: Path) -> None:
+    """T16, T17: a sweep that is killed five times, now in one process and now in two, leaves the files and numbers of
+    one that ran through in one process with as many devices. The seeds' previews in training are the same too."""
+    fields = dict(train__num_steps=3, train__sample_every_steps=3, sample__num_steps=4, sample__batch_size=16)
+    fields |= dict(eval__num_samples=256, eval__weights=(0.0, 0.5, 1.0, 2.0, 3.0, 4.0))
+    whole = start(tmp_path / "whole" / "run", devices=2, **fields)
+    assert whole.finish() == [0], whole.says()
+    folder = tmp_path / "killed" / "run"
+    rows = folder / "sweep.csv"
+    for kill in range(5):
+        processes = 2 - kill % 2
+        job = start(folder, processes=processes, devices=2 // processes, env={"JOB_STEP_SECONDS": "0.05"}, **fields)
+        wait_until(lambda kill=kill: rows.exists() and rows.read_text().count("\n") >= kill + 2, job)
+        job.send(signal.SIGKILL)
+        assert job.finish() == [-signal.SIGKILL] * processes
+    job = start(folder, processes=2, **fields)
+    assert job.finish() == [0, 0] and re.search(r"[5-6] of 6 cells are in", job.text()), job.says()
+    assert rows.read_text() == (whole.folder / "sweep.csv").read_text()
+    for part in ("samples", "manifests"):
+        held, expected = ({p.name: p.read_bytes() for p in (at / part).iterdir()} for at in (folder, whole.folder))
+        assert held.keys() == expected.keys() and len(held) >= 6
+        assert [name for name in held if held[name] != expected[name]] == []
 
 
 @slow

@@ -1,4 +1,4 @@
-"""T26: nothing in the package executes what it reads, or unpacks it where it says."""
+"""T26: nothing in the package executes what it reads, or unpacks it where it says. T27: nothing is downloaded."""
 
 import ast
 from collections.abc import Iterator
@@ -9,6 +9,7 @@ from tiny import ROOT
 
 PACKAGE = sorted([*(ROOT / "cfd").rglob("*.py"), *(ROOT / "launch").rglob("*.py"), *(ROOT / "configs").rglob("*.py")])
 FORBIDDEN_MODULES = {"cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+DOWNLOADS = {"urllib", "http", "ftplib", "requests", "urllib3", "httpx", "aiohttp", "huggingface_hub", "gdown"}
 HARMLESS_OF_PICKLE = {"UnpicklingError", "PickleError"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
 FORBIDDEN_ATTRIBUTES = {"unsafe_load", "full_load", "UnsafeLoader", "FullLoader", "read_pickle", "system", "popen"}
@@ -24,7 +25,7 @@ def unsafe(source: str) -> Iterator[str]:
 def _reasons(node: ast.AST) -> Iterator[str]:
     if isinstance(node, ast.Import | ast.ImportFrom):
         modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-        yield from (f"import {m}" for m in modules if m.partition(".")[0] in FORBIDDEN_MODULES)
+        yield from (f"import {m}" for m in modules if m.partition(".")[0] in FORBIDDEN_MODULES | DOWNLOADS)
     if isinstance(node, ast.ImportFrom) and node.module == "pickle":
         yield from (f"pickle.{alias.name}" for alias in node.names if alias.name not in HARMLESS_OF_PICKLE)
     if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "pickle":
@@ -46,6 +47,8 @@ def _reasons(node: ast.AST) -> Iterator[str]:
         yield "yaml.load"
     if name == "extractall" and literal.get("filter") != "data":
         yield "extractall without filter='data'"
+    if "download" in keywords and literal.get("download") is not False:
+        yield "download"
     if name == "unpack_archive":
         yield "unpack_archive"
     if "shell" in keywords and literal.get("shell") is not False:
@@ -69,6 +72,9 @@ def test_no_unsafe_load(path: Path) -> None:
         "pickle.load(f)",
         "pickle.Unpickler(f).load()",
         "import joblib",
+        "import urllib.request",
+        "from requests import get",
+        "tfds.data_source(name, download=True)",
         "from pickle import loads",
         "import numpy as np\nnp.load(f, allow_pickle=True)",
         "np.load(f, allow_pickle=flag)",
@@ -94,6 +100,7 @@ def test_the_scan_sees_it(source: str) -> None:
     [
         "np.load(f)",
         "np.load(f, allow_pickle=False)",
+        "tfds.data_source(name, download=False)",
         "torch.load(f, weights_only=True)",
         "archive.extractall(place, filter='data')",
         "re.compile(text)",
