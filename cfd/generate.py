@@ -236,7 +236,7 @@ def load_guide(config: Config, folder: str) -> ClassifierFn | None:
     return load_classifier(place)
 
 
-def check_weights(config: Config, weights: Sequence[float]) -> None:
+def check_weights(config: Config, weights: Sequence[int | float]) -> None:
     """Raises ValueError where a weight needs a score, conditional or unconditional, that the run never trains."""
     free = config.sample.guidance == "classifier-free"
     if config.train.p_uncond == 0 and any(weights) and free:

@@ -1,0 +1,110 @@
+"""The other side of `cfd.benchmark --peer`: openai/guided-diffusion in PyTorch, as shipped."""
+
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch  # pyright: ignore[reportMissingImports]
+from jaxtyping import Float32, Int32
+
+# Fields of our UNet, and what its UNetModel calls them.
+NAMES = {
+    "num_classes": "num_classes",
+    "out_channels": "out_channels",
+    "base_channels": "model_channels",
+    "channel_mult": "channel_mult",
+    "num_res_blocks": "num_res_blocks",
+    "head_channels": "num_head_channels",
+    "resblock_updown": "resblock_updown",
+    "scale_shift_norm": "use_scale_shift_norm",
+    "dropout": "dropout",
+}
+
+
+def network(checkout: str, fields: dict[str, Any], image_size: int, remat: bool) -> Any:
+    """Its UNetModel with our fields and random weights, none of which is zero."""
+    sys.path.insert(0, checkout)
+    from guided_diffusion.unet import UNetModel  # pyright: ignore[reportMissingImports]
+
+    net = UNetModel(
+        image_size=image_size,
+        in_channels=3,
+        attention_resolutions=tuple(image_size // r for r in fields["attention_resolutions"]),
+        use_new_attention_order=True,
+        use_checkpoint=remat,
+        **{theirs: fields[ours] for ours, theirs in NAMES.items()},
+    )
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(p + 0.1 * torch.randn_like(p) if p.ndim == 1 else 0.5 * torch.randn_like(p) / p[0].numel() ** 0.5)
+    return net
+
+
+def tensors(net: Any) -> dict[str, np.ndarray]:
+    """Its state dict."""
+    return {name: x.numpy() for name, x in net.state_dict().items()}
+
+
+def version() -> dict[str, Any]:
+    """What runs here."""
+    return {"torch": torch.__version__, "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
+
+
+def rows(
+    net: Any,
+    z: Float32[np.ndarray, "b h w c"],
+    t: Float32[np.ndarray, "b"],
+    labels: Int32[np.ndarray, "b"],
+    dtype: str,
+    keep_ema: bool,
+) -> tuple[dict[str, Callable[[], Any]], Float32[np.ndarray, "b h w k"]]:
+    """What `cfd.benchmark` times, and the output on the common input; on CUDA where PyTorch has it."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    net = net.to(device)
+    mixed = torch.autocast(device, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+    x = torch.from_numpy(z).to(device).permute(0, 3, 1, 2).contiguous()
+    time, classes = torch.from_numpy(t).to(device), torch.from_numpy(labels).long().to(device)
+    ema = [p.detach().clone() for p in net.parameters()] if keep_ema else []
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, weight_decay=0.0)
+
+    def finish() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    def forward() -> Any:
+        with torch.no_grad(), mixed:
+            out = net(x, time, classes)
+        finish()
+        return out
+
+    def gradient() -> None:
+        optimizer.zero_grad()
+        eps, signal = torch.randn_like(x), torch.rand(len(x), 1, 1, 1, device=device)
+        with mixed:
+            out = net(signal.sqrt() * x + (1 - signal).sqrt() * eps, time, classes)[:, :3]
+        (out - eps).square().mean().backward()
+        finish()
+
+    def train() -> None:
+        gradient()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            for e, p in zip(ema, net.parameters(), strict=True):
+                e.lerp_(p, 1e-4)
+        finish()
+
+    def guided() -> Any:
+        with torch.no_grad(), mixed:
+            both = net(torch.cat([x, x]), torch.cat([time, time]), torch.cat([classes, classes.roll(1)]))[:, :3]
+            eps = 2.0 * both[: len(x)] - both[len(x) :]
+            denoised = (x - 0.6 * eps).clamp(-1, 1)
+            drawn = 0.5 * x + 0.5 * denoised + 0.1 * torch.randn_like(x)
+        finish()
+        return drawn
+
+    output = forward().float().permute(0, 2, 3, 1).cpu().numpy()
+    return {"forward": forward, "gradient": gradient, "train": train, "guided": guided}, output

@@ -1,0 +1,104 @@
+"""The benchmark runs and says what it must; speed itself is never asserted."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from cfd import benchmark
+from cfd.unet import UNet
+
+TINY = benchmark.COMMON | dict(
+    num_classes=10,
+    out_channels=6,
+    base_channels=32,
+    channel_mult=(1,),
+    num_res_blocks=1,
+    attention_resolutions=(),
+    head_channels=32,
+)
+
+
+@pytest.mark.parametrize("network, parameters", [("small", 7_995_011), ("adm64", 295_904_454)])
+def test_networks_are_those_of_the_issue(network: str, parameters: int) -> None:
+    net, size = UNet(**benchmark.NETWORKS[network], dtype="float32", remat=False), benchmark.IMAGE_SIZE[network]
+    z, one = jnp.zeros((1, size, size, 3)), jnp.zeros(1)
+    shapes = jax.eval_shape(net.init, jax.random.key(0), z, one, jnp.zeros(1, jnp.int32))
+    assert sum(x.size for x in jax.tree.leaves(shapes)) == parameters
+
+
+def test_rows_are_built_and_can_be_called_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In this process: the rows asked for and no others, with their compile times, and the output of the forward."""
+    monkeypatch.setitem(benchmark.NETWORKS, "small", TINY)
+    monkeypatch.setitem(benchmark.IMAGE_SIZE, "small", 8)
+    rows = ("train", "sampler", "input")
+    built = benchmark.our_side(benchmark.Setting("small", 2, "float32", False, 2, rows, "", str(tmp_path)))
+    assert set(built.rows) == set(rows) and built.output.shape == (2, 8, 8, 6)
+    assert set(built.facts["compile_seconds"]) == set(rows) - {"input"}
+    for call in (*built.rows.values(), *built.rows.values()):
+        call()
+
+
+def test_flops_are_those_of_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a network of one level can be counted by hand; norms and embeddings are little beside them."""
+    monkeypatch.setitem(benchmark.NETWORKS, "small", TINY | dict(num_classes=0))
+    monkeypatch.setitem(benchmark.IMAGE_SIZE, "small", 32)
+    built = benchmark.our_side(benchmark.Setting("small", 1, "float32", False, 1, (), "", ""))
+    # conv_in, down, two in the middle, two up: 3x3 convolutions and the up blocks' 1x1; then conv_out.
+    per_position = 9 * (3 * 32 + 2 * 32 * 32 + 4 * 32 * 32 + 2 * (64 * 32 + 32 * 32) + 32 * 6) + 2 * 64 * 32
+    per_position += 4 * 32 * 32 + 2 * 32 * 32 * 32  # the middle's attention: its four layers, and two products
+    assert built.facts["forward_flops"] == pytest.approx(2 * 32 * 32 * per_position, rel=0.01)
+
+
+def test_the_table_has_medians_ratios_and_shares() -> None:
+    result = {
+        "setting": benchmark.Setting("small", 4, "float32", False, 8, (), "", "")._asdict() | {"rounds": 3},
+        "facts": {
+            "ours": {
+                "device": "cpu",
+                "parameters": 10,
+                "forward_flops": 4e9,
+                "matrix_flops_per_second": 1e11,
+                "compile_seconds": {"forward": 1.5, "guided": 2.5},
+                "peak_memory_bytes": 2 * 10**9,
+            },
+            "peer": {"peak_memory_bytes": 10**9},
+        },
+        "seconds": {
+            "forward": {"ours": [0.1, 0.1, 0.4], "peer": [0.2, 0.2, 0.2]},
+            "guided": {"ours": [0.2, 0.2, 0.2]},
+        },
+    }
+    json.dumps(result)
+    forward, guided = benchmark.table(result).splitlines()[2:4]
+    assert forward.split() == [
+        "forward",
+        "100",
+        "[100,",
+        "250]",
+        "40",
+        "0.04",
+        "40.0%",
+        "1.5",
+        "0.50",
+        "[0.50,",
+        "1.25]",
+    ]
+    assert guided.split()[-4:] == ["20", "0.04", "40.0%", "2.5"]
+
+
+def test_unknown_rows_are_refused() -> None:
+    with pytest.raises(ValueError, match="forwards"):
+        benchmark.main(["--rows=forwards"])
+
+
+@pytest.mark.slow
+def test_the_command_writes_its_json(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In processes of its own."""
+    path = tmp_path / "result.json"
+    benchmark.main(["--rows=forward", "--batch_size=1", "--rounds=3", f"--json={path}"])
+    result = json.loads(path.read_text())
+    assert len(result["seconds"]["forward"]["ours"]) == 3
+    assert result["facts"]["ours"]["parameters"] == 7_995_011

@@ -1,0 +1,141 @@
+"""What `--mode=sweep` needs and leaves behind; tests/test_grid.py has its cells, and how they are resumed."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+from PIL import Image
+from tiny import tiny_config
+
+from cfd import checkpoint, data, evaluation, features, generate, npz, parallel, results
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*covariance of rank:UserWarning"),
+    pytest.mark.usefixtures("compile_once"),
+]
+
+
+def one_device() -> Mesh:
+    return Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "fsdp"), (AxisType.Auto,) * 2)
+
+
+@pytest.fixture
+def digits() -> data.Dataset:
+    return data.from_config(tiny_config().data, "train")
+
+
+def brightness(images: np.ndarray) -> features.Outputs:
+    """Features without a network: the image in four numbers, and a class by its brightness."""
+    quarters = images.reshape(len(images), 4, -1).mean(axis=2) / 255.0
+    return features.Outputs(quarters, None, np.eye(10)[(images.mean(axis=(1, 2, 3)) / 25.6).astype(int)])
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The folder of a run at step 7, whose network is one layer, on one device."""
+    rng = np.random.default_rng(0)
+    params = {"mix": rng.normal(0, 0.15, (64, 64)).astype(np.float32), "class": np.eye(11, 64, dtype=np.float32)}
+
+    def eps_of_params(params: Any) -> Any:
+        def eps_fn(z: Any, logsnr: Any, labels: Any) -> Any:
+            return jnp.tanh(z.reshape(len(z), -1) @ params["mix"] + params["class"][labels]).reshape(z.shape)
+
+        return eps_fn
+
+    def load_run(config: Any, folder: str) -> checkpoint.Loaded:
+        names = tuple("0123456789")
+        return checkpoint.Loaded(lambda *_: _[0], params, (8, 8, 1), 10, names, config.to_dict(), 7)
+
+    monkeypatch.setattr(generate, "eps_of_params", lambda config: eps_of_params)
+    monkeypatch.setattr(evaluation, "load_run", load_run)
+    monkeypatch.setattr(parallel, "make_mesh", lambda data, fsdp: one_device())
+    network = features.FeatureNetwork("classifier", "0" * 64, brightness)
+    monkeypatch.setattr(evaluation, "open_features", lambda *_: network)
+    return tmp_path
+
+
+def test_a_sweep_leaves_rows_images_and_pictures(run: Path, capsys: pytest.CaptureFixture) -> None:
+    config = tiny_config()
+    rows = evaluation.sweep(config, str(run))
+    assert [row["w"] for row in rows] == [0.0, 1.0, 3.0]
+    assert {(row["step"], row["num_samples"], row["num_steps"], row["features"]) for row in rows} == {
+        (7, 20, 4, "classifier")
+    }
+    drawn = []
+    for row in rows:
+        held = npz.read_npz(evaluation.samples_path(str(run), row))
+        assert held["arr_0"].shape == (20, 8, 8, 1) and held["arr_1"].tolist() == list(range(10)) * 2
+        outputs = brightness(held["arr_0"])
+        assert row["class_accuracy"] == np.mean(outputs.probs.argmax(1) == held["arr_1"])
+        drawn.append(held["arr_0"])
+    assert not (drawn[0] == drawn[1]).all() and not (drawn[1] == drawn[2]).all()
+    for name, colour in (("sweep.png", "RGBA"), ("samples/sweep.png", "RGB")):
+        with Image.open(run / name) as image:
+            image.load()
+            assert image.format == "PNG" and image.mode == colour and min(image.size) > 200
+    with Image.open(run / "samples" / "sweep.png") as grid:
+        assert grid.height > 10 * 64 and grid.width > 3 * 64  # a row a class, a column a weight
+    assert "| 3 |" in capsys.readouterr().out
+
+
+def test_a_row_that_is_lost_is_measured_again_to_the_same_numbers(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    config, path = tiny_config(), run / "sweep.csv"
+    rows = evaluation.sweep(config, str(run))
+    whole = path.read_text()
+    for cut in (len(whole) - 1, whole.rstrip().rfind("\n") + 4, whole.rstrip().rfind("\n") + 1):
+        path.write_text(whole[:cut])  # the last row without its end, torn in its first column, and gone
+        capsys.readouterr()
+        assert evaluation.sweep(config, str(run)) == rows
+        assert "2 of 3 cells are in" in capsys.readouterr().out and path.read_text() == whole
+    monkeypatch.setattr(evaluation, "make_draw", lambda *_: pytest.fail("nothing is left to draw"))
+    assert evaluation.sweep(config, str(run)) == rows and path.read_text() == whole
+
+
+@pytest.mark.parametrize("change", [{"eval__seed": 3}, {"eval__num_samples": 30}, {"sample__num_steps": 5}])
+def test_other_settings_get_rows_and_files_of_their_own(run: Path, change: dict[str, Any]) -> None:
+    first = evaluation.sweep(tiny_config(eval__weights=(1.0,)), str(run))
+    other = evaluation.sweep(tiny_config(eval__weights=(1.0,), **change), str(run))
+    assert results.read_rows(str(run)) == first + other
+    assert len(list((run / "samples").glob("*.npz"))) == len(list((run / "manifests").iterdir())) == 2
+    assert evaluation.sweep(tiny_config(eval__weights=(1.0,)), str(run)) == first
+
+
+def test_a_weight_may_be_written_as_an_integer(run: Path) -> None:
+    rows = evaluation.sweep(tiny_config(eval__weights=(1, 0)), str(run))
+    assert evaluation.sweep(tiny_config(eval__weights=(1.0, 0.0)), str(run)) == rows
+    assert len(results.read_rows(str(run))) == 2
+
+
+def test_a_sweep_of_no_weight_is_refused(run: Path) -> None:
+    with pytest.raises(ValueError, match=r"config\.eval\.weights is \(\): give the weights to sweep"):
+        evaluation.sweep(tiny_config(eval__weights=()), str(run))
+    assert not list(run.iterdir())
+
+
+def test_the_classifier_of_a_run_is_trained_once(digits: data.Dataset, tmp_path: Path, capsys: Any) -> None:
+    def opened(num_steps: int) -> features.FeatureNetwork:
+        held_out = data.from_config(tiny_config().data, "test")
+        return features.open_classifier(
+            str(tmp_path), one_device(), digits, held_out, num_steps=num_steps, flip=False, seed=0
+        )
+
+    network = opened(30)
+    assert "held-out images: accuracy" in capsys.readouterr().out
+    images, labels = data.load_arrays(digits, np.arange(300))
+    outputs = network.extract(images)
+    assert outputs.pool.shape == (300, 64) and outputs.spatial is None
+    np.testing.assert_allclose(outputs.probs.sum(axis=1), 1.0, rtol=1e-5)
+    assert (outputs.probs.argmax(axis=1) == labels).mean() > 0.5  # chance is 0.1
+    np.testing.assert_allclose(network.extract(images[:7]).pool, outputs.pool[:7], rtol=1e-4, atol=1e-5)
+
+    again = opened(30)
+    assert capsys.readouterr().out == "" and again.weights_hash == network.weights_hash
+    np.testing.assert_array_equal(again.extract(images).pool, outputs.pool)
+    with pytest.raises(ValueError, match=r"eval\.classifier_steps = 30, not 40: give 30, or delete the features"):
+        opened(40)
