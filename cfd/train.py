@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from clu import parameter_overview
 from jax import Array
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -243,6 +244,9 @@ def fit(
     else:
         start, state, skipped = *restored[:2], restored[2]["skipped_images"]
         print(f"Resuming {folder} at step {start} of {settings.num_steps}.", flush=True)
+
+    if jax.process_index() == 0:
+        print(f"{parameter_overview.count_parameters(state.params):,} parameters.", flush=True)
 
     step_fn = partial(
         train_step,
