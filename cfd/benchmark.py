@@ -6,8 +6,9 @@
 
 Prints a table and writes JSON. With --peer, both networks hold the same weights and must give the same outputs before
 anything is timed; each runs in a process of its own, they take turns, and a ratio is the median over the rounds of
-time here / time there. Times are of one call that has finished; FLOPs are the model's (2 a multiply-add; a training
-step is three forward passes), and their share is of this device's rate in one large matrix product.
+time here / time there. Every round times every row, so that rows can be compared as well. Times are of one call that
+has finished; FLOPs are the model's (2 a multiply-add; a training step is three forward passes), and their share is of
+this device's rate in one large matrix product. Peak memory is of all the rows of a run: ask for one to know its own.
 """
 
 import argparse
@@ -137,15 +138,14 @@ def run(setting: Setting, rounds: int) -> dict[str, Any]:
             raise ValueError(f"the outputs differ by {difference:.2g} of the largest: nothing was timed")
         print(f"Same weights; outputs agree to {difference:.1e} of the largest value.", flush=True)
 
-    timed: dict[str, dict[str, list[float]]] = {}
-    for name in setting.rows:
-        turns = [("ours", ours, name)]
-        if theirs is not None and name in PEER_ROW:
-            turns.append(("peer", theirs, PEER_ROW[name]))
-        timed[name] = {who: [] for who, _, _ in turns}
-        for i in range(rounds):
+    timed: dict[str, dict[str, list[float]]] = {name: {} for name in setting.rows}
+    for i in range(rounds):
+        for name in setting.rows:
+            turns = [("ours", ours, name)]
+            if theirs is not None and name in PEER_ROW:
+                turns.append(("peer", theirs, PEER_ROW[name]))
             for who, side, row in turns if i % 2 else reversed(turns):
-                timed[name][who].append(side.time(row))
+                timed[name].setdefault(who, []).append(side.time(row))
     facts = {"ours": ours.close()} | ({"peer": theirs.close()} if theirs is not None else {})
     return {
         "setting": {key: value for key, value in setting._asdict().items() if key != "folder"} | {"rounds": rounds},
@@ -270,14 +270,15 @@ def our_side(setting: Setting) -> Built:
         facts["temporary_bytes"][name] = program.memory_analysis().temp_size_in_bytes
         return program
 
-    output = np.asarray(xla.jit(forward)(params))
+    held = [params]  # by all rows; a training step replaces them
     rows: dict[str, Callable[[], Any]] = {}
-    for name in setting.rows:
-        if name in programs:
-            program = compiled(name, programs[name], params)
-            rows[name] = lambda program=program: jax.block_until_ready(program(params))
+    for name, program in programs.items():
+        if name in setting.rows or name == "forward":
+            program = compiled(name, program, params)
+            rows[name] = lambda program=program: jax.block_until_ready(program(held[0]))
+    output = np.asarray(rows["forward"]())
     if "train" in setting.rows:
-        rows["train"] = our_train_step(compiled, loss_fn, params, {"image": z, "label": labels})
+        rows["train"] = our_train_step(compiled, loss_fn, held, {"image": z, "label": labels})
     if "input" in setting.rows:
         rows["input"] = input_pipeline(setting)
     return Built(rows, output, facts)
@@ -292,12 +293,14 @@ def forward_flops(net: UNet, *arguments: Any) -> float:
 
 
 def our_train_step(
-    compiled: Callable[..., Any], loss_fn: train.LossFn, params: Any, batch: dict[str, Array]
+    compiled: Callable[..., Any], loss_fn: train.LossFn, held: list[Any], batch: dict[str, Array]
 ) -> Callable[[], None]:
-    """`train.train_step` on a state that each call replaces."""
+    """`train.train_step` on a state that each call replaces, and with it the parameters that are held."""
     settings = dict(learning_rate=1e-4, warmup_steps=0, adam_b1=0.9, adam_b2=0.999, weight_decay=0.0, grad_clip=1.0)
     optimizer = train.make_optimizer(ConfigDict(settings))
-    state = jax.jit(lambda p: train.initial_state(lambda _: p, optimizer, jax.random.key(0)))(params)
+    build = jax.jit(lambda p: train.initial_state(lambda _: p, optimizer, jax.random.key(0)), donate_argnums=0)
+    state: train.TrainState = build(held[0])
+    held[0] = state.params
     key = jax.random.key(1)
 
     def step(state: train.TrainState, batch: dict[str, Array], key: Array) -> Any:
@@ -310,6 +313,7 @@ def our_train_step(
     def once() -> None:
         nonlocal state
         state, metrics = program(state, batch, key)
+        held[0] = state.params
         jax.block_until_ready(metrics)
 
     return once
