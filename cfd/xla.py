@@ -44,4 +44,4 @@ def use_compilation_cache(folder: str) -> None:
             f"compilation cache {folder} can be written by other users, and it holds native code: chmod go-w it"
         )
     jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
