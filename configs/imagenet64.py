@@ -30,6 +30,10 @@ trained on 1000 discrete steps of the cosine schedule); labels are dropped with 
 of float16, so that no loss is scaled; gradients are clipped at a norm of 1. To sample from ADM's own weights instead,
 import them: `python -m cfd.convert adm 64x64_diffusion.pt OUT`.
 
+The noisy classifier of classifier guidance is ADM's (128 channels, depth 4, attention pooling), with the flags of its
+README, which are for 128x128: 300,000 iterations of batch 256, learning rate 3e-4, weight decay 0.05. The rate
+is constant here, where ADM anneals it to 0, and λ is drawn as for the diffusion model.
+
     python -m cfd.convert inception pt_inception-2015-12-05-6726825d.pth inception.npz
     python -m cfd.main --config=configs/imagenet64.py
 
