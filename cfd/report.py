@@ -98,7 +98,7 @@ def explorer(folder: str, line: list[Row], class_names: Sequence[str], one_of_ma
         }
         for row, column in zip(line, columns, strict=True)
     ]
-    keys = ("num_steps", "sampler", "v", "interval")
+    keys = ("num_steps", "sampler", "v", "guidance", "interval")
     settings = ", ".join(f"{results.SYMBOLS.get(key, key)} = {results.shown(key, first[key])}" for key in keys)
     return EXPLORER.format(
         note=html.escape(settings + (", the longest of the curves below" if one_of_many else "")),
