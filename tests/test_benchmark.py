@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from cfd import benchmark
 from cfd.unet import UNet
 
-TINY = benchmark.COMMON | dict(
+TINY: dict[str, Any] = benchmark.COMMON | dict(
     num_classes=10,
     out_channels=6,
     base_channels=32,
