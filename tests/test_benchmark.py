@@ -44,7 +44,8 @@ def test_rows_are_built_and_can_be_called_again(monkeypatch: pytest.MonkeyPatch,
 
 def test_flops_are_those_of_the_products() -> None:
     """Those of a network of one level can be counted by hand; norms and embeddings are little beside them."""
-    net = UNet(**TINY | dict(num_classes=0), dtype="float32", remat=False)
+    fields: dict[str, Any] = TINY | dict(num_classes=0, dtype="float32", remat=False)
+    net = UNet(**fields)
     z, one, labels = jnp.zeros((1, 32, 32, 3)), jnp.zeros(1), jnp.zeros(1, jnp.int32)
     params = jax.eval_shape(net.init, jax.random.key(0), z, one, labels)["params"]
     # conv_in, down, two in the middle, two up: 3x3 convolutions and the up blocks' 1x1; then conv_out.
