@@ -70,8 +70,6 @@ MEANS = {
 PEER_ROW = {"forward": "forward", "gradient": "gradient", "train": "train", "w0": "forward"} | dict.fromkeys(
     ("guided", "guided-doubled"), "guided"
 )
-
-
 WEIGHTS = "weights.npz"
 
 
@@ -257,7 +255,7 @@ def our_side(setting: Setting) -> Built:
         "backend": jax.default_backend(),
         "jax": jax.__version__,
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
-        "forward_flops": forward_flops(net, params, z, logsnr, labels),
+        "forward_flops": xla.flops(forward, params),
         "matrix_flops_per_second": matrix_rate(setting.dtype),
         "compile_seconds": {},
         "temporary_bytes": {},
@@ -282,14 +280,6 @@ def our_side(setting: Setting) -> Built:
     if "input" in setting.rows:
         rows["input"] = input_pipeline(setting)
     return Built(rows, output, facts)
-
-
-def forward_flops(net: UNet, *arguments: Any) -> float:
-    """By XLA's count of the forward pass as lowered, which it makes for the CPU alone."""
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        lowered: Any = jax.jit(lambda params, *inputs: net.apply({"params": params}, *inputs)).lower(*shapes)
-    return lowered.cost_analysis()["flops"]
 
 
 def our_train_step(

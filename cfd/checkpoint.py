@@ -251,7 +251,7 @@ class _Damage(NamedTuple):
 
 def _attempt(read: Callable[[], Any]) -> Any:
     try:
-        with _late_reads_ignored():
+        with _late_reads_logged():
             result = read()
     except (MemoryError, jax.errors.JaxRuntimeError):  # of this machine, not of the file
         raise
@@ -263,11 +263,18 @@ def _attempt(read: Callable[[], Any]) -> Any:
 
 
 @contextlib.contextmanager
-def _late_reads_ignored() -> Iterator[None]:
+def _late_reads_logged() -> Iterator[None]:
     """At the first unreadable array Orbax closes its event loop under the other reads, each of which then prints a
-    traceback that says so: hundreds of lines beside the one that matters."""
+    traceback that says so, hundreds of lines beside the one that matters: logged for debugging instead."""
     hook = sys.unraisablehook
-    sys.unraisablehook = lambda e: None if str(e.exc_value) == "Event loop is closed" else hook(e)
+
+    def log(e: Any) -> None:
+        if str(e.exc_value) == "Event loop is closed":
+            logging.debug("a read after the first that failed: %s", e.exc_value)
+        else:
+            hook(e)
+
+    sys.unraisablehook = log
     try:
         yield
     except Exception:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -126,21 +125,11 @@ def evaluations(config: Config, num_steps: int, w: float, interval: tuple[float,
 
 
 def evaluation_flops(config: Config, params: Any) -> float:
-    """Floating-point operations of one network evaluation of one image, by XLA's count for the network as lowered.
-
-    XLA counts for the CPU alone, so that is what is lowered for; NaN where JAX_PLATFORMS leaves the CPU out.
-    """
-    try:
-        cpu = jax.local_devices(backend="cpu")[0]
-    except RuntimeError:
-        return math.nan
+    """Floating-point operations of one network evaluation of one image; NaN where `xla.flops` cannot count them."""
     z = jax.ShapeDtypeStruct((1, config.data.image_size, config.data.image_size, config.data.channels), jnp.float32)
     one = jax.ShapeDtypeStruct((1,), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
-    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     eps = eps_of_params(config)
-    with jax.default_device(cpu):
-        lowered: Any = jax.jit(lambda params, *inputs: eps(params)(*inputs)).lower(params, z, *one)
-    return lowered.cost_analysis()["flops"]
+    return xla.flops(lambda params, *inputs: eps(params)(*inputs), params, z, *one)
 
 
 def eps_of_params(config: Config) -> Callable[[Any], EpsFn]:

@@ -283,22 +283,24 @@ def fit(
 
             stop = preemption.requested()
             logged = step == settings.num_steps or step % settings.log_every_steps == 0
+            saved = stop or step == settings.num_steps or step % settings.checkpoint_every_steps == 0
             values = {name: value.item() for name, value in jax.device_get(metrics).items()} if logged else {}
             now = time.perf_counter()
             productive += now - fetched if step > start + 1 else 0.0
+            skipped_images = skipped + parallel.total(batches.skipped) if logged or saved else 0
             if logged:
                 values["images_per_second"] = (step - last_logged) * settings.batch_size / (now - clock)
                 values["data_wait"] = waited / (now - clock)
                 values["goodput"] = productive / (now - started)
-                values["skipped_images"] = skipped + parallel.total(batches.skipped)
+                values["skipped_images"] = skipped_images
                 workdir.write_metrics(log, step, values)
                 last_logged, clock, waited = step, time.perf_counter(), 0.0
             drawn = step == settings.num_steps or (draw and step % settings.sample_every_steps == 0)
             if draw is not None and drawn and not stop:
                 workdir.write_image(log, step, "samples", draw(step, state.ema))
-            if stop or step == settings.num_steps or step % settings.checkpoint_every_steps == 0:
+            if saved:
                 check_finite(unchecked, settings.nonfinite_limit, manager)
-                data_state = {"next_step": step, "skipped_images": skipped + parallel.total(batches.skipped)}
+                data_state = {"next_step": step, "skipped_images": skipped_images}
                 checkpoint.save(manager, step, state, data_state=data_state, config_json=config_json)
                 if jax.process_index() == 0:
                     tqdm.write(f"Saving step {step} of {settings.num_steps}.")

@@ -1,6 +1,7 @@
 """What this project asks of XLA: one compiler option on the CPU, and the persistent compilation cache."""
 
 import functools
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +29,21 @@ def compiler_options() -> dict[str, str]:
         logging.warning("this XLA rejects %s (%s); convolutions on the CPU will be slower", CPU_OPTIONS, error)
         return {}
     return CPU_OPTIONS
+
+
+def flops(fun: Callable, *arguments: Any) -> float:
+    """Floating-point operations of `fun(*arguments)`, by XLA's count for the program as lowered; shapes are enough.
+
+    XLA counts for the CPU alone, so that is what is lowered for; NaN where JAX_PLATFORMS leaves the CPU out.
+    """
+    try:
+        cpu = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return math.nan
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
+    with jax.default_device(cpu):
+        lowered: Any = jax.jit(fun).lower(*shapes)
+    return lowered.cost_analysis()["flops"]
 
 
 def use_compilation_cache(folder: str) -> None:

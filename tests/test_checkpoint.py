@@ -416,8 +416,8 @@ def file_size_limit(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
-def check_failed_saves(folder: Path, full: Callable[[], Any], caplog: pytest.LogCaptureFixture, rows: int) -> None:
-    """T7 with a disk that is full within `full()`."""
+def check_failed_saves(folder: Path, full: Callable[[], Any], caplog: pytest.LogCaptureFixture, rows: int) -> list[int]:
+    """T7 with a disk that is full within `full()`: the steps that are kept at its end."""
 
     def failures() -> list[Any]:
         return [r for r in caplog.records if "was not written" in r.getMessage()]
@@ -453,10 +453,11 @@ def check_failed_saves(folder: Path, full: Callable[[], Any], caplog: pytest.Log
     with opened(folder) as manager:
         restored = checkpoint.restore(manager, template)
         assert restored is not None and restored[0] == 12 and same_bits(restored[1], make_state(12, rows))
+    return steps(folder)
 
 
 def test_failed_saves_by_a_limit_on_file_sizes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    check_failed_saves(tmp_path, lambda: file_size_limit(20_000), caplog, rows=64)
+    assert check_failed_saves(tmp_path, lambda: file_size_limit(20_000), caplog, rows=64) == [6, 12]
 
 
 def test_the_last_save_of_a_run_must_not_fail_unheard(two_steps: Path) -> None:
@@ -478,7 +479,7 @@ def test_failed_saves_on_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFi
         ["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", disk], capture_output=True, check=False
     )
     if mounted.returncode:
-        check_failed_saves(disk, lambda: file_size_limit(1_000_000), caplog, rows)
+        assert check_failed_saves(disk, lambda: file_size_limit(1_000_000), caplog, rows) == [6, 12]
         return
 
     @contextmanager
@@ -491,7 +492,7 @@ def test_failed_saves_on_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFi
         ballast.unlink()
 
     try:
-        check_failed_saves(disk, full, caplog, rows)
+        assert check_failed_saves(disk, full, caplog, rows) == [6, 12]
     finally:
         subprocess.run(["umount", disk], check=True)
 
