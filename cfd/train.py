@@ -64,18 +64,18 @@ def train_step(
     loss, grads = _loss_and_grads(state.params, batch, key, loss_fn, num_microbatches)
     grad_norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema = jax.tree.map(lambda e, p: e + (1.0 - ema_decay) * (p - e), state.ema, params)
-
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
     def keep(new: Any, old: Any) -> Any:
         return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
+    # Behind the barrier the EMA reads the new parameters; without it XLA computes them again from all that made them.
+    params = jax.lax.optimization_barrier(keep(optax.apply_updates(state.params, updates), state.params))
+    ema = jax.tree.map(lambda e, p: e + (1.0 - ema_decay) * (p - e), state.ema, params)
     skipped = 1 - finite.astype(jnp.int32)
     state = TrainState(
         step=state.step + 1,
-        params=keep(params, state.params),
+        params=params,
         ema=keep(ema, state.ema),
         opt_state=keep(opt_state, state.opt_state),
         nonfinite_steps=state.nonfinite_steps + skipped,

@@ -10,7 +10,11 @@ import jax
 from absl import logging
 
 # On a CPU, XLA's experimental YNN library is fast at matrix products and slow at convolutions: keep the first alone.
-CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+# The analysis of live ranges by region spares the copies of the whole donated state that a training step makes else.
+CPU_OPTIONS = {
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
+    "xla_cpu_copy_insertion_use_region_analysis": True,
+}
 
 
 def jit(fun: Callable, **kwargs: Any) -> Callable:
@@ -19,7 +23,7 @@ def jit(fun: Callable, **kwargs: Any) -> Callable:
 
 
 @functools.cache
-def compiler_options() -> dict[str, str]:
+def compiler_options() -> dict[str, str | bool]:
     """The options for this backend; on a CPU whose compiler rejects ours, none, and one logged line that says so."""
     if jax.default_backend() != "cpu":
         return {}
