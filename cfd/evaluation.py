@@ -106,12 +106,13 @@ def measure_cells(
     with tqdm(total=total, desc="sweep", unit="eval", unit_scale=True, smoothing=0.1, disable=None) as bar:
         for number, ((c, manifest), cost) in enumerate(zip(cells, costs, strict=True)):
             start = time.perf_counter()
+            c = c | {"manifest": results.manifest_name(manifest)}
             images = drawn(config, draw_with(c["num_steps"]), params, guide, c, folder)
             row = c | measure(counted(images, bar, cost), c["num_samples"], features, reference)
             rate = c["num_samples"] / (time.perf_counter() - start)
             if jax.process_index() == 0:
                 results.write_manifest(folder, manifest)
-                results.append_row(folder, row | {"manifest": results.manifest_name(manifest)})
+                results.append_row(folder, row)
                 shown = "  ".join(f"{key} {row[key]:.4g}" for key in MEASURED if row[key] is not None)
                 tqdm.write(f"T {c['num_steps']}  w {c['w']:g}  {shown}  ({rate:.3g} images/s drawn and measured)")
                 sys.stdout.flush()  # a supervisor reads it
@@ -253,8 +254,20 @@ def ends(c: Row) -> tuple[float, ...]:
 
 
 def samples_path(folder: str, c: Row) -> str:
-    """Where the images of a cell are kept."""
-    keys = ("step", "num_steps", "sampler", "v", "guidance", "interval", "w", "num_samples", "labels", "seed")
+    """Where the images of a row are kept; by the manifest, those of no other row."""
+    keys = (
+        "step",
+        "num_steps",
+        "sampler",
+        "v",
+        "guidance",
+        "interval",
+        "w",
+        "num_samples",
+        "labels",
+        "seed",
+        "manifest",
+    )
     name = "_".join(f"{key}-{c[key]}" for key in keys if c[key] != "")
     return os.path.join(folder, "samples", f"{name}.npz")
 
@@ -343,7 +356,8 @@ def compare(config: Config, folder: str, others: Sequence[str]) -> str:
     """`--mode=compare`: the newest sweeps of several runs side by side, such as one a p_uncond, and the paper's.
 
     Writes compare.md, the table in the paper's layout, and compare.png. Returns the table. Raises ValueError where two
-    runs cannot be told apart by their settings, and where they were measured with different references or features.
+    runs cannot be told apart by their settings, where they were measured with different references or features, and
+    where a row's manifest is missing or damaged.
     """
     rows, made_with = [], {}
     for run in (folder, *others):
@@ -352,10 +366,16 @@ def compare(config: Config, folder: str, others: Sequence[str]) -> str:
             raise ValueError(f"{run} has no sweep.csv: sweep it first, with --mode=sweep")
         newest = max(row["step"] for row in held)
         for row in held:
+            if row["step"] != newest:
+                continue
             manifest = results.read_manifest(run, row["manifest"])
-            if row["step"] == newest and manifest is not None:
-                rows.append(row)
-                made_with.setdefault((manifest["reference"]["sha256"], manifest["features"]["sha256"]), run)
+            if manifest is None:
+                raise ValueError(
+                    f"{run}/manifests/{row['manifest']}.json is not there, or is damaged: sweep {run} again at "
+                    f"w = {row['w']:g}"
+                )
+            rows.append(row)
+            made_with.setdefault((manifest["reference"]["sha256"], manifest["features"]["sha256"]), run)
     if len(made_with) > 1:
         raise ValueError(
             f"{' and '.join(made_with.values())} were measured with different references or feature networks: copy the "

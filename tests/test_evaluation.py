@@ -58,6 +58,13 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_a_row_measured_otherwise_keeps_the_images_of_the_first(run: Path) -> None:
+    rows = [evaluation.sweep(tiny_config(sample__clip=clip, eval__weights=(1.0,)), str(run)) for clip in (True, False)]
+    held = [npz.read_npz(evaluation.samples_path(str(run), row))["arr_0"] for (row,) in rows]
+    assert not (held[0] == held[1]).all()
+    assert len(results.read_rows(str(run))) == 2 and len(list((run / "samples").glob("*.npz"))) == 2
+
+
 def test_a_sweep_leaves_rows_images_and_pictures(run: Path, capsys: pytest.CaptureFixture) -> None:
     config = tiny_config()
     rows = evaluation.sweep(config, str(run))

@@ -214,7 +214,9 @@ def test_neither_batches_nor_devices_change_the_numbers(
         name = f"{devices} devices"
         base = reference.open_reference(config, str(tmp_path), network, train, name)
         draw = generate.make_draw(config, tiny_config(sample__batch_size=batch_size).sample, mesh)
-        images = evaluation.drawn(config, draw, parallel.replicate(mesh, params), None, cell, str(tmp_path / name))
+        images = evaluation.drawn(
+            config, draw, parallel.replicate(mesh, params), None, cell | {"manifest": "0"}, str(tmp_path / name)
+        )
         measured.append(evaluation.measure(images, 150, network, base))
     one, eight = measured
     assert one["fid"] and one["fid"] > 0.1
@@ -294,6 +296,10 @@ def test_runs_are_put_side_by_side_as_in_the_paper(tmp_path: Path) -> None:
         evaluation.compare(tiny_config(), str(half), [str(swept(tmp_path / "fifth", 0.2, features_hash="g"))])
     with pytest.raises(ValueError, match="has no sweep"):
         evaluation.compare(tiny_config(), str(half), [str(tmp_path)])
+    manifest = half / "manifests" / f"{results.read_rows(str(half))[1]['manifest']}.json"
+    manifest.write_text("{}")
+    with pytest.raises(ValueError, match=rf"{manifest.name} is not there, or is damaged: sweep .* again at w = 4"):
+        evaluation.compare(tiny_config(), str(half), [str(tenth)])
 
 
 def test_a_sweep_of_other_columns_is_not_added_to(tmp_path: Path) -> None:
