@@ -21,7 +21,7 @@ from tiny import tiny_config
 
 from cfd import checkpoint, data, parallel, preemption
 from cfd.config import describe
-from cfd.train import TrainState, diffusion, fit, initial_state, make_optimizer, train_step
+from cfd.train import TrainState, diffusion, fit, global_norm, initial_state, make_optimizer, train_step
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 
@@ -121,6 +121,13 @@ def numpy_training(w: Any, b: Any, batches: list[Any], *, rate: float, warmup: i
         w, b = w - change[:256].reshape(64, 4), b - change[256:]
         ema_w = decay * ema_w + (1.0 - decay) * w
     return w, ema_w, norms
+
+
+@pytest.mark.parametrize("shapes", [[(3,), (), (7, 5)], [(16,), (3, 3, 8, 64), (12,)]])
+def test_the_norm_is_that_of_all_elements(shapes: list[tuple[int, ...]]) -> None:
+    tree = {str(i): jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)}
+    exact = np.sqrt(sum(np.sum(np.asarray(x, np.float64) ** 2) for x in tree.values()))
+    assert float(jax.jit(global_norm)(tree)) == pytest.approx(exact, rel=1e-6)
 
 
 @pytest.mark.parametrize("num_microbatches", [1, 4])
