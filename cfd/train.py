@@ -1,6 +1,5 @@
 """Training: the state, one pure step, and a linear loop that resumes where it stopped."""
 
-import math
 import os
 import sys
 import time
@@ -134,11 +133,15 @@ def global_norm(tree: Any) -> Array:
     XLA's CPU compiler would write every square to memory before it adds them; rows of squares it adds at once.
     """
 
-    def by_rows(leaves: list[Array]) -> Array:
-        rows = (x.reshape(math.gcd(x.size, 8), -1) for x in leaves)
-        return jnp.sqrt(sum(jnp.sum(sum(map(jnp.square, x))) for x in rows))
+    def square_sum(x: Array) -> Array:
+        if x.size < 2**16 or x.size % 8:
+            return jnp.sum(jnp.square(x))
+        return jnp.sum(sum(map(jnp.square, x.reshape(8, -1))))
 
-    return jax.lax.platform_dependent(jax.tree.leaves(tree), cpu=by_rows, default=optax.tree.norm)
+    def on_cpu(leaves: list[Array]) -> Array:
+        return jnp.sqrt(sum(map(square_sum, leaves)))
+
+    return jax.lax.platform_dependent(jax.tree.leaves(tree), cpu=on_cpu, default=optax.tree.norm)
 
 
 def diffusion(config: Config) -> tuple[Callable[[Array], Any], LossFn]:
