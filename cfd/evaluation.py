@@ -106,9 +106,9 @@ def measure_cells(
     with tqdm(total=total, desc="sweep", unit="eval", unit_scale=True, smoothing=0.1, disable=None) as bar:
         for number, ((c, manifest), cost) in enumerate(zip(cells, costs, strict=True)):
             start = time.perf_counter()
-            c = c | {"manifest": results.manifest_name(manifest)}
-            images = drawn(config, draw_with(c["num_steps"]), params, guide, c, folder)
-            row = c | measure(counted(images, bar, cost), c["num_samples"], features, reference)
+            row: Row = c | {"manifest": results.manifest_name(manifest)}
+            images = drawn(config, draw_with(c["num_steps"]), params, guide, row, folder)
+            row |= measure(counted(images, bar, cost), c["num_samples"], features, reference)
             rate = c["num_samples"] / (time.perf_counter() - start)
             if jax.process_index() == 0:
                 results.write_manifest(folder, manifest)

@@ -1,5 +1,7 @@
 """The layers against float64 NumPy and against their plain forms, gradients included."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -108,7 +110,7 @@ def test_channels_that_the_groups_do_not_divide_are_refused() -> None:
 def test_add_bias_has_the_values_and_gradients_of_a_sum(dtype: str) -> None:
     """In bfloat16 the bias is a float32 parameter, and so is its gradient, which is summed in float32."""
     x, bias, cotangent = (
-        jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(3, 8, 6, 5), 5, (3, 8, 6, 5)])
+        jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(3, 8, 6, 5), (5,), (3, 8, 6, 5)])
     )
     x, cotangent = x.astype(dtype), cotangent.astype(dtype)
     y, pullback = jax.vjp(add_bias, x, bias)
@@ -145,7 +147,7 @@ def test_conv_is_that_of_flax(size: int, stride: int, dtype: str) -> None:
     x = jax.random.normal(jax.random.key(0), (2, 6, 8, 5))
     ours = Conv(7, dtype, size=size, stride=stride)
     theirs = nn.Conv(7, (size, size), stride, padding=size // 2, dtype=dtype)
-    params = ours.init(jax.random.key(1), x)["params"] | {"bias": jnp.arange(7.0)}
+    params: dict[str, Any] = {**ours.init(jax.random.key(1), x)["params"], "bias": jnp.arange(7.0)}
     window = params | {"kernel": params["kernel"].reshape(size, size, 5, 7)}
     y = ours.apply({"params": params}, x)
     assert isinstance(y, Array) and y.dtype == dtype
