@@ -250,13 +250,14 @@ class _Damage(NamedTuple):
 
 
 def _attempt(read: Callable[[], Any]) -> Any:
-    try:
-        with _late_reads_logged():
+    with _late_reads_logged():
+        try:
             result = read()
-    except (MemoryError, jax.errors.JaxRuntimeError):  # of this machine, not of the file
-        raise
-    except Exception as e:  # JSON, TensorStore and Orbax raise ValueError, KeyError, OSError, TypeError ...
-        result = _Damage(_reason(e))
+        except (MemoryError, jax.errors.JaxRuntimeError):  # of this machine, not of the file
+            raise
+        except Exception as e:  # JSON, TensorStore and Orbax raise ValueError, KeyError, OSError, TypeError ...
+            result = _Damage(_reason(e))
+            time.sleep(0.1)  # for the reads that are still to fail
     if not _all_agree(not isinstance(result, _Damage)):
         return result if isinstance(result, _Damage) else _Damage("not readable by another process")
     return result
@@ -277,9 +278,6 @@ def _late_reads_logged() -> Iterator[None]:
     sys.unraisablehook = log
     try:
         yield
-    except Exception:
-        time.sleep(0.1)
-        raise
     finally:
         sys.unraisablehook = hook
 

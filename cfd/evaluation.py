@@ -255,20 +255,8 @@ def ends(c: Row) -> tuple[float, ...]:
 
 def samples_path(folder: str, c: Row) -> str:
     """Where the images of a row are kept; by the manifest, those of no other row."""
-    keys = (
-        "step",
-        "num_steps",
-        "sampler",
-        "v",
-        "guidance",
-        "interval",
-        "w",
-        "num_samples",
-        "labels",
-        "seed",
-        "manifest",
-    )
-    name = "_".join(f"{key}-{c[key]}" for key in keys if c[key] != "")
+    keys = [key for key in (*SETTINGS, "manifest") if key not in ("p_uncond", "features") and c[key] != ""]
+    name = "_".join(f"{key}-{c[key]}" for key in keys)
     return os.path.join(folder, "samples", f"{name}.npz")
 
 

@@ -1,4 +1,4 @@
-"""What this project asks of XLA: one compiler option on the CPU, and the persistent compilation cache."""
+"""What this project asks of XLA: options of the compiler on a CPU, a count of operations, and the compilation cache."""
 
 import functools
 import math
