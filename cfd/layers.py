@@ -71,8 +71,9 @@ def attention(
 def _attention_on_cpu(q: Array, k: Array, v: Array) -> Array:
     q, k, v = (jnp.moveaxis(x, 2, 1) for x in (q * q.shape[-1] ** -0.5, k, v))
     scores = jnp.matmul(k, q.swapaxes(2, 3), preferred_element_type=jnp.float32)  # [b, n, s, t]
-    weights = jax.nn.softmax(scores, axis=2).astype(v.dtype)
-    return jnp.moveaxis(jnp.matmul(v.swapaxes(2, 3), weights), 3, 1)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=2, keepdims=True)))
+    mixed = jnp.matmul(v.swapaxes(2, 3), weights.astype(v.dtype), preferred_element_type=jnp.float32)
+    return jnp.moveaxis(mixed / weights.sum(axis=2, keepdims=True), 3, 1).astype(v.dtype)
 
 
 def group_norm(
