@@ -32,33 +32,54 @@ class Conv(nn.Module):
         window = (self.size, self.size) if self.size > 1 else ()
         kernel = self.param("kernel", init, (*window, x.shape[-1], self.channels)).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.channels,))
-        x = x.astype(self.dtype)
-        if not window:
-            return add_bias(x @ kernel, bias)
-        strides, padding = (self.stride, self.stride), ((1, 1), (1, 1))
-        return add_bias(jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=LAYOUT), bias)
+        return convolve(x.astype(self.dtype), kernel, bias, self.stride)
 
 
-LAYOUT = ("NHWC", "HWIO", "NHWC")
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def convolve(
+    x: Float[Array, "b h w c"], kernel: Float[Array, "... c k"], bias: Float[Array, "k"], stride: int
+) -> Float[Array, "b h2 w2 k"]:
+    """The convolution of x with a kernel [3, 3, c, k], padding 1, or [c, k], plus the bias, in the dtype of x."""
+    return _product(stride, x, kernel) + bias.astype(x.dtype)[None, None, None]
 
 
-@jax.custom_vjp
-def add_bias(x: Float[Array, "b h w c"], bias: Float[Array, "c"]) -> Float[Array, "b h w c"]:
-    """x + bias, in the dtype of x."""
-    return x + bias.astype(x.dtype)[None, None, None]
+def _product(stride: int, x: Array, kernel: Array) -> Array:
+    if kernel.ndim == 2:  # in two axes: XLA would copy the transpose of four for the kernel's gradient
+        return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
+    strides, padding = (stride, stride), ((1, 1), (1, 1))
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-def _add_bias_forward(x: Array, bias: Array) -> tuple[Array, None]:
-    return add_bias(x, bias), None
+def _convolve_forward(x: Array, kernel: Array, bias: Array, stride: int) -> tuple[Array, tuple[Array, Array]]:
+    return convolve(x, kernel, bias, stride), (x, kernel)
 
 
-def _add_bias_backward(_: None, g: Array) -> tuple[Array, Array]:
+def _convolve_backward(stride: int, kept: tuple[Array, Array], g: Array) -> tuple[Array, Array, Array]:
+    x, kernel = kept
     b, height, width, channels = g.shape
+    dx, dkernel = jax.vjp(partial(_product, stride), x, kernel)[1](g)
+    if kernel.ndim == 4 and stride == 1 and height % ROW_BLOCKS == 0:
+        dkernel = jax.lax.platform_dependent(
+            x, g, dkernel, cpu=lambda x, g, _: _kernel_gradient_on_cpu(x, g), default=lambda x, g, dkernel: dkernel
+        )
     means = _channel_means(g.reshape(b, height * width, channels).astype(jnp.float32))
-    return g, height * width * means.sum(axis=0)
+    return dx, dkernel, height * width * means.sum(axis=0)
 
 
-add_bias.defvjp(_add_bias_forward, _add_bias_backward)
+ROW_BLOCKS = 4
+
+
+def _kernel_gradient_on_cpu(x: Array, g: Array) -> Array:
+    """The gradient of a 3x3 kernel. Blocks of rows become images: XLA adds over images innermost, slowly if few."""
+    _, height, width, channels = x.shape
+    rows, padded = height // ROW_BLOCKS, jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0)))
+    x = jnp.stack([padded[:, i * rows : (i + 1) * rows + 2] for i in range(ROW_BLOCKS)], axis=1)
+    x, g = x.reshape(-1, rows + 2, width, channels), g.reshape(-1, rows, width, g.shape[-1])
+    layout = ("CHWN", "IHWO", "HWNC")
+    return jax.lax.conv_general_dilated(x, g, (1, 1), ((0, 0), (1, 1)), dimension_numbers=layout)
+
+
+convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
 def attention(

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 from absl import logging
 
-# On a CPU, XLA's experimental YNN library is slower than Eigen, which is called without it, and vectors are half as wide
-# as the machine's. A training step copied its whole donated state but for the analysis of live ranges by region, and
+# XLA's experimental YNN library is slower than Eigen, which XLA calls without it, and by itself it uses half the width
+# of AVX-512. A training step copied its whole donated state but for the analysis of live ranges by region, and
 # transposed all its kernels, to be held until the gradient, in the forward pass but for the memory-optimized scheduler.
 CPU_OPTIONS = {
     "xla_cpu_experimental_ynn_fusion_type": "",
