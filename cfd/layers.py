@@ -58,7 +58,7 @@ def _convolve_backward(stride: int, kept: tuple[Array, Array], g: Array) -> tupl
     x, kernel = kept
     b, height, width, channels = g.shape
     dx, dkernel = jax.vjp(partial(_product, stride), x, kernel)[1](g)
-    if kernel.ndim == 4 and stride == 1 and height % ROW_BLOCKS == 0:
+    if kernel.ndim == 4 and stride == 1:
         dkernel = jax.lax.platform_dependent(
             x, g, dkernel, cpu=lambda x, g, _: _kernel_gradient_on_cpu(x, g), default=lambda x, g, dkernel: dkernel
         )
@@ -66,14 +66,12 @@ def _convolve_backward(stride: int, kept: tuple[Array, Array], g: Array) -> tupl
     return dx, dkernel, height * width * means.sum(axis=0)
 
 
-ROW_BLOCKS = 4
-
-
 def _kernel_gradient_on_cpu(x: Array, g: Array) -> Array:
-    """The gradient of a 3x3 kernel. Blocks of rows become images: XLA adds over images innermost, slowly if few."""
-    _, height, width, channels = x.shape
-    rows, padded = height // ROW_BLOCKS, jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0)))
-    x = jnp.stack([padded[:, i * rows : (i + 1) * rows + 2] for i in range(ROW_BLOCKS)], axis=1)
+    """The gradient of a 3x3 kernel. Few images are cut into blocks of rows: XLA adds over images innermost."""
+    b, height, width, channels = x.shape
+    blocks = max(n for n in (1, 2, 4) if height % n == 0 and (n == 1 or n * b <= 32))
+    rows, padded = height // blocks, jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0)))
+    x = jnp.stack([padded[:, i * rows : (i + 1) * rows + 2] for i in range(blocks)], axis=1)
     x, g = x.reshape(-1, rows + 2, width, channels), g.reshape(-1, rows, width, g.shape[-1])
     layout = ("CHWN", "IHWO", "HWNC")
     return jax.lax.conv_general_dilated(x, g, (1, 1), ((0, 0), (1, 1)), dimension_numbers=layout)
