@@ -1,7 +1,7 @@
 """The layers of the U-Net whose plain form is slow on a CPU: group normalisation, convolution, attention.
 
-The network is correct with any other form. On a CPU, sums over positions are matrix products with ones, many times
-faster than XLA's reductions, and the softmax of attention runs over an axis that is not the last.
+The network is correct with any other form. On a CPU, sums over positions are matrix products with ones, the softmax of
+attention runs over an axis that is not the last, and the gradient of a 3x3 kernel is that of blocks of rows.
 """
 
 from functools import partial
@@ -144,7 +144,7 @@ _group_norm.defvjp(_forward, _backward)
 
 
 def _channel_means(x: Float[Array, "b n c"]) -> Float[Array, "b c"]:
-    """Means over positions. On a CPU a product with ones, which XLA does several times faster than a reduction."""
+    """Means over positions. On a CPU a product with ones: with reductions a forward pass takes 4 % longer."""
     ones = jnp.full((x.shape[0], 1, x.shape[1]), 1.0 / x.shape[1])
     return jax.lax.platform_dependent(
         x,
