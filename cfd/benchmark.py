@@ -207,6 +207,7 @@ def common_input(setting: Setting) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def our_side(setting: Setting) -> Built:
     """This package, on the first device of jax."""
+    xla.return_compiler_memory()
     fields = NETWORKS[setting.network] | dict(dtype=setting.dtype, remat=setting.remat)
     net = UNet(**fields)
     z, t, labels = map(jnp.asarray, common_input(setting))

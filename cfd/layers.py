@@ -4,6 +4,7 @@ The network is correct with any other form. On a CPU, sums over positions are ma
 faster than XLA's reductions, and the softmax of attention runs over an axis that is not the last.
 """
 
+import math
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
+
+from cfd import winograd
 
 GROUPS = 32
 EPSILON = 1e-5
@@ -32,14 +35,20 @@ class Conv(nn.Module):
         window = (self.size, self.size) if self.size > 1 else ()
         kernel = self.param("kernel", init, (*window, x.shape[-1], self.channels)).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.channels,))
-        x = x.astype(self.dtype)
-        if not window:
-            return add_bias(x @ kernel, bias)
-        strides, padding = (self.stride, self.stride), ((1, 1), (1, 1))
-        return add_bias(jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=LAYOUT), bias)
+        return add_bias(convolve(x.astype(self.dtype), kernel, self.stride), bias)
 
 
-LAYOUT = ("NHWC", "HWIO", "NHWC")
+def convolve(x: Float[Array, "b h w c"], kernel: Float[Array, "... c k"], stride: int) -> Float[Array, "b h2 w2 k"]:
+    """The convolution of x with a kernel [3, 3, c, k], padding 1, or [c, k]."""
+    if kernel.ndim == 2:  # in two axes: XLA's CPU compiler would copy the transpose of four for the kernel's gradient
+        return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
+    strides, padding = (stride, stride), ((1, 1), (1, 1))
+    plain = partial(
+        jax.lax.conv_general_dilated, window_strides=strides, padding=padding, dimension_numbers=winograd.LAYOUT
+    )
+    if stride > 1 or not winograd.pays(x, kernel):
+        return plain(x, kernel)
+    return jax.lax.platform_dependent(x, kernel, cpu=winograd.convolve, default=plain)
 
 
 @jax.custom_vjp
@@ -71,8 +80,11 @@ def attention(
 def _attention_on_cpu(q: Array, k: Array, v: Array) -> Array:
     q, k, v = (jnp.moveaxis(x, 2, 1) for x in (q * q.shape[-1] ** -0.5, k, v))
     scores = jnp.matmul(k, q.swapaxes(2, 3), preferred_element_type=jnp.float32)  # [b, n, s, t]
-    weights = jax.nn.softmax(scores, axis=2).astype(v.dtype)
-    return jnp.moveaxis(jnp.matmul(v.swapaxes(2, 3), weights), 3, 1)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=2, keepdims=True))).astype(v.dtype)
+    # Rows of ones below v, so that the product also adds up the weights.
+    rows = jnp.concatenate([v, jnp.ones((*v.shape[:3], 8), v.dtype)], axis=3).swapaxes(2, 3)
+    mixed = jnp.matmul(rows, weights, preferred_element_type=jnp.float32)
+    return jnp.moveaxis(mixed[:, :, :-8] / mixed[:, :, -1:], 3, 1).astype(v.dtype)
 
 
 def group_norm(
@@ -97,7 +109,7 @@ def _group_norm(x: Array, gain: Array, shift: Array, silu: bool) -> Array:
 def _forward(x: Array, gain: Array, shift: Array, silu: bool) -> tuple[Array, tuple[Array, ...]]:
     mean = _group_mean(_channel_means(x.astype(jnp.float32)))
     centred = x.astype(jnp.float32) - mean[:, None]
-    rstd = jax.lax.rsqrt(_group_mean(_channel_means(jnp.square(centred))) + EPSILON)
+    rstd = jax.lax.rsqrt(_group_mean(_channel_means(_fold(jnp.square(centred)))) + EPSILON)
     y = centred * (rstd * gain)[:, None] + shift[:, None]
     if silu:
         # A quotient, not a product with the sigmoid: XLA's CPU compiler recomputes a product at every copy that
@@ -114,7 +126,7 @@ def _backward(silu: bool, kept: tuple[Array, ...], g: Array) -> tuple[Array, Arr
         y = centred * (rstd * gain)[:, None] + shift[:, None]
         sigmoid = 1.0 / (1.0 + jnp.exp(-y))
         g = g * sigmoid * (1.0 + y * (1.0 - sigmoid))
-    along_one, along_x = _channel_means(g), _channel_means(g * centred) * rstd
+    along_one, along_x = _channel_means(g), _channel_means(_fold(g * centred)) * rstd
     constant, slope = rstd * _group_mean(gain * along_one), rstd * rstd * _group_mean(gain * along_x)
     dx = g * (rstd * gain)[:, None] - constant[:, None] - centred * slope[:, None]
     return dx.astype(x.dtype), x.shape[1] * along_x, x.shape[1] * along_one
@@ -131,6 +143,12 @@ def _channel_means(x: Float[Array, "b n c"]) -> Float[Array, "b c"]:
         cpu=lambda x: jnp.matmul(ones, x)[:, 0],
         default=lambda x: jnp.mean(x, axis=1),
     )
+
+
+def _fold(x: Float[Array, "b n c"]) -> Float[Array, "b m c"]:
+    """Means over up to eight blocks of positions, added in the loop that makes x: x itself is not written to memory."""
+    blocks = math.gcd(8, x.shape[1])
+    return sum(jnp.split(x, blocks, axis=1), start=jnp.zeros(())) / blocks
 
 
 def _group_mean(x: Float[Array, "b c"]) -> Float[Array, "b c"]:

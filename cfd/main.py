@@ -86,6 +86,7 @@ def main(argv: Sequence[str]) -> None:
         )
         parallel.init_distributed()
         xla.use_compilation_cache(config.xla.compilation_cache)
+        xla.return_compiler_memory()
         preemption.install()
         watchdog.install(config.train.watchdog_seconds)
         if MODE.value not in ("train", "train_classifier") and not os.path.exists(os.path.join(folder, workdir.CONFIG)):

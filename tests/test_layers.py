@@ -143,17 +143,27 @@ def test_attention_is_that_of_jax(dtype: str, tolerance: float) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("size, stride", [(3, 1), (3, 2), (1, 1)])
-def test_conv_is_that_of_flax(size: int, stride: int, dtype: str) -> None:
-    x = jax.random.normal(jax.random.key(0), (2, 6, 8, 5))
-    ours = Conv(7, dtype, size=size, stride=stride)
-    theirs = nn.Conv(7, (size, size), stride, padding=size // 2, dtype=dtype)
-    params: dict[str, Any] = {**ours.init(jax.random.key(1), x)["params"], "bias": jnp.arange(7.0)}
-    window = params | {"kernel": params["kernel"].reshape(size, size, 5, 7)}
-    y = ours.apply({"params": params}, x)
+@pytest.mark.parametrize("shape, channels", [((2, 6, 8, 5), 7), ((4, 12, 12, 64), 96)])
+def test_conv_is_that_of_flax(shape: tuple[int, ...], channels: int, size: int, stride: int, dtype: str) -> None:
+    """Values and gradients, of small and of large convolutions; parameters and their gradients are float32."""
+    x = jax.random.normal(jax.random.key(0), shape)
+    ours = Conv(channels, dtype, size=size, stride=stride)
+    theirs = nn.Conv(channels, (size, size), stride, padding=size // 2, precision="highest")
+    params: dict[str, Any] = {**ours.init(jax.random.key(1), x)["params"], "bias": jnp.arange(1.0 * channels)}
+
+    def reference(params: dict[str, Any], x: Array) -> Any:
+        window = params | {"kernel": params["kernel"].reshape(size, size, shape[3], channels)}
+        return theirs.apply({"params": window}, x)
+
+    y, pullback = jax.vjp(lambda params, x: ours.apply({"params": params}, x), params, x)
+    expected, expected_pullback = jax.vjp(reference, params, x)
     assert isinstance(y, Array) and y.dtype == dtype
-    expected = np.asarray(theirs.apply({"params": window}, x), np.float32)
-    tolerance = 1e-6 if dtype == "float32" else 2.0**-8
-    np.testing.assert_allclose(y.astype(jnp.float32), expected, rtol=tolerance, atol=tolerance)
+    cotangent = jax.random.normal(jax.random.key(2), y.shape).astype(dtype)
+    gradients, wanted = pullback(cotangent), expected_pullback(cotangent.astype(jnp.float32))
+    tolerance = 2e-6 if dtype == "float32" else 2.0**-6
+    for a, b in zip(jax.tree.leaves((y, gradients)), jax.tree.leaves((expected, wanted)), strict=True):
+        np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=0, atol=tolerance * float(jnp.abs(b).max()))
+    assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(gradients))
 
 
 def test_a_convolution_may_start_at_zero() -> None:
