@@ -127,6 +127,7 @@ def make_optimizer(train: Config) -> optax.GradientTransformation:
     return optax.chain(optax.stateless(clip), adam)
 
 
+@jax.jit
 def global_norm(tree: Any) -> Array:
     """The square root of the sum of the squares of all elements, as `optax.tree.norm`.
 
