@@ -64,9 +64,9 @@ def return_compiler_memory() -> None:
     jax.monitoring.register_event_duration_secs_listener(_trim)
 
 
-def _trim(event: str, seconds: float, **_: Any) -> None:
+def _trim(event: str, duration_secs: float, **_: Any) -> None:
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if malloc_trim is not None and seconds >= 1.0 and event == "/jax/core/compile/backend_compile_duration":
+    if malloc_trim is not None and duration_secs >= 1.0 and event == "/jax/core/compile/backend_compile_duration":
         malloc_trim(0)
 
 

@@ -71,7 +71,7 @@ def test_memory_is_returned_after_a_long_compilation_alone(monkeypatch: pytest.M
     monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(malloc_trim=trimmed.append))
     events: list[str] = []
 
-    def record(event: str, seconds: float, **_: Any) -> None:
+    def record(event: str, duration_secs: float, **_: Any) -> None:
         events.append(event)
 
     compiled = "/jax/core/compile/backend_compile_duration"
