@@ -69,6 +69,7 @@ convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
 def _kernel_gradient(x: Float32[Array, "b h w c"], g: Float32[Array, "b h w k"]) -> Float32[Array, "3 3 c k"]:
+    """The gradient of the kernel: the same sums, transposed."""
     if x.shape[0] >= 16:  # XLA's own form adds over images in its innermost loop: hard to beat with many of them
         padding = ((1, 1), (1, 1))
         layout = ("CHWN", "IHWO", "HWNC")
