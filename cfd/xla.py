@@ -65,9 +65,10 @@ def return_compiler_memory() -> None:
 
 
 def _trim(event: str, duration_secs: float, **_: Any) -> None:
-    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if malloc_trim is not None and duration_secs >= 1.0 and event == "/jax/core/compile/backend_compile_duration":
-        malloc_trim(0)
+    if duration_secs >= 1.0 and event == "/jax/core/compile/backend_compile_duration":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)
 
 
 def use_compilation_cache(folder: str) -> None:

@@ -15,9 +15,7 @@ from cfd.classifier import Classifier, classifier_loss
 from cfd.guidance import NULL_LABEL, Interval, class_gradient, classifier_guidance, guide, shift_mean
 from cfd.process import alpha_sigma, posterior
 from cfd.sampling import ancestral, ddim, guided_sample
-
-QUICK = {"xla_backend_optimization_level": 0}
-"""Half the time to compile, for a program that runs once."""
+from tests.tiny import QUICK
 
 
 @pytest.mark.parametrize(

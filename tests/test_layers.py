@@ -143,17 +143,30 @@ def test_attention_is_that_of_jax(dtype: str, tolerance: float) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("size, stride", [(3, 1), (3, 2), (1, 1)])
-@pytest.mark.parametrize("shape, channels", [((2, 6, 8, 5), 7), ((4, 12, 12, 64), 96)])
-def test_conv_is_that_of_flax(shape: tuple[int, ...], channels: int, size: int, stride: int, dtype: str) -> None:
-    """Values and gradients, of small and of large convolutions; parameters and their gradients are float32."""
-    x = jax.random.normal(jax.random.key(0), shape)
-    ours = Conv(channels, dtype, size=size, stride=stride)
-    theirs = nn.Conv(channels, (size, size), stride, padding=size // 2, precision="highest")
-    params: dict[str, Any] = {**ours.init(jax.random.key(1), x)["params"], "bias": jnp.arange(1.0 * channels)}
+def test_conv_is_that_of_flax(size: int, stride: int, dtype: str) -> None:
+    x = jax.random.normal(jax.random.key(0), (2, 6, 8, 5))
+    ours = Conv(7, dtype, size=size, stride=stride)
+    theirs = nn.Conv(7, (size, size), stride, padding=size // 2, dtype=dtype)
+    params: dict[str, Any] = {**ours.init(jax.random.key(1), x)["params"], "bias": jnp.arange(7.0)}
+    window = params | {"kernel": params["kernel"].reshape(size, size, 5, 7)}
+    y = ours.apply({"params": params}, x)
+    assert isinstance(y, Array) and y.dtype == dtype
+    expected = np.asarray(theirs.apply({"params": window}, x), np.float32)
+    tolerance = 1e-6 if dtype == "float32" else 2.0**-8
+    np.testing.assert_allclose(y.astype(jnp.float32), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("size, stride", [(3, 1), (3, 2), (1, 1)])
+def test_large_convs_have_values_and_gradients_of_flax(size: int, stride: int, dtype: str) -> None:
+    """Large enough for Winograd's form in float32. Parameters and their gradients are float32."""
+    x = jax.random.normal(jax.random.key(0), (4, 12, 12, 64))
+    ours = Conv(96, dtype, size=size, stride=stride)
+    theirs = nn.Conv(96, (size, size), stride, padding=size // 2)
+    params: dict[str, Any] = {**ours.init(jax.random.key(1), x)["params"], "bias": jnp.arange(96.0)}
 
     def reference(params: dict[str, Any], x: Array) -> Any:
-        window = params | {"kernel": params["kernel"].reshape(size, size, shape[3], channels)}
-        return theirs.apply({"params": window}, x)
+        return theirs.apply({"params": params | {"kernel": params["kernel"].reshape(size, size, 64, 96)}}, x)
 
     y, pullback = jax.vjp(lambda params, x: ours.apply({"params": params}, x), params, x)
     expected, expected_pullback = jax.vjp(reference, params, x)

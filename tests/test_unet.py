@@ -12,6 +12,7 @@ from adm_formula import printed, relative
 from cfd import adm
 from cfd.guidance import NULL_LABEL
 from cfd.unet import UNet, cosine_time, network_time
+from tests.tiny import QUICK
 
 SMALL: dict[str, Any] = dict(
     num_classes=4,
@@ -29,9 +30,6 @@ SMALL: dict[str, Any] = dict(
     dtype="float32",
     remat=False,
 )
-
-QUICK = {"xla_backend_optimization_level": 0}
-"""Half the time to compile, for a program that runs once."""
 
 
 @pytest.mark.parametrize(

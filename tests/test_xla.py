@@ -8,61 +8,46 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import Array
 
 from cfd import layers, unet, winograd, xla
 from cfd.train import diffusion
-from tests.tiny import ROOT, read_config
+from tests.test_layers import plain
+from tests.tiny import QUICK, tiny_config
 
-QUICK = {"xla_backend_optimization_level": 0}
-DIGITS = dict(channel_mult=(1,), attention_resolutions=(8,))
-WIDE = dict(base_channels=64, channel_mult=(1,), attention_resolutions=(16,), head_channels=64)
-
-
-def digits(**model: Any) -> Any:
-    config = read_config(ROOT / "configs" / "digits.py")
-    config.model.update(model)
-    return config
+DIGITS = dict(model__attention_resolutions=(8,))
+WIDE = dict(data__image_size=16, model__base_channels=64, model__attention_resolutions=(16,), model__head_channels=64)
 
 
-def plain_norm(x: Array, gain: Array, shift: Array, *, silu: bool) -> Array:
-    groups = x.reshape(*x.shape[:3], layers.GROUPS, -1)
-    mean, variance = (f(groups, axis=(1, 2, 4), keepdims=True) for f in (jnp.mean, jnp.var))
-    y = ((groups - mean) / jnp.sqrt(variance + layers.EPSILON)).reshape(x.shape)
-    y = y * gain[:, None, None] + shift[:, None, None]
-    return jax.nn.silu(y) if silu else y
-
-
-@pytest.mark.parametrize("model, batch_size, image_size", [(DIGITS, 128, 8), (WIDE, 2, 16)])
+@pytest.mark.parametrize("changes, batch_size", [(DIGITS, 128), (WIDE, 2)])
 def test_gradients_under_the_options_are_those_of_plain_layers_without(
-    model: dict[str, Any], batch_size: int, image_size: int, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], batch_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of network and loss: at the batch and width of the digits run, and where convolutions are Winograd's."""
-    config = digits(**model)
-    config.data.image_size = image_size
+    config = tiny_config(**changes)
+    size = config.data.image_size
     init, loss_fn = diffusion(config)
     random = np.random.default_rng(0)  # no parameter is zero, or what comes before it would have no gradient
     params = jax.tree.map(
         lambda p: jnp.asarray(random.standard_normal(p.shape, np.float32) / max(1, p.size // p.shape[-1]) ** 0.5),
         jax.eval_shape(init, jax.random.key(0)),
     )
-    x = jnp.asarray(random.uniform(-1.0, 1.0, (batch_size, image_size, image_size, 1)), jnp.float32)
+    x = jnp.asarray(random.uniform(-1.0, 1.0, (batch_size, size, size, 1)), jnp.float32)
     arguments = jax.random.key(1), params, x, jnp.arange(batch_size) % 10
 
     loss, gradient = xla.jit(jax.value_and_grad(loss_fn, argnums=1))(*arguments)
     monkeypatch.setattr(winograd, "pays", lambda x, kernel: False)
     monkeypatch.setattr(layers, "add_bias", lambda x, bias: x + bias[None, None, None])
     monkeypatch.setattr(unet, "attention", jax.nn.dot_product_attention)
-    monkeypatch.setattr(unet, "group_norm", plain_norm)
-    plain = jax.value_and_grad(lambda *arguments: loss_fn(*arguments), argnums=1)
-    expected_loss, expected = jax.jit(plain, compiler_options=QUICK)(*arguments)
+    monkeypatch.setattr(unet, "group_norm", plain)
+    reference = jax.value_and_grad(lambda *arguments: loss_fn(*arguments), argnums=1)
+    expected_loss, expected = jax.jit(reference, compiler_options=QUICK)(*arguments)
 
     assert float(loss) == pytest.approx(float(expected_loss), rel=1e-5)
-    size = max(float(jnp.abs(b).max()) for b in jax.tree.leaves(expected))
+    largest = max(float(jnp.abs(b).max()) for b in jax.tree.leaves(expected))
     for (path, a), b in zip(jax.tree.leaves_with_path(gradient), jax.tree.leaves(expected), strict=True):
         # A bias before a normalisation of groups of one channel has no gradient but for rounding.
         error = float(jnp.abs(a - b).max())
-        assert error <= 1e-4 * float(jnp.abs(b).max()) + 1e-6 * size, jax.tree_util.keystr(path)
+        assert error <= 1e-4 * float(jnp.abs(b).max()) + 1e-6 * largest, jax.tree_util.keystr(path)
 
 
 def test_memory_is_returned_after_a_long_compilation_alone(monkeypatch: pytest.MonkeyPatch) -> None:

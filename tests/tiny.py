@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+QUICK = {"xla_backend_optimization_level": 0}
+"""Compiler options: half the time to compile, for a program that runs once."""
 
 
 def read_config(path: Path) -> Any:
