@@ -36,7 +36,25 @@ class Conv(nn.Module):
         window = (self.size, self.size) if self.size > 1 else ()
         kernel = self.param("kernel", init, (*window, x.shape[-1], self.channels)).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.channels,))
-        return add_bias(convolve(x.astype(self.dtype), kernel, self.stride), bias)
+        x, kernel, bias = jointly((x.astype(self.dtype), kernel, bias))
+        return jointly(add_bias(convolve(x, kernel, self.stride), bias))
+
+
+@jax.custom_vjp
+def jointly(tree: Any) -> Any:
+    """`tree`, whose gradients are all written to memory before one of them is used; on a CPU.
+
+    What a layer reads goes through this, and what it returns: XLA's CPU compiler would put the gradients of kernels
+    off, to keep what they are made of meanwhile, and compute one that is read in several places in each of them.
+    """
+    return tree
+
+
+def _barrier(_: None, g: Any) -> tuple[Any]:
+    return (jax.lax.platform_dependent(g, cpu=jax.lax.optimization_barrier, default=lambda g: g),)
+
+
+jointly.defvjp(lambda tree: (tree, None), _barrier)
 
 
 def convolve(x: Float[Array, "b h w c"], kernel: Float[Array, "... c k"], stride: int) -> Float[Array, "b h2 w2 k"]:
@@ -99,6 +117,7 @@ def group_norm(
     b, height, width, channels = x.shape
     if channels % GROUPS:
         raise ValueError(f"{channels} channels do not divide into {GROUPS} groups: change base_channels")
+    x, gain, shift = jointly((x, gain, shift))
     y: Array = _group_norm(x.reshape(b, height * width, channels), gain, shift, silu)
     return y.reshape(x.shape)
 

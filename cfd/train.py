@@ -64,12 +64,12 @@ def train_step(
     loss, grads = _loss_and_grads(state.params, batch, key, loss_fn, num_microbatches)
     grad_norm = global_norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    finite = jax.lax.optimization_barrier(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
 
     def keep(new: Any, old: Any) -> Any:
         return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
-    # Behind the barrier the EMA reads the new parameters; without it XLA computes them again from all that made them.
+    # Behind the barriers `finite` and the new parameters are read; without them XLA computes them again for each array.
     params = jax.lax.optimization_barrier(keep(optax.apply_updates(state.params, updates), state.params))
     ema = jax.tree.map(lambda e, p: e + (1.0 - ema_decay) * (p - e), state.ema, params)
     skipped = 1 - finite.astype(jnp.int32)

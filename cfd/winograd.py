@@ -77,12 +77,11 @@ def _kernel_gradient(x: Float32[Array, "b h w c"], g: Float32[Array, "b h w k"])
     height, positions = x.shape[1], x.shape[0] * x.shape[1] * x.shape[2] // 4
 
     def product(v: Array, u: Array) -> Array:
-        return v.reshape(positions, -1).T @ u.reshape(positions, -1)
+        rows = jnp.concatenate([v[:, i : i + height] for i in range(3)], axis=3)
+        return (rows.reshape(positions, -1).T @ u.reshape(positions, -1)).reshape(3, x.shape[3], -1)
 
-    taps = [
-        jnp.stack([product(v[:, i : i + height], u) for i in range(3)])
-        for v, u in zip(_input(x, 1), _combine(_transpose(OUTPUT), [g[:, :, i::4] for i in range(4)]), strict=True)
-    ]
+    inputs, outputs = _input(x, 1), _combine(_transpose(OUTPUT), [g[:, :, i::4] for i in range(4)])
+    taps = [product(v, u) for v, u in zip(inputs, outputs, strict=True)]
     return jnp.stack(_combine(_transpose(KERNEL), taps), axis=1)
 
 

@@ -24,7 +24,6 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 from jaxtyping import Float, UInt8
-from tensorboardX import SummaryWriter
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.json"
@@ -199,7 +198,7 @@ class MetricsLog(NamedTuple):
     """Where scalars and images go. Open on process 0, and a sink without files on the others."""
 
     lines: TextIO | None
-    board: SummaryWriter | None
+    board: Any  # tensorboardX's SummaryWriter, or None
 
 
 @contextlib.contextmanager
@@ -211,6 +210,8 @@ def metrics_log(workdir: str | os.PathLike[str], step: int) -> Iterator[MetricsL
     if jax.process_index() != 0:
         yield MetricsLog(None, None)
         return
+    from tensorboardX import SummaryWriter  # it imports PyTorch where that is installed: 1.3 s and 190 MB
+
     workdir = Path(workdir)
     path = workdir / METRICS
     _truncate(path, step)

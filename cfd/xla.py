@@ -12,11 +12,13 @@ from absl import logging
 
 # On a CPU, XLA's experimental YNN library is fast at matrix products and slow at convolutions: keep the first alone.
 # A training step copied its whole donated state but for the analysis of live ranges by region, and transposed all its
-# kernels, to be held until the gradient, in the forward pass but for the memory-optimized scheduler.
+# kernels, to be held until the gradient, in the forward pass but for the memory-optimized scheduler. The pass that is
+# disabled takes `optimization_barrier` away before instructions are merged and fused, and `jax.checkpoint` with it.
 CPU_OPTIONS = {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
     "xla_cpu_copy_insertion_use_region_analysis": True,
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+    "xla_disable_hlo_passes": "cse_barrier_expander",
 }
 
 
@@ -31,7 +33,7 @@ def compiler_options() -> dict[str, str | bool]:
     if jax.default_backend() != "cpu":
         return {}
     try:
-        jax.jit(lambda: 0, compiler_options=CPU_OPTIONS).lower().compile()
+        jax.jit(lambda: jax.lax.optimization_barrier(0), compiler_options=CPU_OPTIONS).lower().compile()
     except jax.errors.JaxRuntimeError as error:
         logging.warning("this XLA rejects %s (%s); convolutions on the CPU will be slower", CPU_OPTIONS, error)
         return {}

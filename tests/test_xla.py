@@ -50,6 +50,19 @@ def test_gradients_under_the_options_are_those_of_plain_layers_without(
         assert error <= 1e-4 * float(jnp.abs(b).max()) + 1e-6 * largest, jax.tree_util.keystr(path)
 
 
+def test_rematerialisation_spares_memory_under_the_options() -> None:
+    """XLA would else merge the second computation with the first: the gradient's largest memory says that it does not."""
+    needed = {}
+    for remat in (False, True):
+        config = tiny_config(model__channel_mult=(1,), model__num_res_blocks=3, model__remat=remat)
+        init, loss_fn = diffusion(config)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        x, labels = jax.ShapeDtypeStruct((64, 8, 8, 1), jnp.float32), jax.ShapeDtypeStruct((64,), jnp.int32)
+        gradient = xla.jit(jax.value_and_grad(loss_fn, argnums=1)).lower(key, jax.eval_shape(init, key), x, labels)
+        needed[remat] = gradient.compile().memory_analysis().temp_size_in_bytes
+    assert needed[True] < 0.5 * needed[False], needed
+
+
 def test_memory_is_returned_after_a_long_compilation_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """The event is one that jax records of every compilation."""
     trimmed: list[int] = []
