@@ -51,7 +51,7 @@ def test_gradients_under_the_options_are_those_of_plain_layers_without(
 
 
 def test_rematerialisation_spares_memory_under_the_options() -> None:
-    """XLA would else merge the second computation with the first: the gradient's largest memory says that it does not."""
+    """XLA would else merge the second computation with the first: less memory says that it does not."""
     needed = {}
     for remat in (False, True):
         config = tiny_config(model__channel_mult=(1,), model__num_res_blocks=3, model__remat=remat)
