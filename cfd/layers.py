@@ -37,24 +37,25 @@ class Conv(nn.Module):
         kernel = self.param("kernel", init, (*window, x.shape[-1], self.channels)).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.channels,))
         x, kernel, bias = jointly((x.astype(self.dtype), kernel, bias))
-        return jointly(add_bias(convolve(x, kernel, self.stride), bias))
+        return add_bias(convolve(x, kernel, self.stride), bias)
 
 
 @jax.custom_vjp
 def jointly(tree: Any) -> Any:
-    """`tree`, whose gradients are all written to memory before one of them is used; on a CPU.
-
-    What a layer reads goes through this, and what it returns: XLA's CPU compiler would put the gradients of kernels
-    off, to keep what they are made of meanwhile, and compute one that is read in several places in each of them.
-    """
+    """`tree`, whose gradients are `written` before one of them is used."""
     return tree
 
 
-def _barrier(_: None, g: Any) -> tuple[Any]:
-    return (jax.lax.platform_dependent(g, cpu=jax.lax.optimization_barrier, default=lambda g: g),)
+def written(gradients: Any) -> Any:
+    """`gradients`, all of them in memory before one is used; on a CPU.
+
+    The layers do this with the gradients that they take and give: XLA's CPU compiler would put those of kernels off,
+    to keep what they are made of meanwhile, and compute one that is read in several places in each of them.
+    """
+    return jax.lax.platform_dependent(gradients, cpu=jax.lax.optimization_barrier, default=lambda g: g)
 
 
-jointly.defvjp(lambda tree: (tree, None), _barrier)
+jointly.defvjp(lambda tree: (tree, None), lambda _, g: (written(g),))
 
 
 def convolve(x: Float[Array, "b h w c"], kernel: Float[Array, "... c k"], stride: int) -> Float[Array, "b h2 w2 k"]:
@@ -82,6 +83,7 @@ def _add_bias_forward(x: Array, bias: Array) -> tuple[Array, None]:
 
 def _add_bias_backward(_: None, g: Array) -> tuple[Array, Array]:
     b, height, width, channels = g.shape
+    g = written(g)
     means = _channel_means(g.reshape(b, height * width, channels).astype(jnp.float32))
     return g, height * width * means.sum(axis=0)
 
@@ -117,7 +119,6 @@ def group_norm(
     b, height, width, channels = x.shape
     if channels % GROUPS:
         raise ValueError(f"{channels} channels do not divide into {GROUPS} groups: change base_channels")
-    x, gain, shift = jointly((x, gain, shift))
     y: Array = _group_norm(x.reshape(b, height * width, channels), gain, shift, silu)
     return y.reshape(x.shape)
 
@@ -152,7 +153,7 @@ def _backward(silu: bool, kept: tuple[Array, ...], g: Array) -> tuple[Array, Arr
     along_one, along_x = _channel_means(g), _channel_means(_fold(g * centred)) * rstd
     constant, slope = rstd * _group_mean(gain * along_one), rstd * rstd * _group_mean(gain * along_x)
     dx = g * (rstd * gain)[:, None] - constant[:, None] - centred * slope[:, None]
-    return dx.astype(x.dtype), x.shape[1] * along_x, x.shape[1] * along_one
+    return written((dx.astype(x.dtype), x.shape[1] * along_x, x.shape[1] * along_one))
 
 
 _group_norm.defvjp(_forward, _backward)

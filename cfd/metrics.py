@@ -13,10 +13,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.linalg
+import scipy  # its submodules are imported at first use
 from jax import Array
 from jaxtyping import Float, Int
-from scipy.special import xlogy
 
 Rows = Float[np.ndarray, "_n _d"] | Float[Array, "_n _d"]  # of any two sizes: mismatches get a ValueError
 
@@ -141,7 +140,7 @@ def score_sums(probs: Rows, index: Int[np.ndarray, " _n"], num_samples: int, spl
     splits, split = -(-num_samples // split_size), index // split_size
     sums = np.zeros((splits, p.shape[1]))
     np.add.at(sums, split, p)
-    plogp = np.bincount(split, weights=xlogy(p, p).sum(axis=1), minlength=splits)
+    plogp = np.bincount(split, weights=scipy.special.xlogy(p, p).sum(axis=1), minlength=splits)
     return ScoreSums(np.bincount(split, minlength=splits), plogp, sums)
 
 
@@ -157,7 +156,7 @@ def inception_score_from_sums(s: ScoreSums) -> float:
     if (s.count == 0).any():
         raise ValueError(f"splits without images: {s.count.tolist()} images a split")
     mean = s.p / s.count[:, None]
-    return float(np.exp(s.plogp / s.count - xlogy(mean, mean).sum(axis=1)).mean())
+    return float(np.exp(s.plogp / s.count - scipy.special.xlogy(mean, mean).sum(axis=1)).mean())
 
 
 def inception_score(probs: Rows, split_size: int = SPLIT_SIZE) -> float:

@@ -67,7 +67,7 @@ def train_step(
     finite = jax.lax.optimization_barrier(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
 
     def keep(new: Any, old: Any) -> Any:
-        return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        return jax.tree.map(lambda n, o: jax.lax.select(finite, n, o), new, old)
 
     # Behind the barriers `finite` and the new parameters are read; without them XLA computes them again for each array.
     params = jax.lax.optimization_barrier(keep(optax.apply_updates(state.params, updates), state.params))
@@ -134,15 +134,17 @@ def global_norm(tree: Any) -> Array:
     XLA's CPU compiler would write every square to memory before it adds them; rows of squares it adds at once.
     """
 
-    def square_sum(x: Array) -> Array:
+    def square_rows(x: Array) -> Array:
         if x.size < 2**16 or x.size % 8:
-            return jnp.sum(jnp.square(x))
-        return jnp.sum(sum(map(jnp.square, x.reshape(8, -1))))
+            return jax.lax.square(x)
+        return sum(map(jax.lax.square, x.reshape(8, -1)), start=jnp.zeros(()))
 
-    def on_cpu(leaves: list[Array]) -> Array:
-        return jnp.sqrt(sum(map(square_sum, leaves)))
+    def norm(square: Callable[[Array], Array], leaves: list[Array]) -> Array:
+        return jnp.sqrt(sum(jnp.sum(square(x)) for x in leaves))
 
-    return jax.lax.platform_dependent(jax.tree.leaves(tree), cpu=on_cpu, default=optax.tree.norm)
+    return jax.lax.platform_dependent(
+        jax.tree.leaves(tree), cpu=partial(norm, square_rows), default=partial(norm, jax.lax.square)
+    )
 
 
 def diffusion(config: Config) -> tuple[Callable[[Array], Any], LossFn]:
