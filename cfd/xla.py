@@ -35,7 +35,11 @@ def compiler_options() -> dict[str, str | bool]:
     try:
         jax.jit(lambda: jax.lax.optimization_barrier(0), compiler_options=CPU_OPTIONS).lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        logging.warning("this XLA rejects %s (%s); convolutions on the CPU will be slower", CPU_OPTIONS, error)
+        logging.warning(
+            "this XLA rejects %s (%s): on the CPU, convolutions will be slower and `remat` saves no memory",
+            CPU_OPTIONS,
+            error,
+        )
         return {}
     return CPU_OPTIONS
 
