@@ -127,7 +127,7 @@ FIELDS: dict[str, Field] = {
     "mesh.data": Field(int, lambda x: x == -1 or x >= 1, "-1 (what fsdp leaves) or an integer >= 1"),
     "mesh.fsdp": at_least(1),
     "sample.num_steps": at_least(1),
-    "sample.sampler": one_of("ancestral", "ddim"),
+    "sample.sampler": one_of("ancestral", "ddim", "dpm_solver"),
     "sample.v": number(0.0, 1.0),
     "sample.w": each(number(-1.0), WEIGHTS, empty=False),
     "sample.guidance": one_of("classifier-free", "classifier"),
@@ -222,8 +222,10 @@ def _validate_together(config: Config) -> None:
                 f"config.{group}.batch_size is {config[group].batch_size}, "
                 f"which num_microbatches {train.num_microbatches} does not divide: make it a multiple"
             )
-    if sample.sampler == "ddim" and config.eval.v:
-        raise ValueError(f"config.eval.v is {config.eval.v}, but sample.sampler 'ddim' has no v: set eval.v to ()")
+    if sample.sampler != "ancestral" and config.eval.v:
+        raise ValueError(
+            f"config.eval.v is {config.eval.v}, but sample.sampler {sample.sampler!r} has no v: set eval.v to ()"
+        )
     for label in sample.classes:
         if label >= data.num_classes:
             raise ValueError(f"config.sample.classes has {label}; classes are 0 to {data.num_classes - 1}")

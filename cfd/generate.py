@@ -19,7 +19,7 @@ from cfd.classifier import ClassifierFn, load_classifier
 from cfd.config import Config, describe
 from cfd.guidance import Interval, classifier_guidance
 from cfd.process import cosine_logsnr
-from cfd.sampling import EpsFn, StepRule, ancestral, ddim, guided_sample
+from cfd.sampling import EpsFn, SecondOrder, StepRule, ancestral, ddim, dpm_solver, guided_sample
 from cfd.unet import UNet
 
 
@@ -36,9 +36,9 @@ Draw = Callable[..., Iterator[UInt8[np.ndarray, "n h w c"]]]
 """(parameters, request, v=..., interval=..., classifier=...) -> the images in order, in batches, on every process."""
 
 
-def step_rule(sampler: str, v: Any) -> StepRule:
+def step_rule(sampler: str, v: Any) -> StepRule | SecondOrder:
     """The step rule that a config names."""
-    rules = {"ancestral": lambda: ancestral(v), "ddim": ddim}
+    rules = {"ancestral": lambda: ancestral(v), "ddim": ddim, "dpm_solver": dpm_solver}
     if sampler not in rules:
         raise ValueError(f"sample.sampler is {sampler!r}; choose one of {sorted(rules)}")
     return rules[sampler]()

@@ -90,6 +90,9 @@ def shift_mean(
     v = 1, by (α/α') e^{λ'−λ} at v = 0, and the same in the limit of small steps.
     """
 
+    if not callable(sampler):
+        raise ValueError(f"sampler is {sampler!r}; it must be a step rule that draws noise: give ancestral(v)")
+
     def step(z: Array, x: Array, logsnr: Array, logsnr_next: Array) -> tuple[Array, Array]:
         mean, std = sampler(z, x, logsnr, logsnr_next)
         if std is None:

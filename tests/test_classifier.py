@@ -14,7 +14,7 @@ from mixtures import log_densities, mixture_eps
 from cfd.classifier import Classifier, classifier_loss
 from cfd.guidance import NULL_LABEL, Interval, class_gradient, classifier_guidance, guide, shift_mean
 from cfd.process import alpha_sigma, posterior
-from cfd.sampling import ancestral, ddim, guided_sample
+from cfd.sampling import ancestral, ddim, dpm_solver, guided_sample
 from tests.tiny import QUICK
 
 
@@ -123,7 +123,7 @@ def test_guiding_the_unconditional_model_with_one_more(w: float, noisy) -> None:
     np.testing.assert_allclose(from_unconditional, from_conditional, rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("sampler", [ancestral(0.3), ddim()], ids=["ancestral", "ddim"])
+@pytest.mark.parametrize("sampler", [ancestral(0.3), ddim(), dpm_solver()], ids=["ancestral", "ddim", "dpm_solver"])
 def test_whole_samples_are_those_of_classifier_free_guidance(sampler) -> None:
     """From the same noise, with a weight an image and 32 steps, jitted."""
     labels, w = jnp.arange(48) % 3, jnp.linspace(0.0, 2.0, 48)

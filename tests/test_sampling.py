@@ -16,8 +16,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from mixtures import gaussian_eps, log_densities, mixture_eps
 
-from cfd.guidance import Interval
-from cfd.sampling import ancestral, ddim, guided_sample
+from cfd.guidance import Interval, shift_mean
+from cfd.sampling import SecondOrder, ancestral, ddim, dpm_solver, guided_sample
 
 # Two classes and ∅, the last row.
 MEANS = np.array([[0.6, -0.4, 0.1], [-0.3, 0.5, 0.8], [0.1, 0.0, 0.4]])
@@ -48,20 +48,23 @@ class Exact(NamedTuple):
 
 
 def exact_gaussian_samples(
-    noise, classes, w, *, v, num_steps, null=-1, logsnr_min=-20.0, logsnr_max=20.0, clip=False
+    noise, classes, w, *, v, num_steps, null=-1, logsnr_min=-20.0, logsnr_max=20.0, clip=False, second_order=False
 ) -> Exact:
     """Algorithm 2 in float64 from the paper's Eqs. 1 to 6, with ε of `gaussian_eps`; v = None is DDIM.
 
-    noise [B, >= num_steps, d]: the first is z_1, number t the noise of step t. Each step is affine in z, so the mean
-    and the variance follow exactly, and so does the growth of the roundings. w is a function of λ, giving [B].
+    noise [B, >= num_steps, d]: the first is z_1, number t the noise of step t. Without clipping z is affine in them, so
+    the mean and the variance follow exactly, and so does the growth of the roundings. w is a function of λ, giving [B].
+    Second order: D of arXiv:2211.01095, Algorithm 2, line 7, but in the first step and in the last.
     """
     b = math.atan(math.exp(-logsnr_max / 2))
     a = math.atan(math.exp(-logsnr_min / 2)) - b
     u = [1 - (t - 1) / max(num_steps - 1, 1) for t in range(1, num_steps + 1)]
     logsnr = [-2 * math.log(math.tan(a * value + b)) for value in u]
 
-    z, mean, var = noise[:, 0], np.zeros_like(noise[:, 0]), np.ones(len(noise))
-    rounding = np.zeros(len(noise))
+    z, mean, parts = noise[:, 0], np.zeros_like(noise[:, 0]), np.zeros(noise.shape[:2])
+    parts[:, 0] = 1  # how much of every noise is in z
+    rounding = x_error = np.zeros(len(noise))
+    x_before = x_mean_before = x_parts_before = 0.0
     for t in range(num_steps):
         alpha, sigma = exact_alpha_sigma(logsnr[t])
         weight = w(logsnr[t])
@@ -76,7 +79,8 @@ def exact_gaussian_samples(
         x = np.clip(x, -1, 1) if clip else x
         if t == num_steps - 1:
             x_rounding = x_rounding + np.abs(x_slope) * rounding
-            return Exact(x, x_slope[:, None] * mean + x_offset, x_slope**2 * var, x_rounding)
+            variance = np.square(x_slope[:, None] * parts).sum(axis=1)
+            return Exact(x, x_slope[:, None] * mean + x_offset, variance, x_rounding)
 
         alpha_next, sigma_next = exact_alpha_sigma(logsnr[t + 1])
         if v is None:
@@ -86,11 +90,19 @@ def exact_gaussian_samples(
             kept = math.exp(logsnr[t] - logsnr[t + 1])
             from_z, from_x = kept * alpha_next / alpha, (1 - kept) * alpha_next
             std = math.sqrt(((1 - kept) * sigma_next**2) ** (1 - v) * ((1 - kept) * sigma**2) ** v)
-        slope = from_z + from_x * x_slope
-        z = from_z * z + from_x * x + std * noise[:, t + 1]
-        mean = slope[:, None] * mean + from_x * x_offset
-        var = slope**2 * var + std**2
-        rounding = np.abs(slope) * rounding + from_x * x_rounding + 2 * ROUNDING * (np.abs(z).max(axis=1) + 1)
+        extra = 0.0  # 1 / (2 r), r the last gap in λ over this one
+        if second_order and 0 < t < num_steps - 2:
+            extra = 0.5 * (logsnr[t + 1] - logsnr[t]) / (logsnr[t] - logsnr[t - 1])
+        x_mean, x_parts = x_slope[:, None] * mean + x_offset, x_slope[:, None] * parts
+        z = from_z * z + from_x * ((1 + extra) * x - extra * x_before) + std * noise[:, t + 1]
+        mean = from_z * mean + from_x * ((1 + extra) * x_mean - extra * x_mean_before)
+        parts = from_z * parts + from_x * ((1 + extra) * x_parts - extra * x_parts_before)
+        parts[:, t + 1] += std
+        x_before, x_mean_before, x_parts_before = x, x_mean, x_parts
+        added = (1 + extra) * x_rounding + extra * x_error
+        x_error = x_rounding + np.abs(x_slope) * rounding
+        slope = from_z + from_x * (1 + extra) * x_slope
+        rounding = np.abs(slope) * rounding + from_x * added + 2 * ROUNDING * (np.abs(z).max(axis=1) + 1)
     raise AssertionError("num_steps >= 1")
 
 
@@ -173,10 +185,11 @@ def test_the_scores_are_the_gradients_of_the_densities():
 # Exact images, means and variances
 
 
+@pytest.mark.parametrize("second_order", [False, True], ids=["first order", "second order"])
 @pytest.mark.parametrize(
     ("rule", "num_steps"), [*itertools.product(["ancestral", "ddim"], [2, 16, 64]), ("ancestral", 1)]
 )
-def test_guided_gaussians_follow_the_exact_recursion(rule, num_steps):
+def test_guided_gaussians_follow_the_exact_recursion(rule, num_steps, second_order):
     """For every class, w and v: each image to the rounding of float32, and the moments over independent images."""
     count = 1000
     w, classes = np.tile(WEIGHTS, 2 * count), np.tile(np.repeat([0, 1], len(WEIGHTS)), count)
@@ -185,11 +198,12 @@ def test_guided_gaussians_follow_the_exact_recursion(rule, num_steps):
     @jax.jit
     def draw(v):
         rule_of_v = ancestral(v) if rule == "ancestral" else ddim()
+        rule_of_v = SecondOrder(rule_of_v) if second_order else rule_of_v
         labels = jnp.asarray(classes, jnp.int32)
         return guided_sample(KEY, linear, labels, (3,), w=w, num_steps=num_steps, sampler=rule_of_v, clip=False)
 
     for v in (0.0, 0.3, 1.0) if rule == "ancestral" else (None,):
-        exact = exact_gaussian_samples(noise, classes, lambda _: w, v=v, num_steps=num_steps)
+        exact = exact_gaussian_samples(noise, classes, lambda _: w, v=v, num_steps=num_steps, second_order=second_order)
         images = np.asarray(draw(0.0 if v is None else v), np.float64)
         error = np.abs(images - exact.images).max(axis=1)
         assert np.all(error <= exact.rounding), (v, (error / exact.rounding).max())
@@ -207,6 +221,23 @@ def test_many_steps_reach_the_data():
     images = sampler_of(linear, num_steps=1000, sampler=ddim(), clip=False)(image_keys(8), LABELS, 0.0)
     noise = noise_of_images()[:, 0]
     np.testing.assert_allclose(images, MEANS[LABELS] + STDS[LABELS, None] * noise, atol=0.01)
+
+
+def test_dpm_solver_is_of_second_order():
+    """Four times the steps leave DDIM a quarter of its distance to the probability flow, and this less than a seventh.
+
+    (Not a sixteenth: next to both ends of the schedule, gaps in λ do not shrink with T.) Its 16 steps beat DDIM's 48.
+    """
+    exact = MEANS[LABELS] + STDS[LABELS, None] * noise_of_images()[:, 0]
+
+    def distance(sampler, num_steps):
+        draw = sampler_of(linear, num_steps=num_steps, sampler=sampler, clip=False)
+        return np.sqrt(np.square(draw(image_keys(8), LABELS, 0.0) - exact).mean())
+
+    first, second = ({n: distance(rule, n) for n in (16, 48, 128, 512)} for rule in (ddim(), dpm_solver()))
+    assert 3.5 < first[128] / first[512] < 4.5, first
+    assert second[128] / second[512] > 7, second
+    assert second[16] < first[48]
 
 
 def test_other_ends_of_the_schedule_another_null_and_clipping():
@@ -458,13 +489,14 @@ def test_eight_devices_equal_one():
     np.testing.assert_allclose(sample(*on_mesh, 0.7), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("sampler", [ancestral(0.3), dpm_solver()], ids=["ancestral", "dpm_solver"])
 @pytest.mark.parametrize("specs", [(P(), P("data"), P()), (P(), P(), P("data"))], ids=["labels", "w"])
-def test_a_replicated_key_in_shard_map(specs):
+def test_a_replicated_key_in_shard_map(specs, sampler):
     """What is divided among the devices is the labels alone, or w alone: each draws as it would without the others."""
 
     @jax.jit
     def four(key, labels, w):
-        return guided_sample(key, network, labels[:4], (3,), w=w[:4], num_steps=4)
+        return guided_sample(key, network, labels[:4], (3,), w=w[:4], num_steps=4, sampler=sampler)
 
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     arguments = (KEY, LABELS.at[:4].set(-1), jnp.linspace(0.0, 3.0, 8))
@@ -476,7 +508,7 @@ def test_a_replicated_key_in_shard_map(specs):
 
 def test_strict_promotion_and_float32_under_x64():
     for w in (0.0, 0.5, Interval(0.5, -1.0, 1.0)):
-        for rule in (ancestral(0.3), ddim()):
+        for rule in (ancestral(0.3), ddim(), dpm_solver()):
             with jax.numpy_dtype_promotion("strict"):
                 images = jax.eval_shape(sampler_of(network, sampler=rule), KEY, LABELS, w)
             assert images.dtype == jnp.float32
@@ -522,6 +554,8 @@ class jaxtyping_off:
         ({"labels": {"a": jnp.zeros(2), "b": jnp.zeros(3)}}, r"labels have leading shapes \[\(2,\), \(3,\)\]"),
         ({"key": jax.random.split(KEY, 3)}, r"key has batch shape \(3,\) for 8 labels"),
         ({"key": 0}, r"key is 0.*jax\.random\.key\(0\)"),
+        ({"sampler": "ddim"}, r"sampler is 'ddim'.*such as ancestral\(v\)"),
+        ({"sampler": SecondOrder(dpm_solver())}, "sampler is SecondOrder.*give a step rule"),  # pyright: ignore
         ({"null": {"text": jnp.zeros(4)}}, "null is .*must have the structure of labels"),
         ({"labels": {"text": jnp.zeros((8, 4))}}, "null is -1.*must have the structure of labels"),
         ({"eps_fn": lambda z, *_: z[:, :1]}, r"eps_fn returned shape \(8, 1\).*\(8, 3\)"),
@@ -544,3 +578,8 @@ def test_the_import_is_light():
     code = f"import sys, cfd.sampling; print([name for name in {heavy} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_the_shift_of_a_mean_takes_a_step_rule():
+    with jaxtyping_off(), pytest.raises(ValueError, match=r"sampler is SecondOrder.*give ancestral\(v\)"):
+        shift_mean(dpm_solver(), lambda z, logsnr: z, LABELS, 1.0)  # pyright: ignore[reportArgumentType]
