@@ -327,17 +327,18 @@ def show(config: Config, folder: str, rows: list[Row], class_names: tuple[str, .
     figures.save_curve(os.path.join(folder, "sweep.png"), curves, results.curves(published, "paper"))
     for number, line in enumerate(curves.values()):
         name = f"sweep_{number}.png" if len(curves) > 1 else "sweep.png"
-        figures.save_grid(os.path.join(folder, "samples", name), *grid_of(config, line, folder, class_names))
+        figures.save(os.path.join(folder, "samples", name), grid_of(config, line, folder, class_names))
     print(results.table({"ours": rows, "paper": published} if table else {"": rows}), flush=True)
 
 
-def grid_of(config: Config, line: list[Row], folder: str, class_names: tuple[str, ...]) -> tuple:
+def grid_of(config: Config, line: list[Row], folder: str, class_names: tuple[str, ...]) -> np.ndarray:
     """The first images (at most ten) at every weight of a curve: a row an image, a column a weight."""
     first = line[0]
     count = min(10, first["num_samples"])
     classes = labels_of(first["labels"], first["seed"], count, config.data.num_classes)
     columns = [next(npz.npz_batches(samples_path(folder, row), "arr_0", count)) for row in line]
-    return np.stack(columns, axis=1), [class_names[i] for i in classes], [f"w = {row['w']:g}" for row in line]
+    images = np.stack(columns, axis=1)
+    return figures.grid(images, [class_names[i] for i in classes], [f"w = {row['w']:g}" for row in line])
 
 
 def compare(config: Config, folder: str, others: Sequence[str]) -> str:

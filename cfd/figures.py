@@ -8,10 +8,10 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 
-def save_grid(
-    path: str, images: UInt8[np.ndarray, "rows columns h w c"], row_names: Sequence[str], column_names: Sequence[str]
+def grid(
+    images: UInt8[np.ndarray, "rows columns h w c"], row_names: Sequence[str], column_names: Sequence[str]
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Write a PNG with a row and a column of names; small images are enlarged by whole factors. Returns its pixels."""
+    """One picture of all, with a row and a column of names; small images are enlarged by whole factors."""
     rows, columns, height, width, channels = images.shape
     zoom = max(1, 64 // height)
     tiles = images.repeat(zoom, axis=2).repeat(zoom, axis=3)
@@ -32,9 +32,13 @@ def save_grid(
         pen.text((left - 6, top + r * (height + gap) + height // 2), name, "black", font, anchor="rm")
     for c, name in enumerate(column_names):
         pen.text((left + c * (width + gap) + width // 2, top // 2), name, "black", font, anchor="mm")
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    image.save(path)
     return np.asarray(image)
+
+
+def save(path: str, picture: UInt8[np.ndarray, "height width 3"]) -> None:
+    """Write a PNG; its folder is made."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    Image.fromarray(picture).save(path)
 
 
 def save_curve(path: str, curves: dict[str, list[dict]], published: dict[str, list[dict]]) -> None:

@@ -161,7 +161,11 @@ def preview(config: Config, mesh: Mesh, folder: str, class_names: tuple[str, ...
     def at(step: int, params: Any) -> np.ndarray:
         images = np.concatenate(list(draw(params, request)))
         path = os.path.join(folder, "samples", f"step_{step:07d}.png")
-        return figures.save_grid(path, *_grid(config, images, classes, weights, class_names))
+        picture = _grid(config, images, classes, weights, class_names)
+        if jax.process_index() == 0:
+            with workdir.despite_a_full_disk(path):
+                figures.save(path, picture)
+        return picture
 
     return at
 
@@ -193,7 +197,7 @@ def sample(config: Config, folder: str) -> str:
     digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
     stem = os.path.join(folder, "samples", f"sample_step_{run.step:07d}_{digest}")
     if jax.process_index() == 0:
-        figures.save_grid(stem + ".png", *_grid(config, images, classes, config.sample.w, run.class_names))
+        figures.save(stem + ".png", _grid(config, images, classes, config.sample.w, run.class_names))
         with npz.sample_writer(stem + ".npz", len(images), images.shape[1:]) as write:
             write(images, request.label)
     count = evaluations(config, config.sample.num_steps, max(map(abs, config.sample.w)), tuple(config.sample.interval))
@@ -251,6 +255,7 @@ def _grid(
     classes: tuple[int, ...],
     weights: tuple[float, ...],
     class_names: tuple[str, ...],
-) -> tuple:
+) -> np.ndarray:
     rows = [class_names[c] for c in classes for _ in config.sample.seeds]
-    return images.reshape(len(rows), len(weights), *images.shape[1:]), rows, [f"w = {w:g}" for w in weights]
+    images = images.reshape(len(rows), len(weights), *images.shape[1:])
+    return figures.grid(images, rows, [f"w = {w:g}" for w in weights])

@@ -36,8 +36,19 @@ class Conv(nn.Module):
         window = (self.size, self.size) if self.size > 1 else ()
         kernel = self.param("kernel", init, (*window, x.shape[-1], self.channels)).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.channels,))
-        x, kernel, bias = jointly((x.astype(self.dtype), kernel, bias))
+        x, kernel, bias = jointly(alike(x.astype(self.dtype), kernel, bias))
         return add_bias(convolve(x, kernel, self.stride), bias)
+
+
+def alike(*arrays: Array) -> tuple[Array, ...]:
+    """The arrays; in a caller's `shard_map`, of types that vary over the same devices.
+
+    A gradient of our own must have the type of its input: JAX then sums that of a replicated parameter itself.
+    """
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return arrays
+    of_all = jax.lax.stop_gradient(sum((x.ravel()[0].astype(jnp.float32) for x in arrays), start=jnp.zeros(())))
+    return tuple(jnp.where(True, x, of_all.astype(x.dtype)) for x in arrays)
 
 
 @jax.custom_vjp
@@ -119,6 +130,7 @@ def group_norm(
     b, height, width, channels = x.shape
     if channels % GROUPS:
         raise ValueError(f"{channels} channels do not divide into {GROUPS} groups: change base_channels")
+    x, gain, shift = alike(x, gain, shift)
     y: Array = _group_norm(x.reshape(b, height * width, channels), gain, shift, silu)
     return y.reshape(x.shape)
 

@@ -295,7 +295,8 @@ def fit(
     unchecked: tuple[int, dict[str, Array]] | None = None
     last_logged, clock, waited, productive = start, time.perf_counter(), 0.0, 0.0
     step, stop = start, False
-    with workdir.metrics_log(folder, start) as log, closing(batches), closing_manager(manager):
+    log = workdir.metrics_log(folder, start)
+    with closing(batches), closing_manager(manager):
         for step in tqdm(range(start + 1, settings.num_steps + 1), "train", unit="step", disable=None):
             watchdog.alive(slow=step == start + 1)
             before = time.perf_counter()

@@ -5,8 +5,9 @@ JOB_STEP_SECONDS   what each step takes on top
 JOB_CORES          how many cores to run on
 JOB_HANG           "main:S" or "loader:S": the main thread, or the one that loads data, sleeps for ever at step S
 JOB_HANG_PROCESS   the number of the process that does
-Each step, save and start of a loop adds a line to WORKDIR/steps.jsonl, which, other than metrics.jsonl, keeps the steps
-that are done again.
+JOB_NOTES          the folder of steps.jsonl, where it is not the run's
+Each step, save and start of a loop adds a line to steps.jsonl, which, other than metrics.jsonl, keeps the steps that
+are done again.
 """
 
 import json
@@ -87,7 +88,7 @@ def note(**values: Any) -> None:
         status = dict(line.split(":\t") for line in Path("/proc/self/status").read_text().splitlines() if ":\t" in line)
         values |= dict(rss=int(status["VmRSS"].split()[0]) * 1024, fds=len(os.listdir("/proc/self/fd")))
         values |= dict(threads=threading.active_count(), os_threads=int(status["Threads"]), time=time.time())
-        with open(Path(flags.FLAGS.workdir) / "steps.jsonl", "a") as file:
+        with open(Path(os.environ.get("JOB_NOTES") or flags.FLAGS.workdir) / "steps.jsonl", "a") as file:
             file.write(json.dumps(values) + "\n")
 
 

@@ -8,16 +8,15 @@ import json
 import multiprocessing
 import os
 import random
-import resource
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from disk import file_size_limit, filled, small_disk
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
@@ -405,17 +405,6 @@ def test_a_state_that_is_not_of_arrays_is_refused(tmp_path: Path) -> None:
         save(manager, 1, make_state(1)._replace(step=1))
 
 
-@contextmanager
-def file_size_limit(size: int) -> Iterator[None]:
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
-
-
 def check_failed_saves(folder: Path, full: Callable[[], Any], caplog: pytest.LogCaptureFixture, rows: int) -> list[int]:
     """T7 with a disk that is full within `full()`: the steps that are kept at its end."""
 
@@ -472,29 +461,10 @@ def test_the_last_save_of_a_run_must_not_fail_unheard(two_steps: Path) -> None:
 @pytest.mark.slow
 def test_failed_saves_on_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """T7 on a file system of its own where this process may mount one, else by the limit with a larger state."""
-    rows = 16384
     disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", disk], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        assert check_failed_saves(disk, lambda: file_size_limit(1_000_000), caplog, rows) == [6, 12]
-        return
-
-    @contextmanager
-    def full() -> Iterator[None]:
-        ballast = disk / "ballast"
-        free = shutil.disk_usage(disk).free
-        with open(ballast, "wb") as file:
-            file.write(b"x" * (free - 2_000_000))
-        yield
-        ballast.unlink()
-
-    try:
-        assert check_failed_saves(disk, full, caplog, rows) == [6, 12]
-    finally:
-        subprocess.run(["umount", disk], check=True)
+    with small_disk(disk, megabytes=200) as mounted:
+        full = partial(filled, disk, but=2_000_000) if mounted else partial(file_size_limit, 1_000_000)
+        assert check_failed_saves(disk, full, caplog, rows=16384) == [6, 12]
 
 
 def digits_run(folder: Path) -> tuple[Any, Any]:

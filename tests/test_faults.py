@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from disk import filled, small_disk
 from jax.sharding import AxisType, SingleDeviceSharding
 from job import init as network
 from tiny import ROOT, flags_of, tiny_config
@@ -223,6 +224,30 @@ def test_killed_at_random_steps_of_one_process(
     print(f"{kills} kills: {steps} steps, {len(steps_of(folder)) - steps} of them done again")
     if kills > 1:
         assert steps / len(steps_of(folder)) >= 0.9
+
+
+@slow
+@pytest.mark.timeout(600)
+def test_a_disk_that_is_full_for_a_while(start: Start, reference: Any, tmp_path: Path) -> None:
+    """T7 in the training loop: it goes on, and in the end not a line of the log is missing."""
+    folder = tmp_path / "run"
+    with small_disk(folder, megabytes=60) as mounted:
+        if not mounted:
+            pytest.skip("mounting a file system needs root; tests/test_workdir.py fills files by a limit on their size")
+        job = start(
+            folder,
+            env={"JOB_STEP_SECONDS": "0.02", "JOB_NOTES": str(tmp_path)},
+            train__num_steps=600,
+            train__checkpoint_every_steps=150,
+            train__sample_every_steps=50,
+        )
+        wait_until(lambda: any(done["step"] >= 40 for done in steps_of(tmp_path)), job)
+        with filled(folder):
+            for refused in ("checkpoint of step 150", "metrics.jsonl", "step_0000100.png"):
+                wait_until(lambda refused=refused: re.search(f"{refused}.* was not written", job.text()), job)
+        assert job.finish() == [0], job.says()
+        assert final_state(folder) == final_state(reference(600, 1))
+        assert losses(folder) == losses(reference(600, 1))
 
 
 @slow

@@ -101,6 +101,31 @@ def test_it_maps_and_shards_over_images() -> None:
         np.testing.assert_allclose(a, c, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("channels", [32, 64])
+def test_a_replicated_parameter_has_the_gradient_of_the_whole_batch(channels: int) -> None:
+    """In a caller's shard_map over images; 64 channels take the Winograd form."""
+
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x: Array) -> Array:
+            gain, shift = self.param("gain", nn.initializers.ones, (channels,)), self.param("shift", ones, (channels,))
+            x = group_norm(x, *(jnp.tile(p, (len(x), 1)) for p in (gain, shift)), silu=True)
+            return Conv(channels, "float32")(Conv(channels, "float32", size=1)(x))
+
+    ones, net = nn.initializers.ones, Block()
+    x, mix = (jax.random.normal(jax.random.key(i), (2, 24, 16, channels)) for i in range(2))
+    params = jax.jit(net.init)(jax.random.key(2), x)
+
+    def loss(params: Any, x: Array, mix: Array) -> Array:
+        return jnp.sum(jnp.sin(net.apply(params, x)) * mix)  # pyright: ignore[reportArgumentType]
+
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
+    specs = (PartitionSpec(), PartitionSpec("data"), PartitionSpec("data"))
+    within = jax.shard_map(jax.grad(loss), mesh=mesh, in_specs=specs, out_specs=PartitionSpec())
+    for a, b in zip(*(jax.tree.leaves(jax.jit(f)(params, x, mix)) for f in (jax.grad(loss), within)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5 * np.abs(a).max())
+
+
 def test_channels_that_the_groups_do_not_divide_are_refused() -> None:
     with pytest.raises(ValueError, match="48 channels do not divide into 32 groups"):
         group_norm(jnp.zeros((1, 2, 2, 48)), jnp.ones((1, 48)), jnp.zeros((1, 48)), silu=False)

@@ -5,13 +5,16 @@ import math
 import multiprocessing
 import os
 import signal
+import struct
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tensorboardX import SummaryWriter
+from disk import file_size_limit
+from tensorboardX.proto import event_pb2
+from tensorboardX.record_writer import masked_crc32c
 
 from cfd import workdir
 from cfd.workdir import MetricsLog
@@ -118,13 +121,13 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_the_log_goes_on_from_a_step_without_a_gap_or_a_double(tmp_path: Path) -> None:
-    with workdir.metrics_log(tmp_path, 0) as log:
-        for step in range(1, 8):
-            workdir.write_metrics(log, step, {"loss": 1.0 / step, "count": step})
+    log = workdir.metrics_log(tmp_path, 0)
+    for step in range(1, 8):
+        workdir.write_metrics(log, step, {"loss": 1.0 / step, "count": step})
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 8, "lo')
-    with workdir.metrics_log(tmp_path, 5) as log:
-        workdir.write_metrics(log, 6, {"loss": 0.5, "count": 6})
+    log = workdir.metrics_log(tmp_path, 5)
+    workdir.write_metrics(log, 6, {"loss": 0.5, "count": 6})
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
     assert lines(tmp_path)[5] == {"step": 6, "loss": 0.5, "count": 6}
 
@@ -133,21 +136,74 @@ def test_the_log_goes_on_from_a_step_without_a_gap_or_a_double(tmp_path: Path) -
 def test_a_torn_last_line_is_dropped(tmp_path: Path, torn: bytes) -> None:
     good = b'{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n'
     (tmp_path / "metrics.jsonl").write_bytes(good + torn)
-    with workdir.metrics_log(tmp_path, 3):
-        pass
+    workdir.metrics_log(tmp_path, 3)
     assert (tmp_path / "metrics.jsonl").read_bytes() == good
 
 
 def test_nan_is_null_and_each_line_is_on_the_disk_at_once(tmp_path: Path) -> None:
-    with workdir.metrics_log(tmp_path, 0) as log:
-        workdir.write_metrics(log, 1, {"loss": math.nan, "grad_norm": math.inf, "other": -math.inf, "fine": 1.5})
-        assert lines(tmp_path) == [{"step": 1, "loss": None, "grad_norm": None, "other": None, "fine": 1.5}]
+    log = workdir.metrics_log(tmp_path, 0)
+    workdir.write_metrics(log, 1, {"loss": math.nan, "grad_norm": math.inf, "other": -math.inf, "fine": 1.5})
+    assert lines(tmp_path) == [{"step": 1, "loss": None, "grad_norm": None, "other": None, "fine": 1.5}]
+
+
+def events(folder: Path) -> list[list[Any]]:
+    """The records of every TensorBoard file, the oldest first; their check sums must be right, and none torn."""
+    protocol: Any = event_pb2  # its classes are made when it is imported
+    files = []
+    for path in sorted((folder / "tensorboard").iterdir()):
+        data, found = path.read_bytes(), []
+        while data:
+            (size,) = struct.unpack("<Q", data[:8])
+            event, sums = data[12 : 12 + size], (data[8:12], data[12 + size : 16 + size])
+            assert sums == tuple(struct.pack("<I", masked_crc32c(part)) for part in (data[:8], event))
+            found.append(protocol.Event.FromString(event))
+            data = data[16 + size :]
+        files.append(found)
+    return files
+
+
+def test_every_start_has_a_file_that_hides_later_steps_of_the_one_before(tmp_path: Path) -> None:
+    for start in (0, 4):
+        log = workdir.metrics_log(tmp_path, start)
+        for step in (5, 6):
+            workdir.write_metrics(log, step, {"loss": step / 4, "count": step})
+    for start, (version, purge, *rest) in zip((0, 4), events(tmp_path), strict=True):
+        assert version.file_version == "brain.Event:2"
+        assert (purge.step, purge.session_log.status) == (start + 1, purge.session_log.START)
+        values = [(e.step, {v.tag: v.simple_value for v in e.summary.value}) for e in rest]
+        assert values == [(step, {"loss": step / 4, "count": step}) for step in (5, 6)]
+
+
+def test_what_a_full_disk_refuses_is_written_when_there_is_space(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Exactly once, though a part of a line was written; an image is lost no more than a scalar is."""
+    log = workdir.metrics_log(tmp_path, 0)
+    picture = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    workdir.write_metrics(log, 1, {"loss": 1.0})
+    with file_size_limit(150):
+        for step in range(2, 20):
+            workdir.write_metrics(log, step, {"loss": 1.0 / step})
+        workdir.write_image(log, 19, "grid", picture)
+    assert (tmp_path / "metrics.jsonl").stat().st_size == 150
+    assert "metrics.jsonl was not written: File too large" in caplog.text and "tfevents" in caplog.text
+    workdir.write_metrics(log, 20, {"loss": 1.0 / 20})
+    assert lines(tmp_path) == [{"step": step, "loss": 1.0 / step} for step in range(1, 21)]
+    tags = [(e.step, e.summary.value[0].tag) for e in events(tmp_path)[0][2:]]
+    assert tags == [(step, "loss") for step in range(1, 20)] + [(19, "grid"), (20, "loss")]
+
+
+def test_another_error_of_the_disk_is_raised(tmp_path: Path) -> None:
+    log = workdir.metrics_log(tmp_path, 0)
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(IsADirectoryError):
+        workdir.write_metrics(log, 1, {"loss": 1.0})
 
 
 def test_images_and_scalars_reach_tensorboard(tmp_path: Path) -> None:
-    with workdir.metrics_log(tmp_path, 0) as log:
-        workdir.write_metrics(log, 1, {"loss_of_this_test": 0.25})
-        workdir.write_image(log, 1, "grid_of_this_test", np.zeros((4, 6, 3), np.uint8))
+    log = workdir.metrics_log(tmp_path, 0)
+    workdir.write_metrics(log, 1, {"loss_of_this_test": 0.25})
+    workdir.write_image(log, 1, "grid_of_this_test", np.zeros((4, 6, 3), np.uint8))
     content = b"".join(p.read_bytes() for p in (tmp_path / "tensorboard").iterdir())
     assert b"loss_of_this_test" in content and b"grid_of_this_test" in content and b"PNG" in content
 
@@ -161,10 +217,9 @@ def test_other_processes_log_nothing() -> None:
 def test_a_killed_run_and_its_restart_have_every_step_once(tmp_path: Path) -> None:
     """The log is cut at the step of the checkpoint, wherever the run was stopped."""
     for resumed, stopped in [(0, 7), (5, 6), (5, 12), (10, 15)]:
-        with workdir.metrics_log(tmp_path, resumed) as log:
-            assert isinstance(log.board, SummaryWriter)
-            for step in range(resumed + 1, stopped + 1):
-                workdir.write_metrics(log, step, {"loss": float(step)})
+        log = workdir.metrics_log(tmp_path, resumed)
+        for step in range(resumed + 1, stopped + 1):
+            workdir.write_metrics(log, step, {"loss": float(step)})
     assert lines(tmp_path) == [{"step": step, "loss": float(step)} for step in range(1, 16)]
 
 
