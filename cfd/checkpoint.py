@@ -61,15 +61,11 @@ def open_manager(workdir: str | os.PathLike[str], *, keep: int) -> Manager:
     What a killed run left half written or half deleted is removed.
     """
     directory = Path(workdir).absolute() / CHECKPOINTS
-    manager = Manager(directory, keep, _open_orbax(directory, keep))
-    _empty_trash(directory)
-    return manager
+    return Manager(directory, keep, _open_orbax(directory, keep))
 
 
 def _open_orbax(directory: Path, keep: int) -> ocp.CheckpointManager:
-    if jax.process_index() == 0:
-        for litter in directory.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(litter)
+    _remove_litter(directory)
     return ocp.CheckpointManager(
         directory,
         options=ocp.CheckpointManagerOptions(
@@ -87,13 +83,18 @@ def _fsync_unfinished(directory: Path) -> None:
             fsync(path)
 
 
-def _empty_trash(directory: Path) -> None:
-    if jax.process_index() == 0:
-        for old in (directory / TRASH).glob("*"):
-            try:
-                shutil.rmtree(old)
-            except OSError as e:  # it is tried again after the next save
-                logging.warning("an old checkpoint was not deleted: %s", _reason(e))
+def _remove_litter(directory: Path) -> None:
+    """Half-written and old steps. Call it while no save is in progress."""
+    if jax.process_index() != 0:
+        return
+    for old in (*directory.glob("*.orbax-checkpoint-tmp*"), *(directory / TRASH).glob("*")):
+        try:
+            # Under a name of its own first: a failed save may still be writing, and add files to the old one.
+            renamed = old.with_name(f"{old.name}.{time.time_ns()}")
+            old.rename(renamed)
+            shutil.rmtree(renamed)
+        except OSError as e:  # it is tried again after the next save
+            logging.warning("%s was not deleted: %s", old, _reason(e))
 
 
 def save(manager: Manager, step: int, state: Any, *, data_state: dict[str, Any], config_json: dict[str, Any]) -> None:
@@ -142,7 +143,7 @@ def _finish(manager: Manager, error: Exception | str | None) -> None:
     step, manager.saving = manager.saving, None
     if _all_agree(error is None):
         manager.failed_saves = 0
-        _empty_trash(manager.directory)
+        _remove_litter(manager.directory)
         return
     manager.failed_saves += 1
     reason = _reason(error) if error else "another process failed"
@@ -167,6 +168,17 @@ def close(manager: Manager) -> None:
     manager.orbax.close()
     if failed:
         raise CheckpointError(f"the last checkpoint, step {last}, was not written in {manager.directory}: see the log")
+
+
+def abandon(manager: Manager) -> None:
+    """Closes after an error that may be of this process alone: the last save is waited for, its failure only logged.
+
+    `close` would wait for the other processes to agree on it, which they never do while they wait for this one.
+    """
+    try:
+        manager.orbax.close()
+    except Exception as e:  # Orbax and TensorStore have no common class
+        logging.error("checkpoint of step %s was not written, %s: %s", manager.saving, manager.directory, _reason(e))
 
 
 def restore(

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -86,12 +86,13 @@ def read_reference(path: str, image_shape: tuple[int, int, int], features: Featu
     """The statistics of an `.npz` in the layout of OpenAI's evaluator; their own, where it holds them."""
     headers = check_reference(path, image_shape, features.name)
     images, rows = headers["arr_0"], block_rows(image_shape)
+    blocks = until_stopped(npz.npz_batches(path, "arr_0", rows))
     if "mu" not in headers:
-        return measure(npz.npz_batches(path, "arr_0", rows), images.shape[0], features)
+        return measure(blocks, images.shape[0], features)
     chosen = evenly_spaced(images.shape[0], NEIGHBOUR_ROWS)
     pool = [
         features.extract(block[chosen[first : first + rows]]).pool
-        for first, block in zip(range(0, len(chosen), rows), npz.npz_batches(path, "arr_0", rows), strict=True)
+        for first, block in zip(range(0, len(chosen), rows), blocks, strict=True)
     ]
     return Reference(**npz.read_npz(path, ("mu", "sigma", "mu_s", "sigma_s")), features=np.concatenate(pool))
 
@@ -150,8 +151,16 @@ def evenly_spaced(count: int, wanted: int) -> Bool[np.ndarray, " count"]:
 def in_blocks(dataset: data.Dataset, num_workers: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The whole data set in order, (images, labels) by blocks; stops when asked to."""
     rows = block_rows((dataset.image_size, dataset.image_size, dataset.channels))
-    for first in range(0, len(dataset), rows):
-        yield data.load_arrays(dataset, np.arange(first, min(first + rows, len(dataset))), num_workers=num_workers)
+    return until_stopped(
+        data.load_arrays(dataset, np.arange(first, min(first + rows, len(dataset))), num_workers=num_workers)
+        for first in range(0, len(dataset), rows)
+    )
+
+
+def until_stopped(blocks: Iterable[Any]) -> Iterator[Any]:
+    """The blocks; after each the watchdog hears of it, and the run stops if it was asked to."""
+    for block in blocks:
+        yield block
         if preemption.requested():
             raise preemption.Stopped("Stopped in the sweep, in its reference set")
 

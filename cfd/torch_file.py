@@ -41,7 +41,13 @@ def read_torch(path: str | Path) -> dict[str, Shaped[np.ndarray, "..."]]:
     if not isinstance(state, dict) or not state or not all(isinstance(x, torch.Tensor) for x in state.values()):
         names = list(_names(state))
         raise ValueError(f"{path} is not one flat dict of tensors. It holds {holds(names)}")
-    return {str(name): x.float().numpy() if x.is_floating_point() else x.numpy() for name, x in state.items()}
+    strided = all(x.layout == torch.strided for x in state.values())
+    if not strided or sum(x.nbytes for x in state.values()) > path.stat().st_size:
+        raise ValueError(
+            f"{path} is refused: its tensors are sparse, or repeat their bytes to more than the file holds"
+        )
+    state = {str(name): x.detach() for name, x in state.items()}
+    return {name: x.float().numpy() if x.is_floating_point() else x.numpy() for name, x in state.items()}
 
 
 def _check_container(path: Path) -> bool:

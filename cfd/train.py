@@ -344,11 +344,13 @@ def fit(
 
 @contextmanager
 def closing_manager(manager: checkpoint.Manager) -> Iterator[None]:
-    """Waits for the last save, and raises if it failed, also when the block is left by an error."""
+    """Waits for the last save, also when the block is left by an error; otherwise raises if that save failed."""
     try:
         yield
-    finally:
-        checkpoint.close(manager)
+    except BaseException:
+        checkpoint.abandon(manager)
+        raise
+    checkpoint.close(manager)
 
 
 def check_finite(unchecked: tuple[int, dict[str, Array]] | None, limit: int, manager: checkpoint.Manager) -> None:

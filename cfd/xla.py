@@ -86,9 +86,11 @@ def use_compilation_cache(folder: str) -> None:
         return
     folder = os.path.abspath(os.path.expanduser(folder))
     os.makedirs(folder, mode=0o700, exist_ok=True)
-    if os.stat(folder).st_mode & 0o022:
+    found = os.stat(folder)
+    if found.st_mode & 0o022 or found.st_uid not in (os.getuid(), 0):
         raise ValueError(
-            f"compilation cache {folder} can be written by other users, and it holds native code: chmod go-w it"
+            f"compilation cache {folder} is another user's, or can be written by others, and it holds native code: "
+            "chmod go-w it, or give a folder of your own"
         )
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -3,7 +3,8 @@
 Everything else is the real command: its flags, its loop, its checkpoints and its signals. The environment says more:
 JOB_STEP_SECONDS   what each step takes on top
 JOB_CORES          how many cores to run on
-JOB_HANG           "main:S" or "loader:S": the main thread, or the one that loads data, sleeps for ever at step S
+JOB_HANG           "main:S" or "loader:S": the main thread, or the one that loads data, sleeps for ever at step S;
+                   "error:S": the main thread raises an error
 JOB_HANG_PROCESS   the number of the process that does
 JOB_NOTES          the folder of steps.jsonl, where it is not the run's
 Each step, save and start of a loop adds a line to steps.jsonl, which, other than metrics.jsonl, keeps the steps that
@@ -113,8 +114,11 @@ def hanging(batches: Any) -> Any:
             skipped = 0
 
             def __next__(self) -> Any:
-                if hangs("main", next(count)):
+                step = next(count)
+                if hangs("main", step):
                     time.sleep(1e6)
+                if hangs("error", step):
+                    raise ValueError("image 7 is bad")
                 return next(inner)
 
             def close(self) -> None:

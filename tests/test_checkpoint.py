@@ -445,6 +445,21 @@ def check_failed_saves(folder: Path, full: Callable[[], Any], caplog: pytest.Log
     return steps(folder)
 
 
+def test_litter_that_cannot_be_deleted_is_no_error(
+    two_steps: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failed save may still write to it; it goes after the next save."""
+    half = two_steps / "checkpoints" / "3.orbax-checkpoint-tmp" / "state"
+    half.mkdir(parents=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rmdir", os.readlink)  # an OSError
+        manager = checkpoint.open_manager(two_steps, keep=2)
+    assert "3.orbax-checkpoint-tmp was not deleted: OSError" in caplog.text
+    save(manager, 3, make_state(3))
+    checkpoint.close(manager)
+    assert steps(two_steps) == [2, 3] and not litter(two_steps)
+
+
 def test_failed_saves_by_a_limit_on_file_sizes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert check_failed_saves(tmp_path, lambda: file_size_limit(20_000), caplog, rows=64) == [6, 12]
 

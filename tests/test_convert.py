@@ -288,6 +288,9 @@ def test_files_that_are_something_else_are_named(torch, tmp_path: Path, capsys) 
     torch.save(nested, tmp_path / "nested")
     torch.save([torch.zeros(2)], tmp_path / "list")
     torch.save({"a": torch.zeros(2)}, tmp_path / "unknown")
+    torch.save({"a": torch.nn.Parameter(torch.zeros(2))}, tmp_path / "parameter")
+    torch.save({"a": torch.zeros(1, dtype=torch.float16).expand(10**13)}, tmp_path / "expanded")
+    torch.save({"a": torch.eye(3).to_sparse()}, tmp_path / "sparse")
     with zipfile.ZipFile(tmp_path / "other zip", "w") as archive:
         archive.writestr("word/document.xml", "text")
     with zipfile.ZipFile(tmp_path / "bomb", "w", zipfile.ZIP_DEFLATED) as archive:
@@ -308,6 +311,9 @@ def test_files_that_are_something_else_are_named(torch, tmp_path: Path, capsys) 
         "nested": "not one flat dict of tensors. It holds a latent-diffusion checkpoint",
         "list": "not one flat dict",
         "unknown": "no network of ADM but 1 names unknown",
+        "parameter": "no network of ADM but 1 names unknown",
+        "expanded": "repeat their bytes to more than the file holds",
+        "sparse": "its tensors are sparse",
         "other zip": "zip archive without PyTorch's data.pkl",
         "bomb": "compressed",
         "absent": "is not a file",

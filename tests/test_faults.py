@@ -228,6 +228,22 @@ def test_killed_at_random_steps_of_one_process(
 
 @slow
 @pytest.mark.timeout(600)
+def test_an_error_of_one_process_is_said_and_ends_all(start: Start, tmp_path: Path) -> None:
+    """After a save, whose end the others are not there to agree on."""
+    job = start(
+        tmp_path / "run",
+        processes=2,
+        env={"JOB_HANG": "error:17", "JOB_HANG_PROCESS": "1", "JOB_STEP_SECONDS": "0.02"},
+        train__num_steps=1000,
+        train__checkpoint_every_steps=5,
+    )
+    assert all(job.finish()), job.says()
+    assert "error: image 7 is bad" in job.text(1)
+    assert final_state(job.folder)[0] == 15
+
+
+@slow
+@pytest.mark.timeout(600)
 def test_a_disk_that_is_full_for_a_while(start: Start, reference: Any, tmp_path: Path) -> None:
     """T7 in the training loop: it goes on, and in the end not a line of the log is missing."""
     folder = tmp_path / "run"

@@ -16,6 +16,13 @@ def test_a_mesh_has_all_devices(data: int, fsdp: int, shape: tuple[int, int]) ->
     assert set(mesh.devices.flat) == set(jax.devices())
 
 
+def test_a_mesh_is_ordered_by_process_whatever_the_order_of_jax(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a torus JAX's own order scatters the devices of a process, and its rows of the batch with them."""
+    found = jax.devices()
+    monkeypatch.setattr(jax, "devices", lambda: found[::-2] + found[::2])
+    assert list(parallel.make_mesh(-1, 2).devices.flat) == found
+
+
 @pytest.mark.parametrize(("data", "fsdp"), [(3, 1), (-1, 3), (8, 2), (1, 1), (-1, 16), (-1, 0)])
 def test_a_mesh_of_another_number_of_devices_is_refused(data: int, fsdp: int) -> None:
     with pytest.raises(ValueError, match=rf"mesh is data={data} x fsdp={fsdp} for 8 devices; .* must be 8"):

@@ -1,6 +1,8 @@
 """What is asked of XLA: the options leave the gradients right, and freed memory goes back after long compilations."""
 
 import ctypes
+import os
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -85,3 +87,11 @@ def test_memory_is_returned_after_a_long_compilation_alone(monkeypatch: pytest.M
         assert trimmed == [0]
     finally:
         jax.monitoring.unregister_event_duration_listener(record)
+
+
+def test_a_compilation_cache_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if os.getuid() == 0:
+        os.chown(tmp_path, 54321, -1)
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    with pytest.raises(ValueError, match=f"{tmp_path} is another user's.*a folder of your own"):
+        xla.use_compilation_cache(str(tmp_path))
