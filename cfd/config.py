@@ -201,6 +201,12 @@ def _validate_together(config: Config) -> None:
                 f"config.{group}.head_channels is {net.head_channels} and num_heads {net.num_heads}: "
                 "give one of them, and 0 for the other"
             )
+        levels = [data.image_size // 2**i for i in range(len(net.channel_mult))]
+        if set(net.attention_resolutions) - set(levels):
+            raise ValueError(
+                f"config.{group}.attention_resolutions is {net.attention_resolutions}, and the network works at {levels}: "
+                "choose of these"
+            )
         factor = 2 ** (len(net.channel_mult) - 1)
         if data.image_size % factor:
             raise ValueError(

@@ -194,8 +194,9 @@ class Norm(nn.Module):
     ) -> Float[Array, "b h w c"]:
         gain, bias = (jnp.broadcast_to(p, (x.shape[0], x.shape[3])) for p in Affine(name="group")(x.shape[3]))
         if scale is not None and shift is not None:
+            scale, shift = scale.astype(jnp.float32), shift.astype(jnp.float32)
             gain, bias = gain * (1.0 + scale), bias * (1.0 + scale) + shift
-        return group_norm(x, gain.astype(jnp.float32), bias.astype(jnp.float32), silu=self.silu)
+        return group_norm(x, gain, bias, silu=self.silu)
 
 
 class Affine(nn.Module):

@@ -96,7 +96,7 @@ def get_config() -> ConfigDict:
                 clip=True,
                 classes=(),
                 seeds=(0,),
-                batch_size=250,
+                batch_size=256,
             ),
             eval=dict(
                 weights=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 2.0, 3.0, 4.0),

@@ -5,7 +5,7 @@
 #   TPU_NAME=my-slice TPU_ZONE=us-east5-b TPU_TYPE=v5litepod-16 TPU_VERSION=v2-alpha-tpuv5-lite \
 #     launch/tpu_pod.sh CONFIG WORKDIR [FLAG ...]
 #
-# Run it in the checkout, which is copied to the hosts. TPU_CREATE_FLAGS is added to the creation, such as --spot.
+# Run it in the checkout, which is copied to the hosts, changes and new files included. TPU_CREATE_FLAGS is added to the creation, such as --spot.
 # WORKDIR, and data.path, lie on a disk that all hosts mount at the same place (Filestore, say): TPU_SETUP, a command
 # that runs on every host before each start, can mount it.
 set -euo pipefail
@@ -38,7 +38,7 @@ if [ -z "$state" ]; then
 fi
 
 archive=$(mktemp --suffix=.tar.gz)
-git archive --format=tar.gz --output="$archive" HEAD
+git ls-files -z --cached --others --exclude-standard | tar --null --files-from=- -czf "$archive"
 tpu scp "$archive" "$TPU_NAME:cfd.tar.gz" --worker=all
 rm -f "$archive"
 everywhere "pkill -KILL -f 'cfd[.]main' || true
