@@ -204,7 +204,7 @@ def _validate_together(config: Config) -> None:
         levels = [data.image_size // 2**i for i in range(len(net.channel_mult))]
         if set(net.attention_resolutions) - set(levels):
             raise ValueError(
-                f"config.{group}.attention_resolutions is {net.attention_resolutions}, and the network works at {levels}: "
+                f"config.{group}.attention_resolutions is {net.attention_resolutions}; the network works at {levels}: "
                 "choose of these"
             )
         factor = 2 ** (len(net.channel_mult) - 1)

@@ -98,6 +98,7 @@ def test_a_bad_value_is_refused_by_name(name: str, value: Any) -> None:
         ({"model.head_channels": 0}, ("head_channels is 0", "give one of them")),
         ({"data.image_size": 9, "model.channel_mult": (1, 2)}, ("image_size is 9", "multiple of 2")),
         ({"classifier.channel_mult": (1,) * 5}, ("image_size is 8", "classifier.channel_mult", "multiple of 16")),
+        ({"model.attention_resolutions": (4,)}, ("model.attention_resolutions is (4,)", "works at [8]")),
         ({"process.logsnr_min": 20.0}, ("logsnr_min is 20.0", "below logsnr_max")),
         ({"train.num_microbatches": 3}, ("batch_size is 16", "3", "multiple")),
         ({"classifier_train.batch_size": 9, "train.num_microbatches": 2}, ("classifier_train.batch_size is 9", "2")),

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from adm_formula import hidden, printed, relative
+from test_inception import inception_state
 
-from cfd import checkpoint, convert, report
+from cfd import checkpoint, convert, inception, report
 from cfd.adm import logsnr_table
 from cfd.adm_import import PUBLISHED, Hidden, adm_network, adm_params
 from cfd.classifier import load_classifier
@@ -57,30 +58,42 @@ def test_the_architecture_is_read_off_the_tensors() -> None:
     assert adm_network(*shapes_of("uncond")).fields["num_classes"] == 0
 
 
-def published_shapes(kind: str) -> Shapes:
-    """The shapes of ADM's 64x64 model or classifier, made from our small network of the same pattern by its widths."""
-    name, base, small_embedding, size = (
-        ("pattern64", 192, 10, 64) if kind == "diffusion" else ("classifier_pattern64", 128, 10, 64)
-    )
-    shapes, _ = shapes_of(name)
+def published_shapes(kind: str, size: int = 64) -> Shapes:
+    """The shapes of ADM's model or classifier, made from our small network of the same pattern by its widths."""
+    base = 128 if kind == "classifier" else 192 if size == 64 else 256
+    shapes, _ = shapes_of(f"{'classifier_' * (kind == 'classifier')}pattern{size}")
     scaled = {}
     for key, shape in shapes.items():
         grown = tuple(d * base // 32 if d % 32 == 0 else d for d in shape)
-        scaled[key] = tuple(1000 if d == small_embedding else d for d in grown)
-    if kind == "classifier":
-        scaled["out.2.positional_embedding"] = (scaled["out.2.positional_embedding"][0], (size // 8) ** 2 + 1)
+        scaled[key] = tuple(1000 if d == 10 else d for d in grown)
+    if kind == "classifier":  # 8x8 positions and their mean
+        scaled["out.2.positional_embedding"] = (scaled["out.2.positional_embedding"][0], 65)
     return scaled
 
 
-@pytest.mark.parametrize(("kind", "parameters"), [("diffusion", 295_904_454), ("classifier", 65_438_568)])
-def test_a_published_model_needs_no_flags(kind: str, parameters: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "size", "parameters", "schedule", "order", "heads"),
+    [
+        ("diffusion", 64, 295_904_454, "cosine", "new", (64, 0)),
+        ("classifier", 64, 65_438_568, "cosine", "legacy", (64, 0)),
+        ("diffusion", 128, 421_529_606, "linear", "legacy", (0, 4)),
+        ("classifier", 128, 42_568_040, "linear", "legacy", (64, 0)),
+    ],
+)
+def test_a_published_model_needs_no_flags(
+    kind: str, size: int, parameters: int, schedule: str, order: str, heads: tuple[int, int]
+) -> None:
     """It is recognised, and has the parameters of the original."""
-    shapes = published_shapes(kind)
+    shapes = published_shapes(kind, size)
     assert sum(int(np.prod(shape)) for shape in shapes.values()) == parameters
     network = adm_network(shapes)
-    assert (network.kind, network.image_size, network.schedule) == (kind, 64, "cosine")
-    assert network.attention_order == ("new" if kind == "diffusion" else "legacy")
-    assert (network.fields["head_channels"], network.fields["num_heads"]) == (64, 0)
+    assert (network.kind, network.image_size, network.schedule, network.attention_order) == (
+        kind,
+        size,
+        schedule,
+        order,
+    )
+    assert (network.fields["head_channels"], network.fields["num_heads"]) == heads
     assert network.fields["attention_resolutions"] == (32, 16, 8)
 
 
@@ -322,6 +335,14 @@ def test_files_that_are_something_else_are_named(torch, tmp_path: Path, capsys) 
         message = fails(capsys, "adm", tmp_path / name, tmp_path / "run")
         assert words in message, name
     assert not (tmp_path / "run").exists()
+
+
+def test_inceptions_weights_become_the_file_that_a_config_names(torch, tmp_path: Path) -> None:
+    state = inception_state()
+    torch.save({key: torch.from_numpy(x) for key, x in state.items()}, tmp_path / "fid.pth")
+    convert.main(["inception", str(tmp_path / "fid.pth"), str(tmp_path / "inception.npz")])
+    expected = inception.inception_params_from_torch(state)
+    jax.tree.map(np.testing.assert_array_equal, inception.load_params(tmp_path / "inception.npz"), expected)
 
 
 def test_nothing_is_overwritten(torch, tmp_path: Path, capsys) -> None:

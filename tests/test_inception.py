@@ -17,8 +17,7 @@ from cfd import inception, npz
 PEER = Path(__file__).parent / "data" / "torch_fidelity.npz"
 
 
-@pytest.fixture(scope="module")
-def state() -> dict[str, np.ndarray]:
+def inception_state() -> dict[str, np.ndarray]:
     """A state dict with the names and shapes of pytorch-fid's and torch-fidelity's weights."""
     tensors = {"fc.weight": (1008, 2048), "fc.bias": (1008,)}
     for path, shape in inception.param_shapes().items():
@@ -28,6 +27,11 @@ def state() -> dict[str, np.ndarray]:
             tensors[f"{name}.conv.weight"] = (features, channels, height, width)
             tensors |= {f"{name}.bn.{k}": (features,) for k in ("weight", "bias", "running_mean", "running_var")}
     return {key: formula.tensor(key, *shape) for key, shape in tensors.items()}
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, np.ndarray]:
+    return inception_state()
 
 
 @pytest.fixture(scope="module")
