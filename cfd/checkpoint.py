@@ -336,8 +336,8 @@ def load(workdir: str | os.PathLike[str], step: int | None = None, *, sharding: 
     `eps_fn(z, logsnr, labels)` is a `jax.tree_util.Partial`: it can also be an argument of a jitted function, its
     weights then being arguments too. It raises ValueError for labels that are not below the number of classes, and
     for ∅ where the model never saw it (p_uncond = 0; under `jit` the rows of ∅ are then NaN).
-    The weights are on one device unless `sharding` says otherwise. Raises ValueError (no run, no such step) and
-    CheckpointError (damage).
+    The weights are on one device unless `sharding` says otherwise. Of several processes every one must call it. Raises
+    ValueError (no run, no such step) and CheckpointError (damage).
     """
     params, config_json, step = load_ema(workdir, "diffusion", step, sharding=sharding)
     config = config_json["config"]
@@ -378,11 +378,12 @@ def load_ema(
 
     A damaged newest step is passed over with a warning; one that is asked for raises CheckpointError.
     """
+    workdir = os.path.expanduser(workdir)
     config_json = read_config(workdir)
     if config_json["kind"] != kind:
         opened_by = {"diffusion": "cfd.checkpoint.load", "classifier": "cfd.classifier.load_classifier"}
         raise ValueError(
-            f"{os.fspath(workdir)} holds a {config_json['kind']} run; a {kind} run was expected: give its "
+            f"{workdir} holds a {config_json['kind']} run; a {kind} run was expected: give its "
             f"folder, or open this one with {opened_by.get(config_json['kind'], 'the program that wrote it')}"
         )
     directory = Path(workdir).absolute() / CHECKPOINTS

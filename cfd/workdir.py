@@ -54,7 +54,7 @@ FREE_FIELDS = (
 )
 """What may change between restarts of a run: the state at a step is a function of all the other fields. (`data.path`
 is where the data set lies, not which one it is; `on_bad_image` and `nonfinite_limit` say whether a step is reached, not
-what it gives; `mesh` moves the last bits of a float32 and no more.)"""
+what it gives; `mesh` moves last bits and no more: of a float32, or of a bfloat16 with that `model.dtype`.)"""
 
 
 @contextlib.contextmanager
