@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -17,11 +18,13 @@ import optax
 import pytest
 from jax.sharding import AxisType, Mesh
 from PIL import Image
-from tiny import tiny_config
+from tiny import QUICK, tiny_config
 
+import cfd.train
 from cfd import checkpoint, data, parallel, preemption
 from cfd.config import describe
 from cfd.train import TrainState, diffusion, fit, global_norm, initial_state, make_optimizer, train_step
+from cfd.unet import UNet
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 
@@ -104,7 +107,9 @@ def test_microbatches_have_noise_of_their_own() -> None:
     np.testing.assert_allclose(step(state, batch_of(0), jax.random.key(0))[1]["loss"], jax.random.normal(key))
 
 
-def numpy_training(w: Any, b: Any, batches: list[Any], *, rate: float, warmup: int, clip: float, decay: float) -> Any:
+def numpy_training(
+    w: Any, b: Any, batches: list[Any], *, rate: float, warmup: int, b1: float, b2: float, clip: float, decay: float
+) -> Any:
     """Adam by its paper (arXiv:1412.6980, Algorithm 1) in float64, on the gradient derived by hand, clipped."""
     ema_w, m, v = w.copy(), np.zeros(260), np.zeros(260)
     norms = []
@@ -115,9 +120,9 @@ def numpy_training(w: Any, b: Any, batches: list[Any], *, rate: float, warmup: i
         norm = np.sqrt((grad_w**2).sum() + (grad_b**2).sum())
         norms.append(norm)
         g = np.concatenate([grad_w.ravel(), grad_b]) * min(1.0, clip / norm)
-        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        m, v = b1 * m + (1.0 - b1) * g, b2 * v + (1.0 - b2) * g**2
         at = rate * min((t - 1) / warmup, 1.0)
-        change: Any = at * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+        change: Any = at * (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + 1e-8)
         w, b = w - change[:256].reshape(64, 4), b - change[256:]
         ema_w = decay * ema_w + (1.0 - decay) * w
     return w, ema_w, norms
@@ -130,20 +135,22 @@ def test_the_norm_is_that_of_all_elements(shapes: list[tuple[int, ...]]) -> None
     assert float(jax.jit(global_norm)(tree)) == pytest.approx(exact, rel=1e-6)
 
 
+CLIP = 7.5
+
+
 @pytest.mark.parametrize("num_microbatches", [1, 4])
 def test_adam_warm_up_clipping_and_ema_against_numpy(num_microbatches: int) -> None:
-    state, step = step_of(
-        squares, learning_rate=0.01, warmup_steps=4, grad_clip=2.0, ema_decay=0.9, num_microbatches=num_microbatches
-    )
+    adam, options = dict(adam_b1=0.8, adam_b2=0.99), dict(learning_rate=0.01, warmup_steps=4, ema_decay=0.9)
+    state, step = step_of(squares, grad_clip=CLIP, num_microbatches=num_microbatches, **adam, **options)
     batches = [batch_of(seed) for seed in range(8)]
     w, b = np.float64(state.params["w"]), np.float64(state.params["b"])
-    w, ema_w, norms = numpy_training(w, b, batches, rate=0.01, warmup=4, clip=2.0, decay=0.9)
+    w, ema_w, norms = numpy_training(w, b, batches, rate=0.01, warmup=4, b1=0.8, b2=0.99, clip=CLIP, decay=0.9)
     measured = []
     for batch in batches:
         state, metrics = step(state, batch, jax.random.key(0))
         measured.append(metrics["grad_norm"])
     np.testing.assert_allclose(measured, norms, rtol=1e-5)  # logged before it is clipped
-    assert min(norms) > 2.0
+    assert min(norms) < CLIP < max(norms)
     np.testing.assert_allclose(state.params["w"], w, atol=2e-5)
     np.testing.assert_allclose(state.ema["w"], ema_w, atol=2e-5)
     assert int(state.step) == 8 and int(state.nonfinite_steps) == 0
@@ -268,6 +275,54 @@ def test_a_run_logs_every_step_once_and_saves_its_last(straight: Path) -> None:
     assert (straight / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_run_has_its_own_seed_and_flips_and_shows_its_ema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, shown, real = {}, [], data.batches
+    monkeypatch.setattr(data, "batches", lambda dataset, **options: asked.update(options) or real(dataset, **options))
+
+    def draw(step: int, ema: Any) -> np.ndarray:
+        shown.append(jax.tree.map(np.array, ema))
+        return np.zeros((8, 8, 3), np.uint8)
+
+    def loss_fn(key: Any, params: Any, x: Any, labels: Any) -> Any:
+        return jax.random.normal(key) + 1e-3 * jnp.sum(params["w"] ** 2)
+
+    run(tmp_path, loss_fn, draw=draw, seed=5, data__flip=True, train__keep_checkpoints=3, train__sample_every_steps=6)
+    assert (asked["seed"], asked["flip"], asked["start_step"]) == (5, True, 0)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdecimal()) == ["2", "4", "6"]
+    state = saved(tmp_path)[1]
+    assert_same_bits(shown[-1], state.ema)
+    assert (state.ema["w"] != state.params["w"]).any()
+    key_init, key_steps = jax.random.split(jax.random.key(5))
+    first = loss_fn(jax.random.fold_in(key_steps, 0), init(key_init), None, None)
+    np.testing.assert_allclose(lines(tmp_path, "loss")[0][1], first, rtol=1e-6)
+
+
+def test_the_rate_is_that_of_the_steps_since_the_line_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = itertools.count()
+    monkeypatch.setattr(cfd.train, "time", SimpleNamespace(perf_counter=lambda: next(looks)))
+    run(tmp_path, train__log_every_steps=2)
+    assert len({rate for _, rate in lines(tmp_path, "images_per_second")}) == 1
+
+
+def test_each_network_is_trained_with_its_own_settings_on_the_training_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple] = []
+    monkeypatch.setattr(cfd.train, "fit", lambda *arguments, **options: asked.append((*arguments, options)))
+    config = tiny_config(classifier_train__num_steps=9, classifier_train__batch_size=8, seed=5)
+    images = data.from_config(config.data, "train")
+    for train in (cfd.train.train, cfd.train.train_classifier):
+        train(config, str(tmp_path))
+    for settings, _, _, dataset, *_, options in asked:
+        np.testing.assert_array_equal(dataset.labels, images.labels)
+        assert settings.warmup_steps == config.train.warmup_steps
+        assert options == dict(seed=5, loading=config.data, allow_fresh_start=False)
+    (own, folder, *_), (other, inner, *_) = asked
+    assert own == config.train and folder == str(tmp_path) and inner == str(tmp_path / "classifier")
+    assert {name: other[name] for name in config.classifier_train} == config.classifier_train.to_dict()
+    assert other.num_steps != own.num_steps and other.weight_decay != own.weight_decay
+
+
 def same_run(a: Path, b: Path) -> None:
     assert lines(a, "loss", "grad_norm") == lines(b, "loss", "grad_norm")
     (step_a, state_a), (step_b, state_b) = saved(a), saved(b)
@@ -304,21 +359,22 @@ def test_bad_images_are_counted_across_a_resume(tmp_path: Path, monkeypatch: pyt
             file.write_bytes(file.read_bytes()[:40])
     fields: dict[str, Any] = dict(data__source="folder", data__path=str(tmp_path / "pictures"), data__num_classes=2)
     calls = itertools.count(1)
+    monkeypatch.setattr(parallel, "total", lambda count: 2 * count)  # of two processes that pass over as many
     with monkeypatch.context() as patch, pytest.raises(preemption.Stopped):
         patch.setattr(preemption, "requested", lambda: next(calls) == 3)
         run(tmp_path, **fields, data__on_bad_image="skip")
     run(tmp_path, **fields, data__on_bad_image="skip")
-    assert lines(tmp_path, "skipped_images") == [(step, 3 * step) for step in range(1, 7)]
+    assert lines(tmp_path, "skipped_images") == [(step, 6 * step) for step in range(1, 7)]
     with pytest.raises(data.BadImage, match=r"\.png cannot be decoded"):
         run(tmp_path, **fields, data__on_bad_image="raise", train__num_steps=7)
 
 
-def test_a_stop_adds_no_line_to_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_adds_no_line_to_the_log_and_draws_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = itertools.count(1)
     with monkeypatch.context() as patch, pytest.raises(preemption.Stopped):
         patch.setattr(preemption, "requested", lambda: next(calls) == 3)
-        run(tmp_path, train__log_every_steps=4)
-    assert lines(tmp_path) == []
+        run(tmp_path, draw=lambda *_: pytest.fail("it did"), train__log_every_steps=4, train__sample_every_steps=3)
+    assert not (tmp_path / "metrics.jsonl").exists()
     run(tmp_path, train__log_every_steps=4)
     assert lines(tmp_path) == [(4,), (6,)]
 
@@ -403,6 +459,37 @@ def test_another_config_is_refused_and_nothing_is_overwritten(straight: Path) ->
     with pytest.raises(ValueError, match=r"learning_rate: 0\.001 there, 0\.5 here.*another --workdir"):
         run(straight, train__learning_rate=0.5)
     assert {path: path.read_bytes() for path in straight.rglob("*") if path.is_file()} == before
+
+
+def test_the_loss_is_that_of_the_config_with_dropout_of_its_own_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(train__p_uncond=0.7, process__logsnr_min=-7.0, process__logsnr_max=9.0, model__dropout=0.5)
+    seen: dict[str, Any] = {}
+    apply = UNet.apply
+
+    def seen_apply(*args: Any, rngs: Any, **options: Any) -> Any:
+        seen["dropout"] = rngs["dropout"]
+        return apply(*args, rngs=rngs, **options)
+
+    def eps_loss(key: Any, eps_fn: Any, x: Any, labels: Any, **options: Any) -> Any:
+        seen.update(loss=key, out=eps_fn(x, jnp.zeros(2), labels))
+        assert options == dict(p_uncond=0.7, logsnr_min=-7.0, logsnr_max=9.0)
+        return jnp.zeros(())
+
+    monkeypatch.setattr(UNet, "apply", seen_apply)
+    monkeypatch.setattr(cfd.train, "eps_loss", eps_loss)
+    init, loss_fn = diffusion(config)
+    random = np.random.default_rng(0)
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    params = jax.tree.map(lambda p: jnp.asarray(random.normal(0.0, 0.1, p.shape), jnp.float32), shapes)
+
+    def seen_with(key: Any) -> Any:
+        loss_fn(key, params, jnp.ones((2, 8, 8, 1)), jnp.zeros(2, jnp.int32))
+        return jnp.stack([jax.random.key_data(k) for k in (key, seen["loss"], seen["dropout"])]), seen["out"]
+
+    jitted = jax.jit(seen_with, compiler_options=QUICK)
+    (keys, one), (_, other) = jitted(jax.random.key(1)), jitted(jax.random.key(2))
+    assert len(np.unique(keys, axis=0)) == 3
+    assert (one != other).any()
 
 
 def network(name: str) -> tuple[dict[str, Any], Any]:
