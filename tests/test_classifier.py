@@ -136,6 +136,7 @@ def test_whole_samples_are_those_of_classifier_free_guidance(sampler) -> None:
 
 def test_interval_is_the_weight_inside_and_nothing_outside(noisy) -> None:
     z, logsnr, labels = noisy
+    logsnr = logsnr.at[:2].set(jnp.float32([-3.0, 1.0]))
     guided = classifier_guidance(EPS, exact_classifier, Interval(2.0, -3.0, 1.0))(z, logsnr, labels)
     inside = ((logsnr >= -3.0) & (logsnr <= 1.0))[:, None]
     everywhere = classifier_guidance(EPS, exact_classifier, 2.0)(z, logsnr, labels)

@@ -104,6 +104,7 @@ def test_a_bad_value_is_refused_by_name(name: str, value: Any) -> None:
         ({"classifier_train.batch_size": 9, "train.num_microbatches": 2}, ("classifier_train.batch_size is 9", "2")),
         ({"sample.interval": (1.0,)}, ("interval is (1.0,)", "(logsnr_lo, logsnr_hi)")),
         ({"sample.interval": (5.0, -5.0)}, ("interval is (5.0, -5.0)", "lo <= hi")),
+        ({"sample.sampler": "ddim", "eval.v": (0.3,)}, ("eval.v is (0.3,)", "'ddim' has no v")),
         ({"sample.classes": (3, 10)}, ("sample.classes has 10", "0 to 9")),
         ({"eval.features": "inception"}, ("inception_path", "cfd.convert")),
         ({"eval.features": "inception", "eval.inception_path": "a.npz"}, ("RGB", "data.channels is 1", "'classifier'")),

@@ -183,6 +183,11 @@ def test_seeds_differ_and_repeat(folder: Path):
     assert len(set(first)) == 4
 
 
+def test_seeds_have_orders_and_flips_of_their_own_in_every_epoch():
+    assert data.epoch_order(0, range(17, 34), 17) != data.epoch_order(1, range(17), 17)
+    assert (data._flips(0, 0, 64) != data._flips(1, 0, 64)).any()
+
+
 def test_one_example_and_a_batch_of_many_epochs(tmp_path: Path):
     for name in "ab":
         write(tmp_path / name / "0.png", encoded(noise(0)))
@@ -235,6 +240,9 @@ def test_modes_are_converted_without_loss():
     three = grey[..., None].repeat(3, -1)
     np.testing.assert_array_equal(data.decode(encoded(grey), "x", 8, 3), three)
     np.testing.assert_array_equal(data.decode(encoded(grey), "x", 8, 1), grey[..., None])
+    levels = np.arange(2**16).reshape(256, 256)
+    nearest = data.decode(encoded(Image.fromarray(levels.astype(np.uint16))), "x", 256, 1)[..., 0]
+    np.testing.assert_array_equal(nearest, np.round(levels / 257))
     deep = Image.fromarray(grey.astype(np.uint16) * 257)
     np.testing.assert_array_equal(data.decode(encoded(deep), "x", 8, 3), three)
     np.testing.assert_array_equal(data.decode(encoded(deep), "x", 8, 1), grey[..., None])
@@ -452,7 +460,7 @@ def test_a_data_group_that_cannot_work_is_refused_with_the_remedy(
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tfds data set, "tiny", of two ArrayRecord splits, written without TensorFlow."""
+    """A tfds data set, "tiny", of ArrayRecord splits, written without TensorFlow."""
     root = tmp_path_factory.mktemp("tfds")
     features = tfds.features.FeaturesDict(
         {
@@ -464,15 +472,15 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = root / "tiny" / "1.0.0"
     folder.mkdir(parents=True)
     splits = []
-    for split, count in (("train", 11), ("test", 3), ("unlabelled", 1)):
+    for split, count in (("train", 11), ("test", 3), ("unlabelled", 1), ("many", 1030)):
         template = tfds.core.ShardedFileTemplate(
             data_dir=tfds.core.Path(folder), dataset_name="tiny", split=split, filetype_suffix="array_record"
         )
         writer = ArrayRecordWriter(str(folder / f"tiny-{split}.array_record-00000-of-00001"), "group_size:1")
         for i in range(count):
             label = -1 if split == "unlabelled" else i % 2
-            example = {"file": f"{i}", "image": encoded(noise(i, 16, 16)), "label": label}
-            writer.write(features.serialize_example(example))
+            image = encoded(noise(i if count < 20 else 0, 16, 16))
+            writer.write(features.serialize_example({"file": f"{i}", "image": image, "label": label}))
         writer.close()
         splits.append(tfds.core.SplitInfo(name=split, shard_lengths=[count], num_bytes=0, filename_template=template))
     tfds.folder_dataset.write_metadata(data_dir=folder, features=features, split_infos=splits, check_data=False)
@@ -490,6 +498,8 @@ def test_tfds_reads_array_records_as_a_folder_of_the_same_images(prepared: Path,
     np.testing.assert_array_equal(label, dataset.labels)
     assert_same(take(dataset, 4, num_workers=2), take(dataset, 4))
     assert len(data.open_dataset(**{**fields, "split": "train[:4]+test"})) == 4 + 3
+    many = data.open_dataset(**{**fields, "split": "many"})
+    np.testing.assert_array_equal(many.labels, np.arange(1030) % 2)
 
 
 @pytest.mark.parametrize(

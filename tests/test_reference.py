@@ -1,5 +1,6 @@
 """The reference set: from a data set, cached, or from an `.npz`; and what cannot be one."""
 
+import dataclasses
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,18 @@ def test_the_statistics_are_those_of_the_whole_data_set(tmp_path: Path, monkeypa
     np.testing.assert_array_equal(found.features, whole.pool)
 
 
+def test_a_large_set_is_thinned_evenly_and_comes_back_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "BLOCK_BYTES", 64 * 100)
+    monkeypatch.setattr(reference, "NEIGHBOUR_ROWS", 300)
+    features, train = network(spatial=True), dataset(tiny_config())
+    found = opened(tiny_config(), tmp_path, features)
+    pool = features.extract(data.load_arrays(train)[0]).pool
+    np.testing.assert_array_equal(found.features, pool[reference.evenly_spaced(len(pool), 300)])
+    for one, other in zip(found, opened(tiny_config(), tmp_path, features), strict=True):
+        assert other is not None
+        np.testing.assert_array_equal(one, other)
+
+
 def test_it_is_measured_once_for_what_it_is_made_from(tmp_path: Path) -> None:
     config = tiny_config()
     first = opened(config, tmp_path, network())
@@ -66,7 +79,9 @@ def test_it_is_measured_once_for_what_it_is_made_from(tmp_path: Path) -> None:
         reference.reference_hash(tiny_config(data__split="test"), network(), data.from_config(config.data, "test")),
         reference.reference_hash(config, network(), data.from_config(config.data, "test")),
     }
-    assert len(names) == 4, "other weights, another split, other images: another name"
+    negative = dataclasses.replace(train, read=lambda i: (255 - train.read(i)[0], train.read(i)[1]))
+    names.add(reference.reference_hash(config, network(), negative))
+    assert len(names) == 5, "other weights, another split, other images: another name"
     moved = tiny_config(data__path="elsewhere", data__num_workers=7)
     assert reference.reference_hash(moved, network(), train) in names, "where the data lies does not matter"
 
@@ -85,7 +100,9 @@ def openai_file(path: Path, size: int = 8, **arrays: np.ndarray) -> str:
     return str(path)
 
 
-def test_openais_own_statistics_are_taken_as_they_are(tmp_path: Path) -> None:
+def test_openais_own_statistics_are_taken_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "BLOCK_BYTES", 64 * 10)
+    monkeypatch.setattr(reference, "NEIGHBOUR_ROWS", 20)
     statistics = {"mu": np.arange(5.0), "sigma": np.eye(5), "mu_s": np.arange(3.0), "sigma_s": 2 * np.eye(3)}
     path = openai_file(tmp_path / "reference.npz", **statistics)
     config = tiny_config(eval__reference=path)
@@ -93,7 +110,7 @@ def test_openais_own_statistics_are_taken_as_they_are(tmp_path: Path) -> None:
     for key, array in statistics.items():
         np.testing.assert_array_equal(getattr(found, key), array)
     images = npz.read_npz(path)["arr_0"]
-    np.testing.assert_array_equal(found.features, network().extract(images).pool)
+    np.testing.assert_array_equal(found.features, network().extract(images[reference.evenly_spaced(30, 20)]).pool)
 
     with pytest.raises(ValueError, match="statistics of InceptionV3, and"):
         opened(config, tmp_path / "other", network())

@@ -17,6 +17,7 @@ from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import masked_crc32c
 
 from cfd import workdir
+from cfd.config import FIELDS
 from cfd.workdir import MetricsLog
 
 
@@ -86,6 +87,28 @@ def test_another_config_is_refused_and_nothing_is_overwritten(
     assert all(text in str(error.value) for text in named)
     assert "--workdir" in str(error.value) and "train.num_steps" in str(error.value)
     assert workdir.read_config(tmp_path) == config_json()
+
+
+def test_no_other_field_may_change() -> None:
+    def content(name: str, value: int) -> dict[str, Any]:
+        group, _, field = name.rpartition(".")
+        return {"config": {group: {field: value}} if group else {field: value}}
+
+    changing = {name for name in FIELDS if not workdir.config_differences(content(name, 0), content(name, 1))}
+    assert changing == {
+        "data.path",
+        "data.num_workers",
+        "data.on_bad_image",
+        "train.num_steps",
+        "train.nonfinite_limit",
+        "train.checkpoint_every_steps",
+        "train.keep_checkpoints",
+        "train.log_every_steps",
+        "train.sample_every_steps",
+        "train.watchdog_seconds",
+        "classifier_train.num_steps",
+        *(name for name in FIELDS if name.startswith(("mesh.", "sample.", "eval.", "xla."))),
+    }
 
 
 def test_other_classes_are_refused(tmp_path: Path) -> None:

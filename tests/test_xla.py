@@ -65,6 +65,27 @@ def test_rematerialisation_spares_memory_under_the_options() -> None:
     assert needed[True] < 0.5 * needed[False], needed
 
 
+def test_a_compiler_that_rejects_the_options_gets_none_and_one_line_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(xla, "CPU_OPTIONS", {"xla_of_another_version": True})
+    xla.compiler_options.cache_clear()
+    try:
+        assert xla.jit(lambda x: x + 1)(1) == 2 and xla.compiler_options() == {}
+    finally:
+        xla.compiler_options.cache_clear()
+    assert len(caplog.records) == 1 and "this XLA rejects {'xla_of_another_version': True}" in caplog.text
+
+
+@pytest.mark.parametrize("mode", [0o720, 0o702])
+def test_a_cache_of_programs_that_others_can_write_to_is_refused(tmp_path: Path, mode: int) -> None:
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    folder.chmod(mode)
+    with pytest.raises(ValueError, match=r"can be written by others, .* chmod go-w"):
+        xla.use_compilation_cache(str(folder))
+
+
 def test_memory_is_returned_after_a_long_compilation_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """The event is one that jax records of every compilation."""
     trimmed: list[int] = []
