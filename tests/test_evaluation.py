@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,7 +87,11 @@ def test_a_sweep_leaves_rows_images_and_pictures(run: Path, capsys: pytest.Captu
             assert image.format == "PNG" and image.mode == colour and min(image.size) > 200
     with Image.open(run / "samples" / "sweep.png") as grid:
         assert grid.height > 10 * 64 and grid.width > 3 * 64  # a row a class, a column a weight
-    assert "| 3 |" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "| 3 |" in said and "images/s drawn and measured" in said
+    evaluations = 20 * (4 + 8 + 8)
+    flops = evaluations * generate.evaluation_flops(config, evaluation.load_run(config, str(run)).params)
+    assert f"3 cells to measure: {evaluations} network evaluations, {flops:.3g} FLOP." in said
 
 
 def test_a_row_that_is_lost_is_measured_again_to_the_same_numbers(
@@ -108,6 +113,8 @@ def test_a_row_that_is_lost_is_measured_again_to_the_same_numbers(
 def test_other_settings_get_rows_and_files_of_their_own(run: Path, change: dict[str, Any]) -> None:
     first = evaluation.sweep(tiny_config(eval__weights=(1.0,)), str(run))
     other = evaluation.sweep(tiny_config(eval__weights=(1.0,), **change), str(run))
+    one, changed = (npz.read_npz(evaluation.samples_path(str(run), row))["arr_0"][:20] for row in first + other)
+    assert (one == changed).all() == ("eval__num_samples" in change)
     assert results.read_rows(str(run)) == first + other
     assert len(list((run / "samples").glob("*.npz"))) == len(list((run / "manifests").iterdir())) == 2
     assert evaluation.sweep(tiny_config(eval__weights=(1.0,)), str(run)) == first
@@ -125,15 +132,46 @@ def test_a_sweep_of_no_weight_is_refused(run: Path) -> None:
     assert not list(run.iterdir())
 
 
+def test_a_sweep_is_guided_by_the_classifier_of_the_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which belongs to a row as the network does."""
+
+    def brighter(params: Any, z: Any, logsnr: Any) -> Any:
+        return params["scale"] * jnp.arange(10.0)[None] * jnp.mean(z, axis=(1, 2, 3))[:, None]
+
+    rows = []
+    for scale in (0.0, 3.0):
+        guide = jax.tree_util.Partial(brighter, {"scale": jnp.float32(scale)})
+        monkeypatch.setattr(evaluation, "load_guide", lambda *_, guide=guide: guide)
+        rows += evaluation.sweep(tiny_config(sample__guidance="classifier", eval__weights=(0.0, 2.0)), str(run))
+    images = [npz.read_npz(evaluation.samples_path(str(run), row))["arr_0"] for row in rows]
+    assert len({row["manifest"] for row in rows}) == 4
+    assert (images[0] == images[1]).all() and (images[0] == images[2]).all() and (images[2] != images[3]).any()
+
+
+def test_the_feature_classifier_learns_from_the_very_images(digits: data.Dataset) -> None:
+    seen: list[np.ndarray] = []
+
+    class Seeing(nn.Module):
+        @nn.compact
+        def __call__(self, images: Any) -> Any:
+            jax.debug.callback(lambda rows: seen.append(np.array(rows)), images)
+            logits = nn.Dense(10)(images.reshape(len(images), -1) / 255.0)
+            return logits, logits
+
+    features.train_classifier(Seeing(), digits, num_steps=2, flip=False, seed=0)
+    jax.effects_barrier()
+    allowed = {image.tobytes() for image in data.load_arrays(digits)[0]} | {bytes(64)}
+    assert len(np.concatenate(seen)) >= 2 * 128 and {image.tobytes() for image in np.concatenate(seen)} <= allowed
+
+
 def test_the_classifier_of_a_run_is_trained_once(digits: data.Dataset, tmp_path: Path, capsys: Any) -> None:
     def opened(num_steps: int) -> features.FeatureNetwork:
-        held_out = data.from_config(tiny_config().data, "test")
-        return features.open_classifier(
-            str(tmp_path), one_device(), digits, held_out, num_steps=num_steps, flip=False, seed=0
-        )
+        config = tiny_config(eval__classifier_steps=num_steps)
+        return evaluation.open_features(config, str(tmp_path), one_device(), digits)
 
     network = opened(30)
-    assert "held-out images: accuracy" in capsys.readouterr().out
+    held_out = len(data.from_config(tiny_config().data, "test"))
+    assert f"{held_out} held-out images: accuracy" in capsys.readouterr().out
     images, labels = data.load_arrays(digits, np.arange(300))
     outputs = network.extract(images)
     assert outputs.pool.shape == (300, 64) and outputs.spatial is None

@@ -1,5 +1,6 @@
 """Images that depend on nothing but seed, number, class and weight; and the files that `--mode=sample` writes."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from tiny import tiny_config
 from cfd import checkpoint, generate, npz, parallel, workdir
 from cfd.config import describe
 from cfd.generate import Request, grid_request, make_draw, to_uint8
+from cfd.guidance import Interval, classifier_guidance
+from cfd.sampling import ancestral, ddim, dpm_solver, guided_sample
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 
@@ -107,6 +110,37 @@ def test_the_request_does_not_matter(params: Any, forty: np.ndarray) -> None:
     np.testing.assert_array_equal(images_of(params, rows(some(40), [5])), images_of(params, rows(some(40), [5])))
 
 
+def brighter(params: Any, z: Any, logsnr: Any) -> Any:
+    """A noisy classifier, to which a brighter image is of a higher class."""
+    return params * jnp.arange(10.0)[None] * jnp.mean(z, axis=(1, 2, 3))[:, None]
+
+
+@pytest.mark.parametrize(
+    ("sampler", "rule", "guided"),
+    [("ancestral", ancestral(0.9), False), ("ddim", ddim(), False), ("dpm_solver", dpm_solver(), True)],
+    ids=("ancestral", "ddim", "dpm_solver by a classifier"),
+)
+def test_images_are_those_of_the_sampler_itself(params: Any, sampler: str, rule: Any, guided: bool) -> None:
+    ends: dict[str, Any] = dict(logsnr_min=-8.0, logsnr_max=9.0)
+    config = tiny_config(
+        sample__sampler=sampler,
+        sample__v=0.9,
+        sample__interval=(-3.0, 5.0),
+        **{f"process__{name}": end for name, end in ends.items()},
+    )
+    request = some(16)
+    classifier = jax.tree_util.Partial(brighter, jnp.float32(3.0)) if guided else None
+    placed = parallel.replicate(mesh_of(1), (params, classifier))
+    (images,) = make_draw(config, config.sample, mesh_of(1))(placed[0], request, classifier=placed[1])
+
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(7), i))(request.index)
+    eps_fn, w = generate.eps_of_params(config)(params), Interval(jnp.asarray(request.w), -3.0, 5.0)
+    if classifier is not None:
+        eps_fn, w = classifier_guidance(eps_fn, classifier, w), 0.0
+    x = guided_sample(keys, eps_fn, jnp.asarray(request.label), (8, 8, 1), w=w, num_steps=4, sampler=rule, **ends)
+    assert_same_images(images, np.asarray(to_uint8(x)))
+
+
 def test_one_program_serves_every_weight_v_interval_and_seed(params: Any) -> None:
     config = tiny_config()
     draw = make_draw(config, config.sample, mesh_of(1))
@@ -160,7 +194,22 @@ def test_sample_writes_a_grid_and_openais_npz(run: Path, params: Any, capsys: py
     assert held["arr_0"].dtype == np.uint8 and held["arr_0"].shape == (8, 8, 8, 1)
     assert held["arr_1"].tolist() == [0, 0, 0, 0, 7, 7, 7, 7]
     assert_same_images(held["arr_0"], images_of(params, grid_request((0, 7), (0, 5), (0.0, 2.0)), mesh=mesh_of(8)))
-    assert "8 images" in capsys.readouterr().out
+    flops = 8 * generate.evaluation_flops(config, params)
+    said = capsys.readouterr().out
+    assert re.search(rf"8 images, 8 network evaluations or {re.escape(f'{flops:.3g}')} FLOP .* images/s", said)
+
+
+def test_a_sample_is_guided_by_the_classifier_of_the_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = []
+    for scale in (0.0, 3.0):
+        classifier = jax.tree_util.Partial(brighter, jnp.float32(scale))
+        monkeypatch.setattr(generate, "load_guide", lambda *_, classifier=classifier: classifier)
+        path = generate.sample(tiny_config(sample__guidance="classifier"), str(run))
+        images.append(npz.read_npz(path.replace(".png", ".npz"))["arr_0"])
+    silent, telling = images
+    np.testing.assert_array_equal(silent[0::2], silent[1::2])
+    np.testing.assert_array_equal(telling[0::2], silent[0::2])
+    assert (telling[3] != silent[3]).any(), "class 7 at w = 2"
 
 
 def test_other_settings_do_not_overwrite(run: Path) -> None:

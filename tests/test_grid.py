@@ -131,7 +131,10 @@ def test_a_row_is_used_again_only_with_its_manifest(untrained: list[Any], tmp_pa
     assert manifest["weights"]["step"] == 7 and manifest["weights"]["ema_decay"] == config.train.ema_decay
     sampling = {"num_steps": 2, "v": 0.3, "w": 2.0, "clip": True, "seed": 1000, "num_samples": 20, "interval": ""}
     assert sampling.items() <= manifest["sampling"].items()
-    assert len(manifest["features"]["sha256"]) == len(manifest["reference"]["sha256"]) == 64
+    train = data.from_config(config.data, "train")
+    network = evaluation.open_features(config, str(tmp_path), parallel.make_mesh(-1, 1), train)
+    assert manifest["reference"]["sha256"] == reference.reference_hash(config, network, train)
+    assert manifest["features"]["sha256"] == network.weights_hash
     assert manifest["environment"]["jax"] == jax.__version__ and "127.5" in manifest["images"]
 
     assert evaluation.sweep(config, str(tmp_path)) == [row]
@@ -156,9 +159,30 @@ def test_random_labels_are_drawn_from_the_seed(untrained: list[Any], tmp_path: P
     np.testing.assert_array_equal(evaluation.labels_of("random", 1000, 7, 10), labels[:7])
 
 
-def test_sfid_is_of_the_spatial_features_and_the_score_is_split_by_image_number() -> None:
+def test_all_that_a_row_is_made_from_is_in_the_name_of_its_manifest() -> None:
+    network = features.FeatureNetwork("classifier", "f", lambda _: features.Outputs(*[np.zeros((1, 1))] * 3))
+
+    def name(network: features.FeatureNetwork = network, changes: Any = (), **given: str) -> str:
+        config = tiny_config(**dict(changes))
+        hashes = dict(weights="w", guide_weights="", reference="r") | given
+        cell = evaluation.grid(config, 5)[0]
+        return results.manifest_name(evaluation.manifest_of(config, cell, features=network, **hashes))
+
+    names = {name(), name(weights="x"), name(guide_weights="g"), name(reference="s")}
+    names |= {name(network=network._replace(weights_hash="h")), name(network=network._replace(name="inception"))}
+    fields = dict(train__ema_decay=0.5, model__num_res_blocks=2, process__logsnr_min=-9.0, sample__clip=False)
+    fields |= dict(sample__v=0.9, eval__labels="random", data__split="test")
+    names |= {name(changes={field: value}) for field, value in fields.items()}
+    assert len(names) == 6 + len(fields)
+
+
+def test_scores_are_of_the_right_set_features_and_split() -> None:
+    """With more images than a split of the Inception Score has."""
     numbers = np.random.default_rng(0)
-    images, others = numbers.integers(0, 256, (2, 90, 2, 2, 1), np.uint8)
+    images, others = (
+        numbers.integers(0, 256, (90, 2, 2, 1), np.uint8),
+        numbers.integers(0, 200, (5100, 2, 2, 1), np.uint8),
+    )
 
     def extract(block: np.ndarray) -> features.Outputs:
         flat = block.reshape(len(block), 4) / 255
@@ -166,13 +190,16 @@ def test_sfid_is_of_the_spatial_features_and_the_score_is_split_by_image_number(
 
     network = features.FeatureNetwork("inception", "f" * 64, extract)
     base = reference.measure([images], 90, network)
-    batches = ((others[first : first + 7], np.zeros(7, np.int32)[: 90 - first]) for first in range(0, 90, 7))
-    found = evaluation.measure(batches, 90, network, base)
-    (_, spatial, probs), (_, held, _) = extract(others), extract(images)
-    assert spatial is not None and held is not None
-    expected = metrics.frechet_distance(held.mean(0), np.cov(held.T), spatial.mean(0), np.cov(spatial.T))
-    assert found["sfid"] == pytest.approx(expected, rel=1e-9)
-    assert found["is"] == pytest.approx(metrics.inception_score(probs), rel=1e-12)
+    batches = ((others[i : i + 700], np.zeros(700, np.int32)[: 5100 - i]) for i in range(0, 5100, 700))
+    found = evaluation.measure(batches, 5100, network, base)
+    drawn, held = extract(others), extract(images)
+    for key, layer in (("fid", "pool"), ("sfid", "spatial")):
+        a, b = getattr(held, layer), getattr(drawn, layer)
+        distance = metrics.frechet_distance(a.mean(0), np.cov(a.T), b.mean(0), np.cov(b.T))
+        assert found[key] == pytest.approx(distance, rel=1e-9)
+    assert found["is"] == pytest.approx(metrics.inception_score(drawn.probs), rel=1e-12)
+    assert (found["precision"], found["recall"]) == metrics.precision_recall(held.pool, drawn.pool)
+    assert found["precision"] != found["recall"]
     assert found["class_accuracy"] is None, "Inception's classes are not the data set's"
 
 
@@ -253,6 +280,9 @@ def test_evaluations_are_counted_as_the_sampler_makes_them(w: float, interval: t
 
 def test_a_run_without_an_unconditional_score_is_not_guided() -> None:
     config = tiny_config(train__p_uncond=0.0)
+    with pytest.raises(ValueError, match=r"w = 1 needs the unconditional score"):
+        evaluation.check(config)
+    evaluation.check(tiny_config(train__p_uncond=0.0, eval__weights=(0.0,)))
     generate.check_weights(config, (0.0,))
     with pytest.raises(ValueError, match=r"w = 2 needs the unconditional score.*p_uncond = 0"):
         generate.check_weights(config, (0.0, 2.0))
@@ -267,13 +297,14 @@ def test_a_run_without_a_conditional_score_is_sampled_at_minus_one_alone() -> No
 
 
 def swept(folder: Path, p_uncond: float, features_hash: str = "f") -> Path:
-    """The folder of a run whose sweep has been measured."""
+    """The folder of a run that has been swept at step 3, and again at step 5."""
     folder.mkdir()
     config = tiny_config(train__p_uncond=p_uncond, eval__weights=(0.0, 4.0))
     network = features.FeatureNetwork("classifier", features_hash, lambda _: features.Outputs(*[np.zeros((1, 1))] * 3))
-    for cell in evaluation.grid(config, 5):
+    for cell in evaluation.grid(config, 3) + evaluation.grid(config, 5):
         manifest = evaluation.manifest_of(config, cell, "weights", "", "reference", network)
-        measured = dict.fromkeys(results.MEASURED, 0.5) | {"fid": 10 * p_uncond + cell["w"], "is": 20 - cell["w"]}
+        fid = 10 * p_uncond + cell["w"] + 50 * (cell["step"] == 3)
+        measured = dict.fromkeys(results.MEASURED, 0.5) | {"fid": fid, "is": 20 - cell["w"]}
         results.write_manifest(str(folder), manifest)
         results.append_row(str(folder), cell | measured | {"manifest": results.manifest_name(manifest)})
     return folder
@@ -296,10 +327,27 @@ def test_runs_are_put_side_by_side_as_in_the_paper(tmp_path: Path) -> None:
         evaluation.compare(tiny_config(), str(half), [str(swept(tmp_path / "fifth", 0.2, features_hash="g"))])
     with pytest.raises(ValueError, match="has no sweep"):
         evaluation.compare(tiny_config(), str(half), [str(tmp_path)])
-    manifest = half / "manifests" / f"{results.read_rows(str(half))[1]['manifest']}.json"
+    manifest = half / "manifests" / f"{results.read_rows(str(half))[-1]['manifest']}.json"
     manifest.write_text("{}")
     with pytest.raises(ValueError, match=rf"{manifest.name} is not there, or is damaged: sweep .* again at w = 4"):
         evaluation.compare(tiny_config(), str(half), [str(tenth)])
+
+
+def test_rows_of_the_other_guidance_are_shown_beside_only_where_all_else_is_equal(tmp_path: Path) -> None:
+    measured = dict.fromkeys(results.MEASURED, 0.5) | {"manifest": "m"}
+    for change in ({}, {"sample__num_steps": 5}, {"eval__seed": 3}):
+        for guidance in ("classifier", "classifier-free"):
+            for cell in evaluation.grid(tiny_config(sample__guidance=guidance, **change), 5):
+                results.append_row(str(tmp_path), cell | measured)
+    rows = results.read_rows(str(tmp_path))
+    by_classifier, free = rows[:3], rows[3:6]
+    assert evaluation.beside(str(tmp_path), free) == by_classifier
+
+
+def test_a_row_that_is_measured_again_takes_the_place_of_the_old_one() -> None:
+    old, other = (cell | {"fid": 1.0} for cell in evaluation.grid(tiny_config(eval__weights=(0.0, 1.0)), 5))
+    new = old | {"fid": 2.0}
+    assert list(results.curves([old, other, new]).values()) == [[new, other]]
 
 
 def test_a_sweep_of_other_columns_is_not_added_to(tmp_path: Path) -> None:

@@ -76,6 +76,36 @@ def test_the_explorer_holds_the_images_of_every_weight(page: tuple[Path, str]) -
         assert state["text"] == f"FID-20 {3 + row['w']:.2f}, IS {5 + row['w']:.2f}"
 
 
+def points(text: str, title: str) -> list[tuple[float, ...]]:
+    """(x, y) of every point of a plot, as it is told when pointed at."""
+    match = re.search(rf'aria-label="{re.escape(title)}">(.*?)</svg>', text, re.DOTALL)
+    assert match
+    return [tuple(map(float, told.split(", "))) for told in re.findall(r": ([^:<]*)</title>", match[1])]
+
+
+def test_the_curves_are_of_what_their_axes_say(page: tuple[Path, str]) -> None:
+    _, text = page
+    assert points(text, "FID-20 against Inception score") == [(5 + w, 3 + w) for w in WEIGHTS]
+    assert points(text, "FID-20 against w") == [(w, 3 + w) for w in WEIGHTS]
+    assert points(text, "Inception score against w") == [(w, 5 + w) for w in WEIGHTS]
+
+
+def test_a_plot_has_more_to_the_right_and_higher_up() -> None:
+    line = report.Line("a", [(0.0, 1.0, "p"), (1.0, 3.0, "q")], False)
+    plot = report.svg_plot("y against x", "x", "y", [line])
+    (x0, y0), (x1, y1) = (map(float, at) for at in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', plot))
+    assert x0 < x1 and y0 > y1
+
+
+def test_the_explorer_shows_the_curve_of_most_weights(tmp_path: Path) -> None:
+    config = tiny_config(eval__weights=WEIGHTS, eval__num_steps=(4, 5))
+    folder = run_folder(tmp_path / "run", config, list("0123456789"))
+    Path(samples_path(str(folder), results.read_rows(str(folder))[0])).unlink()
+    text = Path(report.report(str(folder))).read_text()
+    assert [state["w"] for state in states_of(text)] == list(WEIGHTS)
+    assert "T = 5" in text and "the longest of the curves below" in text
+
+
 def test_the_page_needs_nothing_else(page: tuple[Path, str]) -> None:
     _, text = page
     assert not re.search(r"https?://|url\(|@import|<iframe|<object", text)
