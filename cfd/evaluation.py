@@ -56,6 +56,7 @@ def sweep(config: Config, folder: str) -> list[Row]:
     run = load_run(config, folder)
     mesh = parallel.make_mesh(**config.mesh)
     train = data.from_config(config.data, config.data.split)
+    check_classes(run.class_names, f"the run {folder}", train.class_names, f"data.split {config.data.split!r}")
     features = open_features(config, folder, mesh, train)
     reference_name = reference_hash(config, features, train)
     guide = load_guide(config, folder)
@@ -163,7 +164,9 @@ def check(config: Config) -> None:
     evaluate = config.eval
     parallel.check_batch("sample.batch_size", config.sample.batch_size, parallel.make_mesh(**config.mesh))
     if evaluate.features == "classifier":
-        data.from_config(config.data, evaluate.test_split)
+        splits = config.data.split, evaluate.test_split
+        train, held_out = (data.from_config(config.data, split).class_names for split in splits)
+        check_classes(train, f"data.split {splits[0]!r}", held_out, f"eval.test_split {splits[1]!r}")
     elif not os.path.isfile(evaluate.inception_path):
         raise ValueError(
             f"config.eval.inception_path is {evaluate.inception_path!r}, which is no file; make it with "
@@ -179,6 +182,16 @@ def check(config: Config) -> None:
         shape = (config.data.image_size, config.data.image_size, config.data.channels)
         check_reference(evaluate.reference, shape, evaluate.features)
     check_weights(config, evaluate.weights)
+
+
+def check_classes(there: Sequence[str], whose: str, here: Sequence[str], split: str) -> None:
+    """Raises ValueError unless the classes are the same, in the same order."""
+    for number, (expected, found) in enumerate(zip(there, here, strict=True)):
+        if expected != found:
+            raise ValueError(
+                f"class {number} is {expected!r} in {whose} and {found!r} in {split}: give the data.path and the "
+                "splits of the run's own classes, or rename the folders"
+            )
 
 
 def open_features(config: Config, folder: str, mesh: Mesh, train: data.Dataset) -> FeatureNetwork:

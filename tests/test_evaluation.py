@@ -1,5 +1,6 @@
 """What `--mode=sweep` needs and leaves behind; tests/test_grid.py has its cells, and how they are resumed."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -146,3 +147,20 @@ def test_the_classifier_of_a_run_is_trained_once(digits: data.Dataset, tmp_path:
     np.testing.assert_array_equal(again.extract(images).pool, outputs.pool)
     with pytest.raises(ValueError, match=r"eval\.classifier_steps = 30, not 40: give 30, or delete the features"):
         opened(40)
+
+
+def test_data_of_other_classes_is_not_measured(
+    run: Path, monkeypatch: pytest.MonkeyPatch, digits: data.Dataset
+) -> None:
+    names: dict[str, tuple[str, ...]] = {"train": (*"012345678", "nine"), "test": (*"012345678", "nine")}
+
+    def from_config(group: Any, split: str) -> data.Dataset:
+        return dataclasses.replace(digits, class_names=names[split])
+
+    monkeypatch.setattr(data, "from_config", from_config)
+    with pytest.raises(ValueError, match=r"class 9 is '9' in the run .* and 'nine' in data.split 'train'"):
+        evaluation.sweep(tiny_config(), str(run))
+    names["train"] = tuple("0123456789")
+    with pytest.raises(ValueError, match=r"class 9 is '9' in data.split 'train' and 'nine' in eval.test_split 'test'"):
+        evaluation.check(tiny_config())
+    assert not list(run.iterdir())
