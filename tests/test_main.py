@@ -125,6 +125,7 @@ def run(command: Command) -> Command:
 
 
 def test_a_folder_of_another_run_is_left_alone(run: Command) -> None:
+    (run.folder / "runs" / "digits" / "checkpoints" / "2").mkdir(parents=True)
     for mode in ("train", "sample", "sweep"):
         error = run.fails(DIGITS, *flags_of(train__learning_rate=0.5), f"--mode={mode}")
         assert "learning_rate: 0.001 there, 0.5 here" in error and "another --workdir" in error

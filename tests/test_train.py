@@ -268,6 +268,12 @@ def test_a_run_logs_every_step_once_and_saves_its_last(straight: Path) -> None:
     assert (straight / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_run_that_is_past_its_last_step_says_so(straight: Path, capsys: pytest.CaptureFixture) -> None:
+    run(straight, train__num_steps=4)
+    assert "train.num_steps = 4 was passed already: nothing is left to train." in capsys.readouterr().out
+    assert saved(straight)[0] == 6
+
+
 def same_run(a: Path, b: Path) -> None:
     assert lines(a, "loss", "grad_norm") == lines(b, "loss", "grad_norm")
     (step_a, state_a), (step_b, state_b) = saved(a), saved(b)
