@@ -340,7 +340,12 @@ def show(config: Config, folder: str, rows: list[Row], class_names: tuple[str, .
     figures.save_curve(os.path.join(folder, "sweep.png"), curves, results.curves(published, "paper"))
     for number, line in enumerate(curves.values()):
         name = f"sweep_{number}.png" if len(curves) > 1 else "sweep.png"
-        figures.save(os.path.join(folder, "samples", name), grid_of(config, line, folder, class_names))
+        kept = [row for row in line if os.path.exists(samples_path(folder, row))]
+        if len(kept) < len(line):
+            lost = ", ".join(f"{row['w']:g}" for row in line if row not in kept)
+            print(f"The images of w = {lost} are not in {folder}/samples: {name} there leaves them out.", flush=True)
+        if kept:
+            figures.save(os.path.join(folder, "samples", name), grid_of(config, kept, folder, class_names))
     print(results.table({"ours": rows, "paper": published} if table else {"": rows}), flush=True)
 
 

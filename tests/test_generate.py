@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh
 from PIL import Image
 from tiny import tiny_config
 
-from cfd import checkpoint, generate, npz, parallel, workdir
+from cfd import checkpoint, generate, npz, parallel, preemption, workdir
 from cfd.config import describe
 from cfd.generate import Request, grid_request, make_draw, to_uint8
 
@@ -161,6 +161,12 @@ def test_sample_writes_a_grid_and_openais_npz(run: Path, params: Any, capsys: py
     assert held["arr_1"].tolist() == [0, 0, 0, 0, 7, 7, 7, 7]
     assert_same_images(held["arr_0"], images_of(params, grid_request((0, 7), (0, 5), (0.0, 2.0)), mesh=mesh_of(8)))
     assert "8 images" in capsys.readouterr().out
+
+
+def test_a_stop_says_that_the_images_are_drawn_again(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preemption, "requested", lambda: True)
+    with pytest.raises(preemption.Stopped, match="after 4 of 4 images, which are all drawn again"):
+        generate.sample(tiny_config(), str(run))
 
 
 def test_other_settings_do_not_overwrite(run: Path) -> None:
