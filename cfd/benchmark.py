@@ -99,8 +99,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run, print the table, and write the JSON file if one is asked for."""
     flags = parse(arguments)
     rows = tuple(flags.rows.split(","))
-    if set(rows) - set(MEANS):
-        raise ValueError(f"--rows has {sorted(set(rows) - set(MEANS))}; choose from {','.join(MEANS)}")
     batch_size = flags.batch_size or BATCH_SIZE[flags.network]
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(
@@ -123,7 +121,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--peer", default="", help="a checkout of openai/guided-diffusion")
     parser.add_argument("--json", default="", help="also write the result here")
-    return parser.parse_args(arguments)
+    flags = parser.parse_args(arguments)
+    for name, least in (("rounds", 1), ("sampler_steps", 1), ("batch_size", 0)):
+        if getattr(flags, name) < least:
+            parser.error(f"--{name} is {getattr(flags, name)}: give an integer >= {least}")
+    if unknown := set(flags.rows.split(",")) - set(MEANS):
+        parser.error(f"--rows has {sorted(unknown)}: choose from {','.join(MEANS)}")
+    if flags.peer and not Path(flags.peer, "guided_diffusion").is_dir():
+        parser.error(f"--peer is {flags.peer!r}, which holds no guided_diffusion/: give a checkout of the repository")
+    return flags
 
 
 def run(setting: Setting, rounds: int) -> dict[str, Any]:

@@ -56,6 +56,7 @@ def sweep(config: Config, folder: str) -> list[Row]:
     run = load_run(config, folder)
     mesh = parallel.make_mesh(**config.mesh)
     train = data.from_config(config.data, config.data.split)
+    check_classes(run.class_names, f"the run {folder}", train.class_names, f"data.split {config.data.split!r}")
     features = open_features(config, folder, mesh, train)
     reference_name = reference_hash(config, features, train)
     guide = load_guide(config, folder)
@@ -163,7 +164,9 @@ def check(config: Config) -> None:
     evaluate = config.eval
     parallel.check_batch("sample.batch_size", config.sample.batch_size, parallel.make_mesh(**config.mesh))
     if evaluate.features == "classifier":
-        data.from_config(config.data, evaluate.test_split)
+        splits = config.data.split, evaluate.test_split
+        train, held_out = (data.from_config(config.data, split).class_names for split in splits)
+        check_classes(train, f"data.split {splits[0]!r}", held_out, f"eval.test_split {splits[1]!r}")
     elif not os.path.isfile(evaluate.inception_path):
         raise ValueError(
             f"config.eval.inception_path is {evaluate.inception_path!r}, which is no file; make it with "
@@ -179,6 +182,16 @@ def check(config: Config) -> None:
         shape = (config.data.image_size, config.data.image_size, config.data.channels)
         check_reference(evaluate.reference, shape, evaluate.features)
     check_weights(config, evaluate.weights)
+
+
+def check_classes(there: Sequence[str], whose: str, here: Sequence[str], split: str) -> None:
+    """Raises ValueError unless the classes are the same, in the same order."""
+    for number, (expected, found) in enumerate(zip(there, here, strict=True)):
+        if expected != found:
+            raise ValueError(
+                f"class {number} is {expected!r} in {whose} and {found!r} in {split}: give the data.path and the "
+                "splits of the run's own classes, or rename the folders"
+            )
 
 
 def open_features(config: Config, folder: str, mesh: Mesh, train: data.Dataset) -> FeatureNetwork:
@@ -327,7 +340,12 @@ def show(config: Config, folder: str, rows: list[Row], class_names: tuple[str, .
     figures.save_curve(os.path.join(folder, "sweep.png"), curves, results.curves(published, "paper"))
     for number, line in enumerate(curves.values()):
         name = f"sweep_{number}.png" if len(curves) > 1 else "sweep.png"
-        figures.save(os.path.join(folder, "samples", name), grid_of(config, line, folder, class_names))
+        kept = [row for row in line if os.path.exists(samples_path(folder, row))]
+        if len(kept) < len(line):
+            lost = ", ".join(f"{row['w']:g}" for row in line if row not in kept)
+            print(f"The images of w = {lost} are not in {folder}/samples: {name} there leaves them out.", flush=True)
+        if kept:
+            figures.save(os.path.join(folder, "samples", name), grid_of(config, kept, folder, class_names))
     print(results.table({"ours": rows, "paper": published} if table else {"": rows}), flush=True)
 
 

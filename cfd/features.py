@@ -65,8 +65,14 @@ def open_classifier(
     found = os.path.exists(path)
     parallel.barrier("feature classifier looked for")
     if found:
-        with open(path.replace(".npz", ".json")) as file:
-            made_with = json.load(file)["classifier_steps"]
+        try:
+            with open(path.replace(".npz", ".json")) as file:
+                made_with = json.load(file)["classifier_steps"]
+            npz.read_npz(path)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{os.path.dirname(path)} is damaged ({error}): remove the folder, and --mode=sweep makes it anew"
+            ) from None
         if made_with != num_steps:
             raise ValueError(
                 f"{path} was trained with eval.classifier_steps = {made_with}, not {num_steps}: give {made_with}, or "

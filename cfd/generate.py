@@ -189,7 +189,9 @@ def sample(config: Config, folder: str) -> str:
         batches.append(batch)
         if preemption.requested():
             done = sum(map(len, batches))
-            raise preemption.Stopped(f"Stopped in sampling, after {done} of {len(request.index)} images")
+            raise preemption.Stopped(
+                f"Stopped in sampling, after {done} of {len(request.index)} images, which are all drawn again"
+            )
     images = np.concatenate(batches)
     seconds = time.perf_counter() - start
 

@@ -8,10 +8,12 @@ page to look at).
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from cfd import evaluation, generate, parallel, preemption, report, train, watchdog, workdir, xla
 from cfd.checkpoint import CheckpointError
@@ -52,7 +54,7 @@ def sweep(config: Config, folder: str) -> None:
 
 def compare(config: Config, folder: str) -> None:
     """Put the sweeps of --runs beside this run's."""
-    print(evaluation.compare(config, folder, RUNS.value))
+    print(evaluation.compare(config, folder, [os.path.expanduser(run) for run in RUNS.value]))
     print(f"Wrote {folder}/compare.md and compare.png.")
 
 
@@ -81,9 +83,11 @@ def main(argv: Sequence[str]) -> None:
     try:
         config = CONFIG.value
         validate(config)
-        folder = WORKDIR.value or os.path.join(
-            "runs", Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-        )
+        folder = os.path.join("runs", Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem)
+        if WORKDIR.value is not None:
+            folder = os.path.expanduser(WORKDIR.value)
+        if not folder:
+            raise ValueError("--workdir is empty: name a folder, or leave the flag out for runs/<config name>")
         parallel.init_distributed()
         xla.use_compilation_cache(config.xla.compilation_cache)
         xla.return_compiler_memory()
@@ -107,6 +111,27 @@ def in_one_line(error: Exception) -> str:
     """What an error says; a message that is a bare name, as of a KeyError, with its type."""
     text = " ".join(str(error).split())
     return text if " " in text else f"{type(error).__name__}: {text}"
+
+
+def load_config(path: str, load: Callable[[str], Any]) -> ConfigDict:
+    """The ConfigDict of a config file. Raises ValueError with what the file is, or raises, instead."""
+    try:
+        if not os.path.isfile(path.partition(":")[0]):
+            raise FileNotFoundError("there is no such file")
+        config = load(path)
+        if isinstance(config, ConfigDict):
+            return config
+        reason = f"get_config() gives {type(config).__name__}"
+    except Exception as error:  # a file can raise anything
+        reason = (str(error).splitlines() or [""])[-1]  # of a traceback, which ml_collections puts around some
+        reason = f"{type(error).__name__}: {reason.removeprefix(f'{type(error).__name__}: ')}"
+    raise ValueError(
+        f"{path} is no config ({reason}): give a Python file with get_config() -> ConfigDict, such as configs/digits.py"
+    )
+
+
+_PARSER: Any = flags.FLAGS["config"].parser
+_PARSER.parse = partial(load_config, load=_PARSER.parse)
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:

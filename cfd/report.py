@@ -45,7 +45,7 @@ def report(folder: str) -> str:
     table = paper.table_of(config)
     published = [] if table is None else paper.rows(table)
     curves = results.curves(rows)
-    metrics = [json.loads(line) for line in results.whole_lines(os.path.join(folder, workdir.METRICS))]
+    metrics = read_metrics(os.path.join(folder, workdir.METRICS))
 
     sections = []
     if curves:
@@ -64,6 +64,19 @@ def report(folder: str) -> str:
     path = Path(folder, "report.html")
     workdir.write_atomically(path, page)
     return str(path)
+
+
+def read_metrics(path: str) -> list[Row]:
+    """The lines of metrics.jsonl. Raises ValueError that names a damaged one."""
+    rows = []
+    for number, line in enumerate(results.whole_lines(path), 1):
+        try:
+            row = json.loads(line)
+            float(row["step"])
+            rows.append(row)
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(f"{path}: line {number} is damaged: delete it, and ask for the report again") from None
+    return rows
 
 
 def summary(content: dict[str, Any], rows: list[Row], metrics: list[Row]) -> str:

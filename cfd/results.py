@@ -57,16 +57,24 @@ def read_manifest(folder: str, name: str) -> dict[str, Any] | None:
 def read_rows(folder: str) -> list[Row]:
     """The rows of sweep.csv; none if there is no such file. A last line that was cut short is not a row.
 
-    Raises ValueError if the columns are not COLUMNS.
+    Raises ValueError if the columns are not COLUMNS, and names a line that is damaged.
     """
     path = os.path.join(folder, "sweep.csv")
     lines = whole_lines(path)
     if not lines:
         return []
-    reader = csv.DictReader(lines)
-    if tuple(reader.fieldnames or ()) != COLUMNS:
+    reader = csv.reader(lines)
+    if tuple(next(reader)) != COLUMNS:
         raise ValueError(f"{path} has other columns than this version writes: move it away to measure again")
-    return [{key: _value(key, text) for key, text in row.items()} for row in reader]
+    rows = []
+    for cells in filter(None, reader):
+        try:
+            rows.append({key: _value(key, text) for key, text in zip(COLUMNS, cells, strict=True)})
+        except ValueError:
+            raise ValueError(
+                f"{path}: line {reader.line_num} is damaged: delete it, and --mode=sweep measures its row again"
+            ) from None
+    return rows
 
 
 def _value(key: str, text: str) -> str | int | float | None:
@@ -95,7 +103,7 @@ def whole_lines(path: str) -> list[str]:
     """The lines of a file that is perhaps not there, without a last one that was cut short."""
     if not os.path.exists(path):
         return []
-    with open(path, newline="") as file:
+    with open(path, newline="", errors="replace") as file:  # the reader of a damaged line names it
         return [line for line in file if line.endswith("\n")]
 
 

@@ -3,6 +3,7 @@
 Light to import: jax, and nothing of the trainer, the data pipeline or the checkpoints.
 """
 
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -85,15 +86,12 @@ def guided_sample(
       clip: clip x̃ to [−1, 1] at every step.
       doubled: evaluate both scores in one batch of 2B instead of two of B: the same images up to rounding.
 
-    Returns float32 [B, *shape]. Raises ValueError on num_steps < 1 or arguments whose shapes do not agree.
+    Returns float32 [B, *shape]. Raises ValueError on bad numbers and on arguments whose shapes do not agree.
     """
+    _check_numbers(num_steps, logsnr_min, logsnr_max, w)
     batch = _batch_size(labels)
     labels = jax.tree.map(jnp.asarray, labels)
     keys = _image_keys(key, batch)
-    if num_steps < 1:
-        raise ValueError(
-            f"num_steps is {num_steps}; sampling needs at least one network evaluation: give num_steps >= 1"
-        )
     guided_eps = _guided(eps_fn, labels, null, w, batch, doubled)
 
     u = 1.0 - jnp.arange(num_steps, dtype=jnp.float32) / max(num_steps - 1, 1)
@@ -118,12 +116,30 @@ def guided_sample(
     return z
 
 
+def _check_numbers(num_steps: Any, logsnr_min: Any, logsnr_max: Any, w: Any) -> None:
+    """Raises ValueError on numbers that would give NaN or no guidance; what is traced is not looked at."""
+
+    def numbers(*values: Any) -> bool:
+        return all(isinstance(value, (int, float)) for value in values)
+
+    try:
+        enough = operator.index(num_steps) >= 1
+    except TypeError:
+        enough = False
+    if not enough:
+        raise ValueError(f"num_steps is {num_steps}; it counts network evaluations: give an integer num_steps >= 1")
+    if numbers(logsnr_min, logsnr_max) and not logsnr_min < logsnr_max:
+        raise ValueError(f"logsnr_min is {logsnr_min} and logsnr_max {logsnr_max}: give logsnr_min < logsnr_max")
+    if isinstance(w, Interval) and numbers(*w[1:]) and not w.logsnr_lo <= w.logsnr_hi:
+        raise ValueError(f"w is {w}, which holds no λ: give logsnr_lo <= logsnr_hi")
+
+
 def _extrapolation(sampler: Any, logsnr: Array, logsnr_next: Array) -> tuple[Any, Array | None]:
     """The step rule, and how far x̃ goes on, in parts of its way since the evaluation before: [T], or None for not."""
     second_order = isinstance(sampler, SecondOrder)
     rule = sampler.rule if second_order else sampler
-    if not callable(rule):
-        raise ValueError(f"sampler is {sampler!r}; give a step rule, such as ancestral(v) or ddim()")
+    if not callable(rule) or rule in (ancestral, ddim, dpm_solver):
+        raise ValueError(f"sampler is {sampler!r}; give a step rule, called, such as ancestral(v) or ddim()")
     if not second_order:
         return rule, None
     t, gap = jnp.arange(1, len(logsnr) + 1), logsnr_next - logsnr
@@ -187,7 +203,8 @@ def _batch_size(labels: PyTree) -> int:
     leading = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(labels)}
     if len(leading) != 1 or leading == {()}:
         raise ValueError(
-            f"labels have leading shapes {sorted(leading)}; give arrays that share one batch axis, [B, ...]"
+            f"labels have leading shapes {sorted(leading)}; give arrays that share one batch axis, [B, ...], such as "
+            "jnp.array([0, 1])"
         )
     return leading.pop()[0]
 

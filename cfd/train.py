@@ -270,6 +270,8 @@ def fit(
     else:
         start, state, skipped = *restored[:2], restored[2]["skipped_images"]
         print(f"Resuming {folder} at step {start} of {settings.num_steps}.", flush=True)
+        if start > settings.num_steps:
+            print(f"{group}.num_steps = {settings.num_steps} was passed already: nothing is left to train.", flush=True)
 
     if jax.process_index() == 0:
         print(f"{parameter_overview.count_parameters(state.params):,} parameters.", flush=True)

@@ -112,21 +112,34 @@ def _from_process_0(value: bool) -> bool:
 def write_config(workdir: str | os.PathLike[str], config_json: Mapping[str, Any]) -> None:
     """Writes config.json if there is none; otherwise checks that this is the same run.
 
-    Fields of FREE_FIELDS may differ from the file's, which is then rewritten. Every process calls it. Raises
-    ValueError if another field differs, and if the file of process 0 is not seen by the other processes.
+    Fields of FREE_FIELDS may differ from the file's, which is then rewritten, and all fields in a run that has neither
+    a checkpoint nor metrics yet. Every process calls it. Raises ValueError if another field differs, if there are
+    checkpoints without a config.json, and if the file of process 0 is not seen by the other processes.
     """
     path = Path(workdir) / CONFIG
     new = json.loads(json.dumps(config_json, allow_nan=False))
-    if jax.process_index() == 0 and not path.exists():
+    has_steps = any(step.name.isdigit() for step in (Path(workdir) / CHECKPOINTS).glob("*"))
+    if jax.process_index() == 0 and not path.exists() and not has_steps:
         write_atomically(path, json.dumps(new, indent=2) + "\n")
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("cfd.workdir.write_config")
+    if not path.exists() and has_steps:
+        raise ValueError(
+            f"{os.fspath(workdir)} has checkpoints and no {CONFIG}: put it back, from {CHECKPOINTS}/<step>/meta or a "
+            "backup, or give another --workdir"
+        )
     if not path.exists():
         raise ValueError(f"{path} was written by process 0 and is not seen here: the workdir must be on a shared disk")
-    old = check_config(workdir, new)
+    metrics = Path(workdir) / METRICS
+    has_begun = has_steps or (metrics.exists() and metrics.stat().st_size > 0)
+    old = check_config(workdir, new) if has_begun else read_config(workdir)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("cfd.workdir.write_config.compared")
     if jax.process_index() == 0 and new != old:
+        if differences := config_differences(old, new):
+            print(
+                f"{os.fspath(workdir)} has no checkpoint yet and takes this config: {_some(differences)}.", flush=True
+            )
         write_atomically(path, json.dumps(new, indent=2) + "\n")
 
 
@@ -134,12 +147,15 @@ def check_config(workdir: str | os.PathLike[str], config_json: Mapping[str, Any]
     """The content of config.json. Raises ValueError if a field outside of FREE_FIELDS differs from `config_json`."""
     old = read_config(workdir)
     if differences := config_differences(old, json.loads(json.dumps(config_json))):
-        more = f" and {len(differences) - 4} more" if len(differences) > 4 else ""
         raise ValueError(
-            f"{Path(workdir) / CONFIG} is another run's: {'; '.join(differences[:4])}{more}. Give another --workdir, "
+            f"{Path(workdir) / CONFIG} is another run's: {_some(differences)}. Give another --workdir, "
             f"or the same config (only {', '.join(FREE_FIELDS)} may change)"
         )
     return old
+
+
+def _some(differences: list[str]) -> str:
+    return "; ".join(differences[:4]) + (f" and {len(differences) - 4} more" if len(differences) > 4 else "")
 
 
 def read_config(workdir: str | os.PathLike[str]) -> dict[str, Any]:
@@ -151,8 +167,12 @@ def read_config(workdir: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{path} does not exist: {os.fspath(workdir)} is not the folder of a run") from None
     except ValueError as e:
         raise ValueError(f"{path} is not JSON ({e}): restore it from {CHECKPOINTS}/<step>/meta or a backup") from None
-    if not isinstance(content, dict) or not {"kind", "config"} <= content.keys():
-        raise ValueError(f'{path} has no "kind" and "config": it is not the config of a run')
+    parts = {"kind": str, "config": dict, "class_names": list}
+    content = content if isinstance(content, dict) else {}
+    if wrong := [f'"{name}"' for name, kind in parts.items() if not isinstance(content.get(name), kind)]:
+        raise ValueError(
+            f"{path} has no sound {', '.join(wrong)}: restore it from {CHECKPOINTS}/<step>/meta or a backup"
+        )
     return content
 
 
@@ -265,14 +285,21 @@ def _write_event(log: MetricsLog, step: int, **content: Any) -> None:
 
 
 def _truncate(path: Path, step: int) -> None:
-    old = path.read_bytes() if path.exists() else b""
-    kept = []
-    for number, line in enumerate(old.splitlines(keepends=True), 1):
+    old = path.read_bytes() if path.exists() else None
+    kept, later = [], 0
+    for number, line in enumerate((old or b"").splitlines(keepends=True), 1):
         try:
-            if json.loads(line)["step"] <= step and line.endswith(b"\n"):
+            if json.loads(line)["step"] > step:
+                later += 1
+            elif line.endswith(b"\n"):
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             logging.warning("%s: line %d is torn, dropped: %r", path, number, line[:80])
+    if later:
+        start = (
+            f"the newest checkpoint is of step {step}" if step else "there is no checkpoint, training starts at step 0"
+        )
+        print(f"{path}: {start}; {later} lines of later steps are dropped.", flush=True)
     new = b"".join(kept)
     if new != old:
         write_atomically(path, new.decode())

@@ -99,6 +99,11 @@ def main() -> int:
     parser.add_argument("--pause-seconds", type=float, default=5, help="before the next start (5)")
     parser.add_argument("command", nargs="+", help="after --")
     arguments = parser.parse_args()
+    if arguments.processes < 1:
+        parser.error(f"--processes is {arguments.processes}: give 1 or more")
+    for name in ("grace_seconds", "pause_seconds"):
+        if not getattr(arguments, name) >= 0:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(arguments, name)}: give 0 or more")
 
     job = None
     asked: list = []
@@ -113,7 +118,11 @@ def main() -> int:
 
     faults, before = 0, None
     while not asked:
-        job = Job(arguments.command, environments(arguments.processes))
+        try:
+            job = Job(arguments.command, environments(arguments.processes))
+        except OSError as error:
+            say(f"{arguments.command[0]} cannot be started: {error.strerror}")
+            return 1
         if asked:  # in the meantime, when there was nothing to send it to
             job.send(asked[-1])
         code = job.wait(arguments.grace_seconds)

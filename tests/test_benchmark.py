@@ -92,9 +92,13 @@ def test_the_table_has_medians_ratios_and_shares() -> None:
     assert guided.split()[-4:] == ["20", "0.04", "40.0%", "2.5"]
 
 
-def test_unknown_rows_are_refused() -> None:
-    with pytest.raises(ValueError, match="forwards"):
-        benchmark.main(["--rows=forwards"])
+@pytest.mark.parametrize("flag", ["--rows=forwards", "--rounds=0", "--sampler_steps=0", "--batch_size=-1", "--peer=no"])
+def test_bad_flags_are_refused_before_anything_is_built(flag: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        benchmark.parse([flag])
+    name, _, value = flag.partition("=")
+    error = capsys.readouterr().err
+    assert f"error: {name} " in error and value in error
 
 
 @pytest.mark.slow

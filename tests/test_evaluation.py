@@ -1,5 +1,6 @@
 """What `--mode=sweep` needs and leaves behind; tests/test_grid.py has its cells, and how they are resumed."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -184,3 +185,54 @@ def test_the_classifier_of_a_run_is_trained_once(digits: data.Dataset, tmp_path:
     np.testing.assert_array_equal(again.extract(images).pool, outputs.pool)
     with pytest.raises(ValueError, match=r"eval\.classifier_steps = 30, not 40: give 30, or delete the features"):
         opened(40)
+
+
+@pytest.mark.parametrize("damage", ["5\n", "7,0.1,x\n", "\xff\n"])
+def test_a_damaged_row_is_named(run: Path, damage: str) -> None:
+    evaluation.sweep(tiny_config(eval__weights=(1.0,)), str(run))
+    with open(run / "sweep.csv", "a", encoding="latin-1") as file:
+        file.write(damage)
+    with pytest.raises(ValueError, match=r"sweep\.csv: line 3 is damaged: delete it"):
+        results.read_rows(str(run))
+
+
+def test_a_grid_leaves_out_the_weights_whose_images_are_lost(run: Path, capsys: pytest.CaptureFixture) -> None:
+    rows = evaluation.sweep(tiny_config(), str(run))
+    for lost, row in (("1", rows[1]), ("0, 1", rows[0]), ("0, 1, 3", rows[2])):
+        Path(evaluation.samples_path(str(run), row)).unlink()
+        assert evaluation.sweep(tiny_config(), str(run)) == rows
+        assert f"The images of w = {lost} are not in {run}/samples: sweep.png" in capsys.readouterr().out
+
+
+def test_data_of_other_classes_is_not_measured(
+    run: Path, monkeypatch: pytest.MonkeyPatch, digits: data.Dataset
+) -> None:
+    names: dict[str, tuple[str, ...]] = {"train": (*"012345678", "nine"), "test": (*"012345678", "nine")}
+
+    def from_config(group: Any, split: str) -> data.Dataset:
+        return dataclasses.replace(digits, class_names=names[split])
+
+    monkeypatch.setattr(data, "from_config", from_config)
+    with pytest.raises(ValueError, match=r"class 9 is '9' in the run .* and 'nine' in data.split 'train'"):
+        evaluation.sweep(tiny_config(), str(run))
+    names["train"] = tuple("0123456789")
+    with pytest.raises(ValueError, match=r"class 9 is '9' in data.split 'train' and 'nine' in eval.test_split 'test'"):
+        evaluation.check(tiny_config())
+    assert not list(run.iterdir())
+
+
+def test_a_damaged_feature_classifier_is_made_anew_by_removing_it(digits: data.Dataset, tmp_path: Path) -> None:
+    folder = tmp_path / "features"
+    folder.mkdir()
+    (folder / "classifier.npz").write_bytes(b"no archive")
+
+    def opened() -> None:
+        features.open_classifier(str(tmp_path), one_device(), digits, digits, num_steps=5, flip=False, seed=0)
+
+    for text in (None, "{}", '{"classifier_steps": 5}'):
+        if text:
+            (folder / "classifier.json").write_text(text)
+        with pytest.raises(
+            ValueError, match=r"features is damaged .*: remove the folder, and --mode=sweep makes it anew"
+        ):
+            opened()

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh
 from PIL import Image
 from tiny import tiny_config
 
-from cfd import checkpoint, generate, npz, parallel, workdir
+from cfd import checkpoint, generate, npz, parallel, preemption, workdir
 from cfd.config import describe
 from cfd.generate import Request, grid_request, make_draw, to_uint8
 from cfd.guidance import Interval, classifier_guidance
@@ -210,6 +210,12 @@ def test_a_sample_is_guided_by_the_classifier_of_the_run(run: Path, monkeypatch:
     np.testing.assert_array_equal(silent[0::2], silent[1::2])
     np.testing.assert_array_equal(telling[0::2], silent[0::2])
     assert (telling[3] != silent[3]).any(), "class 7 at w = 2"
+
+
+def test_a_stop_says_that_the_images_are_drawn_again(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preemption, "requested", lambda: True)
+    with pytest.raises(preemption.Stopped, match="after 4 of 4 images, which are all drawn again"):
+        generate.sample(tiny_config(), str(run))
 
 
 def test_other_settings_do_not_overwrite(run: Path) -> None:

@@ -119,6 +119,25 @@ def test_the_processes_of_a_job_know_of_each_other_and_end_together(tmp_path: Pa
     assert sorted(set(done.stdout.splitlines())) == ["2 0 127.0.0.1", "2 1 127.0.0.1"]
 
 
+@pytest.mark.parametrize("flag", ["--processes=0", "--processes=-1", "--pause-seconds=-1", "--grace-seconds=-1"])
+def test_bad_flags_are_refused_before_anything_is_started(tmp_path: Path, flag: str) -> None:
+    done = supervise(tmp_path, ATTEMPTS, flag)
+    assert done.returncode == 2 and f"error: {flag.split('=')[0]} is " in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_no_processes_are_no_success() -> None:
+    command = ["bash", str(ROOT / "launch" / "local.sh"), "configs/digits.py", "runs/x", "0"]
+    done = subprocess.run(command, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True)
+    assert done.returncode == 2 and "--processes is 0: give 1 or more" in done.stderr
+
+
+def test_a_command_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    command = [sys.executable, str(SUPERVISE), "--", "no-such-command"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr == "supervise: no-such-command cannot be started: No such file or directory\n"
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_pass_shellcheck(script: Path) -> None:
     shellcheck = shutil.which("shellcheck") or shutil.which("shellcheck", path=str(Path(sys.executable).parent))

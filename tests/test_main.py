@@ -97,6 +97,8 @@ def command(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         (["--mode=sweep", "--workdir=elsewhere"], ("elsewhere holds no run", "--mode=train")),
         (["--verbos"], ("verbos",)),
         (["--workdir"], ("workdir",)),
+        (["--workdir="], ("--workdir is empty", "name a folder")),
+        (["--workdir=~/no/such/run", "--mode=sweep"], (f"{os.path.expanduser('~')}/no/such/run holds no run",)),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -111,6 +113,14 @@ def test_the_config_itself_can_be_the_mistake(command: Command) -> None:
     broken = command.folder / "broken.py"
     broken.write_text("def get_config(:\n")
     assert "broken.py" in command.fails(f"--config={broken}")
+    for text, words in (
+        ('{"seed": 0}', "no attribute 'get_config'"),
+        ("import no_such_module", "ModuleNotFoundError: No module named"),
+        ("def get_config():\n  return {'seed': 0}", "get_config() gives dict"),
+    ):
+        broken.write_text(text)
+        error = command.fails(f"--config={broken}")
+        assert f"{broken} is no config (" in error and words in error and "such as configs/digits.py" in error
     short = command.folder / "short.py"
     short.write_text("from ml_collections import ConfigDict\ndef get_config():\n  return ConfigDict(dict(seed=0))\n")
     assert "is missing; every field is written out" in command.fails(f"--config={short}")
@@ -125,6 +135,7 @@ def run(command: Command) -> Command:
 
 
 def test_a_folder_of_another_run_is_left_alone(run: Command) -> None:
+    (run.folder / "runs" / "digits" / "checkpoints" / "2").mkdir(parents=True)
     for mode in ("train", "sample", "sweep"):
         error = run.fails(DIGITS, *flags_of(train__learning_rate=0.5), f"--mode={mode}")
         assert "learning_rate: 0.001 there, 0.5 here" in error and "another --workdir" in error
@@ -133,6 +144,15 @@ def test_a_folder_of_another_run_is_left_alone(run: Command) -> None:
 def test_a_run_without_a_checkpoint_says_that_it_has_none(run: Command) -> None:
     for mode in ("sample", "sweep"):
         assert "has no step; its steps are []" in run.fails(DIGITS, *flags_of(), f"--mode={mode}")
+
+
+def test_the_folders_to_compare_may_begin_with_the_home(run: Command) -> None:
+    folder = str(run.folder / "runs" / "digits")
+    manifest = {"reference": {"sha256": ""}, "features": {"sha256": ""}}
+    results.write_manifest(folder, manifest)
+    results.append_row(folder, dict.fromkeys(results.COLUMNS, 1) | {"manifest": results.manifest_name(manifest)})
+    error = run.fails(DIGITS, *flags_of(), "--mode=compare", "--runs=~/no/such/run")
+    assert f"{os.path.expanduser('~')}/no/such/run has no sweep.csv" in error
 
 
 def test_a_sweep_of_nothing_says_so(run: Command) -> None:

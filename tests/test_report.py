@@ -158,6 +158,14 @@ def test_a_run_without_results_still_has_a_page(tmp_path: Path) -> None:
         report.report(str(tmp_path / "nowhere"))
 
 
+@pytest.mark.parametrize("line", ["{", "3", '{"loss": 1.0}'])
+def test_a_damaged_line_of_the_metrics_is_named(tmp_path: Path, line: str) -> None:
+    workdir.write_config(tmp_path, describe("diffusion", tiny_config(), list("0123456789")))
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: line 2 is damaged: delete it"):
+        report.report(str(tmp_path))
+
+
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-3e-5, 2e5), (7.0, 7.0), (0.0, 0.0), (1.23, 1.24)])
 def test_ticks_are_few_and_around_all_points(low: float, high: float) -> None:
     found = report.ticks(low, high)

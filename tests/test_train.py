@@ -323,6 +323,12 @@ def test_each_network_is_trained_with_its_own_settings_on_the_training_images(
     assert other.num_steps != own.num_steps and other.weight_decay != own.weight_decay
 
 
+def test_a_run_that_is_past_its_last_step_says_so(straight: Path, capsys: pytest.CaptureFixture) -> None:
+    run(straight, train__num_steps=4)
+    assert "train.num_steps = 4 was passed already: nothing is left to train." in capsys.readouterr().out
+    assert saved(straight)[0] == 6
+
+
 def same_run(a: Path, b: Path) -> None:
     assert lines(a, "loss", "grad_norm") == lines(b, "loss", "grad_norm")
     (step_a, state_a), (step_b, state_b) = saved(a), saved(b)
@@ -374,7 +380,7 @@ def test_a_stop_adds_no_line_to_the_log_and_draws_nothing(tmp_path: Path, monkey
     with monkeypatch.context() as patch, pytest.raises(preemption.Stopped):
         patch.setattr(preemption, "requested", lambda: next(calls) == 3)
         run(tmp_path, draw=lambda *_: pytest.fail("it did"), train__log_every_steps=4, train__sample_every_steps=3)
-    assert not (tmp_path / "metrics.jsonl").exists()
+    assert lines(tmp_path) == []
     run(tmp_path, train__log_every_steps=4)
     assert lines(tmp_path) == [(4,), (6,)]
 

@@ -82,6 +82,7 @@ def test_another_config_is_refused_and_nothing_is_overwritten(
     tmp_path: Path, changes: dict[str, Any], named: list[str]
 ) -> None:
     workdir.write_config(tmp_path, config_json())
+    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
     with pytest.raises(ValueError, match="another run's") as error:
         workdir.write_config(tmp_path, config_json(**changes))
     assert all(text in str(error.value) for text in named)
@@ -113,8 +114,37 @@ def test_no_other_field_may_change() -> None:
 
 def test_other_classes_are_refused(tmp_path: Path) -> None:
     workdir.write_config(tmp_path, config_json())
+    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
     with pytest.raises(ValueError, match="class_names"):
         workdir.write_config(tmp_path, config_json() | {"class_names": ["a", "c"]})
+
+
+def test_a_run_without_a_checkpoint_takes_another_config(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    workdir.write_config(tmp_path, config_json())
+    (tmp_path / "checkpoints").mkdir()
+    workdir.write_config(tmp_path, config_json(seed=1))
+    assert workdir.read_config(tmp_path) == config_json(seed=1)
+    assert "has no checkpoint yet and takes this config: seed: 0 there, 1 here." in capsys.readouterr().out
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(ValueError, match="another run's"):
+        workdir.write_config(tmp_path, config_json(seed=2))
+
+
+def test_checkpoints_without_their_config_are_not_taken_for_this_run(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"has checkpoints and no config\.json: put it back.*--workdir"):
+        workdir.write_config(tmp_path, config_json())
+    assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"config": []}, '"config"'), ({"class_names": None}, '"class_names"'), ({"kind": 0}, '"kind"')],
+)
+def test_a_part_that_a_config_lacks_is_named(tmp_path: Path, change: dict[str, Any], named: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config_json() | change))
+    with pytest.raises(ValueError, match=rf"config\.json has no sound {named}: restore it"):
+        workdir.read_config(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"kind": "diffusion"}', "\x00\xff"])
@@ -153,6 +183,16 @@ def test_the_log_goes_on_from_a_step_without_a_gap_or_a_double(tmp_path: Path) -
     workdir.write_metrics(log, 6, {"loss": 0.5, "count": 6})
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
     assert lines(tmp_path)[5] == {"step": 6, "loss": 0.5, "count": 6}
+
+
+def test_lines_of_later_steps_are_not_dropped_without_a_word(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 8)))
+    workdir.metrics_log(tmp_path, 5)
+    assert "the newest checkpoint is of step 5; 2 lines of later steps are dropped." in capsys.readouterr().out
+    workdir.metrics_log(tmp_path, 0)
+    assert "there is no checkpoint, training starts at step 0; 5 lines" in capsys.readouterr().out
+    workdir.metrics_log(tmp_path, 0)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("torn", [b"", b"{", b'{"step": 3}', b'{"step": 3, "x": 1', b"\xff\x00", b"3\n", b'{"a": 1}\n'])
@@ -218,6 +258,7 @@ def test_what_a_full_disk_refuses_is_written_when_there_is_space(
 
 def test_another_error_of_the_disk_is_raised(tmp_path: Path) -> None:
     log = workdir.metrics_log(tmp_path, 0)
+    (tmp_path / "metrics.jsonl").unlink()
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(IsADirectoryError):
         workdir.write_metrics(log, 1, {"loss": 1.0})
