@@ -18,8 +18,7 @@ from cfd import checkpoint, figures, npz, parallel, preemption, watchdog, workdi
 from cfd.classifier import ClassifierFn, load_classifier
 from cfd.config import Config, describe
 from cfd.guidance import Interval, classifier_guidance
-from cfd.process import cosine_logsnr
-from cfd.sampling import EpsFn, SecondOrder, StepRule, ancestral, ddim, dpm_solver, guided_sample
+from cfd.sampling import EpsFn, SecondOrder, StepRule, ancestral, ddim, dpm_solver, guided_sample, schedule
 from cfd.unet import UNet
 
 
@@ -118,8 +117,7 @@ def evaluations(config: Config, num_steps: int, w: float, interval: tuple[float,
 
     Under classifier guidance the second is a gradient of the classifier, counted as one evaluation.
     """
-    u = 1.0 - jnp.arange(num_steps, dtype=jnp.float32) / max(num_steps - 1, 1)
-    logsnr = cosine_logsnr(u, **config.process)
+    logsnr = schedule(num_steps, **config.process)
     lo, hi = interval or (-np.inf, np.inf)
     return num_steps + int(((logsnr >= lo) & (logsnr <= hi)).sum()) * (w != 0)
 

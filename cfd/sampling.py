@@ -94,8 +94,7 @@ def guided_sample(
     keys = _image_keys(key, batch)
     guided_eps = _guided(eps_fn, labels, null, w, batch, doubled)
 
-    u = 1.0 - jnp.arange(num_steps, dtype=jnp.float32) / max(num_steps - 1, 1)
-    logsnr = cosine_logsnr(u, logsnr_min, logsnr_max)
+    logsnr = schedule(num_steps, logsnr_min, logsnr_max)
     # The last λ' is never reached; a step of zero length there would make the gradients of some rules NaN.
     logsnr_next = jnp.concatenate([logsnr[1:], logsnr[-1:] + 1.0])
     rule, reach = _extrapolation(sampler, logsnr, logsnr_next)
@@ -114,6 +113,12 @@ def guided_sample(
     z = _varying_like(noise(0), labels, w)
     (z, _), _ = jax.lax.scan(step, (z, z), (jnp.arange(1, num_steps + 1), logsnr, logsnr_next, reach))
     return z
+
+
+def schedule(num_steps: int, logsnr_min: Any = -20.0, logsnr_max: Any = 20.0) -> Float[Array, "t"]:
+    """λ_1 = logsnr_min < … < λ_T = logsnr_max, where the network is evaluated: u uniformly spaced, Section 2."""
+    u = 1.0 - jnp.arange(num_steps, dtype=jnp.float32) / max(num_steps - 1, 1)
+    return cosine_logsnr(u, logsnr_min, logsnr_max)
 
 
 def _check_numbers(num_steps: Any, logsnr_min: Any, logsnr_max: Any, w: Any) -> None:
