@@ -122,6 +122,8 @@ def measure(images: Iterable[UInt8[np.ndarray, "n h w c"]], count: int, features
     pool = spatial = None
     kept, first = [], 0
     for block in images:
+        if len(block) == 0:  # all its images are bad, and skipped
+            continue
         outputs = features.extract(block)
         pool, spatial = add(pool, outputs.pool), add(spatial, outputs.spatial)
         kept.append(outputs.pool[chosen[first : first + len(block)]])
@@ -134,8 +136,8 @@ def measure(images: Iterable[UInt8[np.ndarray, "n h w c"]], count: int, features
 
 
 def add(total: metrics.Moments | None, rows: Float[np.ndarray, "n d"] | None) -> metrics.Moments | None:
-    """The moments with more rows; None where there are no rows at all."""
-    if rows is None or len(rows) == 0:
+    """The moments with more rows; None where the network has no such features."""
+    if rows is None:
         return total
     batch = metrics.moments(rows)
     return batch if total is None else metrics.merge(total, batch)

@@ -60,6 +60,13 @@ def test_a_large_set_is_thinned_evenly_and_comes_back_whole(tmp_path: Path, monk
         np.testing.assert_array_equal(one, other)
 
 
+def test_a_block_whose_images_are_all_bad_is_passed_over() -> None:
+    images = data.load_arrays(dataset(tiny_config()))[0]
+    blocks = [images[:500], images[:0], images[500:]]
+    found = reference.measure(iter(blocks), len(images), network())
+    np.testing.assert_allclose(found.mu, network().extract(images).pool.mean(axis=0), rtol=1e-12)
+
+
 def test_it_is_measured_once_for_what_it_is_made_from(tmp_path: Path) -> None:
     config = tiny_config()
     first = opened(config, tmp_path, network())
