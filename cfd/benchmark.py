@@ -4,11 +4,12 @@
     python -m cfd.benchmark --network=adm64 --dtype=bfloat16 --batch_size=64 --json=h200.json
     python -m cfd.benchmark --network=small --peer=../guided-diffusion    # needs PyTorch
 
-Prints a table and writes JSON. With --peer, both networks hold the same weights and must give the same outputs before
-anything is timed; each runs in a process of its own, they take turns, and a ratio is the median over the rounds of
-time here / time there. Every round times every row, so that rows can be compared as well. Times are of one call that
-has finished; FLOPs are the model's (2 a multiply-add; a training step is three forward passes), and their share is of
-this device's rate in one large matrix product. A CPU can exceed it: `cfd.winograd` spares half of the multiplications.
+Prints a table, and writes JSON where --json says. With --peer, both networks hold the same weights and must give the
+same outputs before anything is timed; each runs in a process of its own, they take turns, and a ratio is the median
+over the rounds of time here / time there. Every round times every row, so that rows can be compared as well. Times are
+of one call that has finished; FLOPs are the model's (2 a multiply-add; a training step is three forward passes), and
+their share is of this device's rate in one large matrix product. A CPU can exceed it: `cfd.winograd` spares half of the
+multiplications.
 Peak memory is of all the rows of a run: ask for one to know its own.
 """
 

@@ -208,7 +208,7 @@ def assert_same_run(folder: Path, other: Path) -> None:
 def test_killed_at_random_steps_of_one_process(
     kills: int, steps: int, start: Start, reference: Any, tmp_path: Path
 ) -> None:
-    """T11; and of T30 that nine tenths of the steps, and of the time after the start, are not lost."""
+    """T11; and of T30 that at most a tenth of the steps is done again."""
     folder = tmp_path / "run"
     rng = random.Random(0)
     for at in sorted(rng.sample(range(5, steps - 5), kills)):
