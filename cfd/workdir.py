@@ -261,27 +261,25 @@ def metrics_log(workdir: str | os.PathLike[str], step: int) -> MetricsLog:
     _truncate(workdir / METRICS, step)
     os.makedirs(workdir / TENSORBOARD, exist_ok=True)
     name = f"events.out.tfevents.{time.time_ns() / 1e9:.6f}.{socket.gethostname()}"  # TensorBoard reads them in order
-    log = MetricsLog(GrowingFile(workdir / METRICS), GrowingFile(workdir / TENSORBOARD / name))
-    _write_event(log, 0, file_version="brain.Event:2")
+    board = GrowingFile(workdir / TENSORBOARD / name)
+    _write_event(board, 0, file_version="brain.Event:2")
     # TensorBoard then hides what an earlier start wrote of later steps.
-    _write_event(log, step + 1, session_log={"status": "START"})
-    return log
+    _write_event(board, step + 1, session_log={"status": "START"})
+    return MetricsLog(GrowingFile(workdir / METRICS), board)
 
 
-def _write_event(log: MetricsLog, step: int, **content: Any) -> None:
+def _write_event(board: GrowingFile, step: int, **content: Any) -> None:
     """One record of TensorBoard's: length, check sum, event, check sum. Written at once, unlike by a `SummaryWriter`,
     whose thread dies when a disk is full."""
     # It imports PyTorch where that is installed: 1.3 s and 190 MB.
     from tensorboardX.proto import event_pb2
     from tensorboardX.record_writer import masked_crc32c
 
-    if log.board is None:
-        return
     protocol: Any = event_pb2  # its classes are made when it is imported
     data = protocol.Event(wall_time=time.time(), step=step, **content).SerializeToString()
     length = struct.pack("<Q", len(data))
     sums = (struct.pack("<I", masked_crc32c(x)) for x in (length, data))
-    log.board.write(length + next(sums) + data + next(sums))
+    board.write(length + next(sums) + data + next(sums))
 
 
 def _truncate(path: Path, step: int) -> None:
@@ -307,14 +305,14 @@ def _truncate(path: Path, step: int) -> None:
 
 def write_metrics(log: MetricsLog, step: int, metrics: Mapping[str, float | int]) -> None:
     """Appends {"step": step, **metrics} as one line of JSON. NaN and Inf, which JSON has not, become null."""
-    if log.lines is None:
+    if log.lines is None or log.board is None:
         return
     from tensorboardX import summary
 
     finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
     log.lines.write((json.dumps({"step": step, **finite}, allow_nan=False) + "\n").encode())
     values = [value for name, number in metrics.items() for value in summary.scalar(name, number).value]
-    _write_event(log, step, summary={"value": values})
+    _write_event(log.board, step, summary={"value": values})
 
 
 def write_image(
@@ -325,4 +323,4 @@ def write_image(
         return
     from tensorboardX import summary
 
-    _write_event(log, step, summary=summary.image(name, image, dataformats="HWC"))
+    _write_event(log.board, step, summary=summary.image(name, image, dataformats="HWC"))

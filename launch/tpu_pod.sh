@@ -5,11 +5,12 @@
 #   TPU_NAME=my-slice TPU_ZONE=us-east5-b TPU_TYPE=v5litepod-16 TPU_VERSION=v2-alpha-tpuv5-lite \
 #     launch/tpu_pod.sh CONFIG WORKDIR [FLAG ...]
 #
-# Run it in the checkout, which is copied to the hosts, changes and new files included. TPU_CREATE_FLAGS is added to the creation, such as --spot.
+# Run it in the checkout, which is copied to the hosts, changes and new files included. TPU_CREATE_FLAGS is added to the
+# creation, such as --spot.
 # WORKDIR, and data.path, lie on a disk that all hosts mount at the same place (Filestore, say): TPU_SETUP, a command
 # that runs on every host before each start, can mount it.
 set -euo pipefail
-[ $# -ge 2 ] || { sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -ge 2 ] || { sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 2; }
 : "${TPU_NAME:?}" "${TPU_ZONE:?}" "${TPU_TYPE:?}" "${TPU_VERSION:?}"
 config=$1 workdir=$2
 

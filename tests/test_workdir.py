@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from disk import file_size_limit
@@ -272,10 +273,13 @@ def test_images_and_scalars_reach_tensorboard(tmp_path: Path) -> None:
     assert b"loss_of_this_test" in content and b"grid_of_this_test" in content and b"PNG" in content
 
 
-def test_other_processes_log_nothing() -> None:
-    log = MetricsLog(None, None)
+def test_other_processes_log_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    log = workdir.metrics_log(tmp_path, 0)
+    assert log == MetricsLog(None, None)
     workdir.write_metrics(log, 1, {"loss": 1.0})
     workdir.write_image(log, 1, "samples", np.zeros((4, 4, 3)))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_killed_run_and_its_restart_have_every_step_once(tmp_path: Path) -> None:
