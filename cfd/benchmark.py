@@ -17,10 +17,12 @@ import argparse
 import json
 import multiprocessing
 import os
+import re
 import resource
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -84,6 +86,7 @@ class Setting(NamedTuple):
     remat: bool
     sampler_steps: int
     rows: tuple[str, ...]
+    profile: str  # a row, or "" for none
     peer: str  # a checkout of openai/guided-diffusion; "" for none
     folder: str  # for the JPEGs of the input pipeline, and the peer's tensors
 
@@ -103,7 +106,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     batch_size = flags.batch_size or BATCH_SIZE[flags.network]
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(
-            flags.network, batch_size, flags.dtype, flags.remat, flags.sampler_steps, rows, flags.peer, folder
+            flags.network,
+            batch_size,
+            flags.dtype,
+            flags.remat,
+            flags.sampler_steps,
+            rows,
+            flags.profile,
+            flags.peer,
+            folder,
         )
         result = run(setting, flags.rounds)
     print(table(result))
@@ -120,6 +131,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sampler_steps", type=int, default=256, help="T of the sampler")
     parser.add_argument("--rows", default=",".join(MEANS), help="what to time")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--profile", default="", help="a row whose operations are to be listed, the longest first")
     parser.add_argument("--peer", default="", help="a checkout of openai/guided-diffusion")
     parser.add_argument("--json", default="", help="also write the result here")
     flags = parser.parse_args(arguments)
@@ -128,6 +140,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--{name} is {getattr(flags, name)}: give an integer >= {least}")
     if unknown := set(flags.rows.split(",")) - set(MEANS):
         parser.error(f"--rows has {sorted(unknown)}: choose from {','.join(MEANS)}")
+    if flags.profile and flags.profile not in flags.rows.split(","):
+        parser.error(f"--profile is {flags.profile!r}: choose one of --rows, {flags.rows}")
     if flags.peer and not Path(flags.peer, "guided_diffusion").is_dir():
         parser.error(f"--peer is {flags.peer!r}, which holds no guided_diffusion/: give a checkout of the repository")
     return flags
@@ -193,7 +207,31 @@ def serve(pipe: Connection, build: Callable[[Setting], Built], setting: Setting)
         start = time.perf_counter()
         built.rows[row]()
         pipe.send(time.perf_counter() - start)
-    pipe.send(built.facts | {"peak_memory_bytes": peak_memory()})
+    facts = built.facts | {"peak_memory_bytes": peak_memory()}
+    if setting.profile and build is our_side:
+        facts["profile"] = operations(built.rows[setting.profile])
+    pipe.send(facts)
+
+
+def operations(call: Callable[[], Any]) -> dict[str, float]:
+    """Seconds on the device of each kind of XLA's operations in one call, the longest first.
+
+    A kind is the operation's name without its number; on a GPU, of a fusion of several, what its name begins with.
+    """
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            call()
+        (file,) = Path(folder).rglob("*.xplane.pb")
+        seconds: Counter[str] = Counter()
+        for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
+            for line in plane.lines:
+                for event in line.events:
+                    operation = dict(event.stats).get("hlo_op")
+                    if operation is not None:
+                        seconds[re.sub(r"[.\d]+$", "", str(operation))] += event.duration_ns * 1e-9
+    return dict(seconds.most_common())
 
 
 def peak_memory() -> int:
@@ -395,6 +433,9 @@ def table(result: dict[str, Any]) -> str:
         if {one, other} <= set(seconds):
             ratios = np.array(seconds[one]["ours"]) / np.array(seconds[other]["ours"])
             lines.append(f"{MEANS[one]} / {MEANS[other]}: {np.median(ratios):.3f}")
+    profile = facts.get("profile", {})
+    for operation, spent in list(profile.items())[:8]:
+        lines.append(f"{operation:40s}{spent * 1e3:10.4g} ms{spent / sum(profile.values()):7.1%} of {setting['profile']}")
     for who, found in result["facts"].items():
         lines.append(f"peak memory, {who}: {found['peak_memory_bytes'] / 1e9:.2f} GB")
     return "\n".join(lines)

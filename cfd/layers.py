@@ -67,6 +67,14 @@ def written(gradients: Any) -> Any:
     return jax.lax.platform_dependent(gradients, cpu=jax.lax.optimization_barrier, default=lambda g: g)
 
 
+def anew(arrays: Any) -> Any:
+    """`arrays`, of which an accelerator is to compute anew what it has computed of them before; not on a CPU.
+
+    XLA's GPU compiler would rather keep that in memory, in float32.
+    """
+    return jax.lax.platform_dependent(arrays, cpu=lambda a: a, default=jax.lax.optimization_barrier)
+
+
 jointly.defvjp(lambda tree: (tree, None), lambda _, g: (written(g),))
 
 
@@ -107,8 +115,24 @@ add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 def attention(
     q: Float[Array, "b t n d"], k: Float[Array, "b s n d"], v: Float[Array, "b s n d"]
 ) -> Float[Array, "b t n d"]:
-    """softmax(q kᵀ / √d) v for each of n heads: Vaswani et al. (arXiv:1706.03762), Eq. 1. The softmax is float32."""
-    return jax.lax.platform_dependent(q, k, v, cpu=_attention_on_cpu, default=jax.nn.dot_product_attention)
+    """softmax(q kᵀ / √d) v for each of n heads: Vaswani et al. (arXiv:1706.03762), Eq. 1. The softmax is float32.
+
+    On a CUDA device, in 16 bits, it is cuDNN's, which keeps no [t, s] in memory, if cuDNN takes heads of that size.
+    """
+    plain = partial(jax.nn.dot_product_attention, implementation="xla")
+    on_gpu = {"cuda": partial(jax.nn.dot_product_attention, implementation="cudnn")} if _cudnn_takes(q) else {}
+    return jax.lax.platform_dependent(q, k, v, cpu=_attention_on_cpu, default=plain, **on_gpu)
+
+
+def _cudnn_takes(q: Array) -> bool:
+    device = jax.devices()[0]
+    return (
+        "cuda" in device.client.platform_version
+        and float(device.compute_capability) >= 8.0
+        and q.dtype.itemsize == 2
+        and q.shape[-1] % 8 == 0
+        and q.shape[-1] <= 128
+    )
 
 
 def _attention_on_cpu(q: Array, k: Array, v: Array) -> Array:
@@ -143,10 +167,9 @@ def _group_norm(x: Array, gain: Array, shift: Array, silu: bool) -> Array:
 
 @partial(jax.jit, static_argnums=3)
 def _forward(x: Array, gain: Array, shift: Array, silu: bool) -> tuple[Array, tuple[Array, ...]]:
-    mean = _group_mean(_channel_means(x.astype(jnp.float32)))
-    centred = x.astype(jnp.float32) - mean[:, None]
-    rstd = jax.lax.rsqrt(_group_mean(_channel_means(_fold(jnp.square(centred)))) + EPSILON)
-    y = centred * (rstd * gain)[:, None] + shift[:, None]
+    mean, variance = jax.lax.platform_dependent(x, cpu=_moments_on_cpu, default=_moments)
+    rstd = jax.lax.rsqrt(variance + EPSILON)
+    y = (x.astype(jnp.float32) - mean[:, None]) * (rstd * gain)[:, None] + shift[:, None]
     if silu:
         # A quotient, not a product with the sigmoid: XLA's CPU compiler recomputes a product at every copy that
         # `upsample` makes of it.
@@ -154,47 +177,96 @@ def _forward(x: Array, gain: Array, shift: Array, silu: bool) -> tuple[Array, tu
     return y.astype(x.dtype), (x, mean, rstd, gain, shift)
 
 
+def _moments_on_cpu(x: Float[Array, "b n c"]) -> tuple[Float[Array, "b c"], Float[Array, "b c"]]:
+    """The mean and the variance of the group of each channel."""
+    x = x.astype(jnp.float32)
+    mean = _group_mean(_channel_means(x))
+    return mean, _group_mean(_channel_means(jnp.square(x - mean[:, None]), fold=True))
+
+
+def _moments(x: Float[Array, "b n c"]) -> tuple[Float[Array, "b c"], Float[Array, "b c"]]:
+    """The same from one reading of x: of differences from each channel's first value, so that squares cancel little."""
+    first = x[:, 0].astype(jnp.float32)
+    apart = x.astype(jnp.float32) - first[:, None]
+    offset, square = _channel_means(apart), _channel_means(jnp.square(apart))
+    mean = _group_mean(first + offset)
+    return mean, _group_mean(square - jnp.square(offset) + jnp.square(first + offset - mean))
+
+
 @partial(jax.jit, static_argnums=0)
 def _backward(silu: bool, kept: tuple[Array, ...], g: Array) -> tuple[Array, Array, Array]:
     x, mean, rstd, gain, shift = kept
-    centred = x.astype(jnp.float32) - mean[:, None]
-    g = g.astype(jnp.float32)
-    if silu:
-        y = centred * (rstd * gain)[:, None] + shift[:, None]
-        sigmoid = 1.0 / (1.0 + jnp.exp(-y))
-        g = g * sigmoid * (1.0 + y * (1.0 - sigmoid))
-    along_one, along_x = _channel_means(g), _channel_means(_fold(g * centred)) * rstd
+
+    def centred_and_gradient(x: Array, g: Array) -> tuple[Array, Array]:
+        centred = x.astype(jnp.float32) - mean[:, None]
+        g = g.astype(jnp.float32)
+        if silu:
+            y = centred * (rstd * gain)[:, None] + shift[:, None]
+            sigmoid = 1.0 / (1.0 + jnp.exp(-y))
+            g = g * sigmoid * (1.0 + y * (1.0 - sigmoid))
+        return centred, g
+
+    centred, before_silu = centred_and_gradient(x, g)
+    sums = _two_channel_means(before_silu, before_silu * centred)
+    x, g, (along_one, along_x) = anew((x, g, sums))
+    centred, before_silu = centred_and_gradient(x, g)
+    along_x = along_x * rstd
     constant, slope = rstd * _group_mean(gain * along_one), rstd * rstd * _group_mean(gain * along_x)
-    dx = g * (rstd * gain)[:, None] - constant[:, None] - centred * slope[:, None]
-    return written((dx.astype(x.dtype), x.shape[1] * along_x, x.shape[1] * along_one))
+    dx = before_silu * (rstd * gain)[:, None] - constant[:, None] - centred * slope[:, None]
+    return written((anew(dx.astype(x.dtype)), x.shape[1] * along_x, x.shape[1] * along_one))
 
 
 _group_norm.defvjp(_forward, _backward)
 
 
+@partial(jax.jit, static_argnames="fold")
+def _channel_means(x: Float[Array, "b n c"], fold: bool = False) -> Float[Array, "b c"]:
+    """Means over positions. On a CPU a product with ones, which XLA does several times faster than a reduction.
+
+    There `fold` adds up to eight blocks of positions in the loop that makes x: x itself is not written to memory.
+    """
+
+    def product(x: Array) -> Array:
+        if fold:
+            blocks = math.gcd(8, x.shape[1])
+            x = sum(jnp.split(x, blocks, axis=1), start=jnp.zeros(())) / blocks
+        return jnp.matmul(jnp.full((x.shape[0], 1, x.shape[1]), 1.0 / x.shape[1]), x)[:, 0]
+
+    return jax.lax.platform_dependent(x, cpu=product, default=partial(jnp.mean, axis=1))
+
+
 @jax.jit
-def _channel_means(x: Float[Array, "b n c"]) -> Float[Array, "b c"]:
-    """Means over positions. On a CPU a product with ones, which XLA does several times faster than a reduction."""
-    ones = jnp.full((x.shape[0], 1, x.shape[1]), 1.0 / x.shape[1])
-    return jax.lax.platform_dependent(
-        x,
-        cpu=lambda x: jnp.matmul(ones, x)[:, 0],
-        default=lambda x: jnp.mean(x, axis=1),
-    )
+def _two_channel_means(x: Float[Array, "b n c"], y: Float[Array, "b n c"]) -> tuple[Array, Array]:
+    """Means over positions of x and of a y made of it. On a GPU as the parts of one complex number.
 
+    XLA's GPU compiler writes what two reductions read to memory, in float32, but not what one reads.
+    """
 
-def _fold(x: Float[Array, "b n c"]) -> Float[Array, "b m c"]:
-    """Means over up to eight blocks of positions, added in the loop that makes x: x itself is not written to memory."""
-    blocks = math.gcd(8, x.shape[1])
-    return sum(jnp.split(x, blocks, axis=1), start=jnp.zeros(())) / blocks
+    def complex_mean(x: Array, y: Array) -> tuple[Array, Array]:
+        mean = jnp.mean(jax.lax.complex(x, y), axis=1)
+        return mean.real, mean.imag
+
+    def two(x: Array, y: Array) -> tuple[Array, Array]:
+        return _channel_means(x), _channel_means(y, fold=True)
+
+    return jax.lax.platform_dependent(x, y, cuda=complex_mean, default=two)
 
 
 @jax.jit
 def _group_mean(x: Float[Array, "b c"]) -> Float[Array, "b c"]:
     """The mean over the channels of each group, at every channel of it.
 
-    Two thin products: were groups repeated into channels inside the loop over x, that loop would not be vectorised.
+    On a CPU two thin products: were groups repeated into channels inside the loop over x, that loop would not be
+    vectorised.
     """
-    member: Any = jnp.repeat(jnp.eye(GROUPS), x.shape[1] // GROUPS, axis=0)
-    mean = jnp.matmul(x, member * (GROUPS / x.shape[1]), precision="highest")
-    return jnp.matmul(mean, member.T, precision="highest")
+    size = x.shape[1] // GROUPS
+
+    def products(x: Array) -> Array:
+        member: Any = jnp.repeat(jnp.eye(GROUPS), size, axis=0)
+        mean = jnp.matmul(x, member * (GROUPS / x.shape[1]), precision="highest")
+        return jnp.matmul(mean, member.T, precision="highest")
+
+    def plain(x: Array) -> Array:
+        return jnp.repeat(x.reshape(-1, GROUPS, size).mean(axis=2), size, axis=1)
+
+    return jax.lax.platform_dependent(x, cpu=products, default=plain)

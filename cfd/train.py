@@ -14,6 +14,7 @@ import numpy as np
 import optax
 from clu import parameter_overview
 from jax import Array
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -62,6 +63,7 @@ def train_step(
     """
     key = jax.random.fold_in(key, state.step)
     loss, grads = _loss_and_grads(state.params, batch, key, loss_fn, num_microbatches)
+    grads = row_major(grads)
     grad_norm = global_norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     finite = jax.lax.optimization_barrier(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
@@ -88,6 +90,19 @@ def train_step(
         nonfinite_in_a_row=state.nonfinite_in_a_row,
     )
     return state, metrics
+
+
+def row_major(grads: Any) -> Any:
+    """`grads`, on a GPU in the layout of the parameters.
+
+    cuDNN's gradients of kernels have another, in which XLA would also compute the optimizer: each of its arrays would
+    be transposed, and transposed back.
+    """
+
+    def one(g: Array) -> Array:
+        return with_layout_constraint(g, Layout(tuple(range(g.ndim))))
+
+    return jax.lax.platform_dependent(grads, cuda=partial(jax.tree.map, one), default=lambda grads: grads)
 
 
 def _loss_and_grads(
