@@ -373,6 +373,7 @@ def input_pipeline(setting: Setting) -> Callable[[], Any]:
         channels=3,
         num_classes=1,
         on_bad_image="raise",
+        in_memory=False,
     )
     batches = data.batches(dataset, seed=0, batch_size=setting.batch_size, flip=True, num_workers=0)
     return lambda: next(batches)

@@ -71,6 +71,7 @@ FIELDS: dict[str, Field] = {
     "data.num_classes": at_least(1),
     "data.flip": BOOL,
     "data.on_bad_image": one_of("raise", "skip"),
+    "data.in_memory": BOOL,
     "data.num_workers": at_least(0),
     "model.num_classes": at_least(0),
     "model.out_channels": at_least(1),

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import importlib.util
 import io
+import math
 import os
 import stat
 import sys
@@ -77,6 +78,7 @@ def open_dataset(
     channels: int,
     num_classes: int,
     on_bad_image: str,
+    in_memory: bool,
 ) -> Dataset:
     """The data set that a config's `data` group names.
 
@@ -84,7 +86,11 @@ def open_dataset(
     folder: path/<split>/<class>/*.jpg|jpeg|png|webp, or path/<class>/*.jpg... for the split "train".
     tfds: a data set that TensorFlow Datasets has prepared as ArrayRecord below the folder `path`; any tfds split.
 
-    Raises ValueError for whatever is missing or disagrees with the arguments; images themselves are opened when read.
+    With in_memory each image is decoded when it is first asked for and then kept: num_examples · image_size² · channels
+    bytes, in every process.
+
+    Raises ValueError for whatever is missing or disagrees with the arguments, and if the images would not fit in the
+    machine's memory; images themselves are opened when read.
     """
     for field, value, allowed in (
         ("channels", channels, (1, 3)),
@@ -110,6 +116,8 @@ def open_dataset(
             f"data.num_classes is {num_classes}, but {where} has {len(class_names)} ({shown}): "
             f"set data.num_classes = {len(class_names)}, or correct the data"
         )
+    if in_memory:
+        read = _kept(read, (num_examples, image_size, image_size, channels))
     return Dataset(read, read_labels, num_examples, image_size, channels, class_names, on_bad_image)
 
 
@@ -257,6 +265,29 @@ def _tfds(name: str, split: str, path: str, image_size: int, channels: int) -> _
         return labels
 
     return read, read_labels, len(records), tuple(features["label"].names)
+
+
+def _kept(
+    read: Callable[[int], tuple[np.ndarray, int]], shape: tuple[int, int, int, int]
+) -> Callable[[int], tuple[np.ndarray, int]]:
+    """`read`, called once an image, or as often as it raises. Two threads may read the same image at once."""
+    needed, there = math.prod(shape), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:  # the allocation would succeed, and the process be killed an epoch later
+        raise ValueError(
+            f"data.in_memory is True, and {shape[0]} images of {shape[1]}x{shape[2]}x{shape[3]} take {needed:,} bytes, "
+            f"where the machine has {there:,}: set data.in_memory = False"
+        )
+    images, labels, present = np.empty(shape, np.uint8), np.empty(shape[0], np.int32), np.zeros(shape[0], bool)
+    shown = images.view()
+    shown.flags.writeable = False
+
+    def read_once(i: int) -> tuple[np.ndarray, int]:
+        if not present[i]:
+            images[i], labels[i] = read(i)
+            present[i] = True  # after the pixels, for the other threads
+        return shown[i], int(labels[i])
+
+    return read_once
 
 
 def decode(encoded: bytes, name: str, image_size: int, channels: int) -> UInt8[np.ndarray, "s s c"]:

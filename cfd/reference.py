@@ -45,7 +45,7 @@ def reference_hash(config: Config, features: FeatureNetwork, dataset: data.Datas
         with open(config.eval.reference, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
-    elsewhere = ("path", "num_workers", "flip")
+    elsewhere = ("path", "num_workers", "in_memory", "flip")
     settings = {key: value for key, value in config.data.items() if key not in elsewhere}
     settings |= {"num_examples": len(dataset), "neighbour_rows": NEIGHBOUR_ROWS}
     digest.update(json.dumps(settings, sort_keys=True).encode())

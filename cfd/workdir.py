@@ -39,6 +39,7 @@ FREE_FIELDS = (
     "data.path",
     "data.num_workers",
     "data.on_bad_image",
+    "data.in_memory",
     "train.num_steps",
     "train.nonfinite_limit",
     "train.checkpoint_every_steps",

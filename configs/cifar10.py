@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
                 num_classes=10,
                 flip=True,
                 on_bad_image="raise",
+                in_memory=True,
                 num_workers=2,
             ),
             model=dict(

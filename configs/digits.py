@@ -30,6 +30,7 @@ def get_config() -> ConfigDict:
                 num_classes=10,
                 flip=False,
                 on_bad_image="raise",
+                in_memory=False,
                 num_workers=1,
             ),
             model=dict(

@@ -59,6 +59,7 @@ def get_config() -> ConfigDict:
                 num_classes=1000,
                 flip=True,
                 on_bad_image="raise",
+                in_memory=False,
                 num_workers=16,
             ),
             model=dict(

@@ -23,6 +23,7 @@ BAD = [
     ("data.channels", 2),
     ("data.num_classes", 0),
     ("data.flip", 1),
+    ("data.in_memory", 1),
     ("data.num_workers", -1),
     ("data.path", None),
     ("model.base_channels", 48),

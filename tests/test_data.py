@@ -22,7 +22,7 @@ from cfd import data
 
 FIELDS = {
     "source": "folder", "name": "", "split": "train", "image_size": 8, "channels": 3, "num_classes": 2,
-    "on_bad_image": "raise",
+    "on_bad_image": "raise", "in_memory": False,
 }  # fmt: skip
 
 
@@ -195,6 +195,73 @@ def test_one_example_and_a_batch_of_many_epochs(tmp_path: Path):
     np.testing.assert_array_equal(np.sort(labels.reshape(-1, 2)), [[0, 1]] * 16)
     alone = data.epoch_order(0, range(5), 1)
     assert alone == [0] * 5
+
+
+def torn(folder: Path) -> Path:
+    """The folder with one bad image more, the fourth of bee."""
+    write(folder / "bee" / "13b.jpg", encoded(noise(0, 32, 32), "JPEG")[:300])
+    return folder
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_images_kept_in_memory_give_the_same_batches(folder: Path, num_workers: int):
+    torn(folder)
+    for options in ({}, {"process_index": 1, "process_count": 2, "start_step": 3}):
+        datasets = [open_folder(folder, on_bad_image="skip", in_memory=in_memory) for in_memory in (False, True)]
+        iterators = [
+            data.batches(dataset, seed=3, batch_size=8, flip=True, num_workers=num_workers, **options)
+            for dataset in datasets
+        ]
+        straight, kept = [[next(iterator) for _ in range(9)] for iterator in iterators]
+        assert_same(straight, kept)
+        assert iterators[0].skipped == iterators[1].skipped > 0
+        for iterator in iterators:
+            iterator.close()
+
+
+def test_each_image_is_decoded_once_in_memory_and_a_bad_one_stays_bad(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    decoded: list[str] = []
+    decode = data.decode
+    monkeypatch.setattr(data, "decode", lambda *of: decoded.append(of[1]) or decode(*of))
+    dataset = open_folder(folder, in_memory=True)
+    take(dataset, 5, batch_size=17)
+    images = data.load_arrays(dataset)[0]
+    here = [file for file in decoded if folder in Path(file).parents]  # other tests' threads may still be at work
+    assert sorted(here) == sorted(map(str, folder.glob("*/*")))
+    np.testing.assert_array_equal(images, data.load_arrays(open_folder(folder))[0])
+    with pytest.raises(ValueError, match="read-only"):
+        dataset[0][0][:] = 0
+
+    dataset = open_folder(torn(folder), in_memory=True)
+    for _ in range(3):
+        with pytest.raises(data.BadImage, match=r"13b\.jpg"):
+            dataset[14]
+    dataset = open_folder(folder, on_bad_image="skip", in_memory=True)
+    for _ in range(2):
+        np.testing.assert_array_equal(data.load_arrays(dataset, num_workers=2)[0], images)
+
+
+def test_an_image_in_memory_is_not_seen_before_it_is_decoded(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    begun, go_on, decode = threading.Event(), threading.Event(), data.decode
+
+    def slow(*of) -> np.ndarray:
+        if folder in Path(of[1]).parents and not begun.is_set():
+            begun.set()
+            assert go_on.wait(60)
+        return decode(*of)
+
+    monkeypatch.setattr(data, "decode", slow)
+    dataset = open_folder(folder, in_memory=True)
+    first: list[tuple[np.ndarray, int]] = []
+    thread = threading.Thread(target=lambda: first.append(dataset[12]))
+    thread.start()
+    assert begun.wait(60)
+    second = dataset[12][0].copy(), dataset[12][1]
+    go_on.set()
+    thread.join()
+    for image, label in (*first, second):
+        np.testing.assert_array_equal(image, noise(12))
+        assert label == 1
 
 
 @pytest.mark.parametrize("batch_size, process_count", [(0, 1), (8, 3), (-4, 2)])
@@ -442,6 +509,7 @@ def without_folders(path: Path):
         ({"channels": 4}, None, r"data.channels is 4; it must be one of \(1, 3\)"),
         ({"image_size": 0}, None, "data.image_size is 0"),
         ({"on_bad_image": "ignore"}, None, "data.on_bad_image is 'ignore'"),
+        ({"image_size": 10**6, "in_memory": True}, None, r"17 images .* 51,000,000,000,000 bytes, .*in_memory = False"),
         ({"source": "webdataset"}, None, "data.source is 'webdataset'; it must be one of"),
         ({}, lambda path: (path / "cat").mkdir(), r"class folder .*/pics/cat holds no .* file: fill it or remove it"),
         ({}, leading_out, r"/pics/cat is a link that leads out of"),
@@ -549,7 +617,7 @@ PROGRAM = """
 import sys
 from cfd import data
 fields = dict(source="digits", name="", split="train", path="", image_size=8, channels=1, num_classes=10)
-dataset = data.open_dataset(**fields, on_bad_image="raise")
+dataset = data.open_dataset(**fields, on_bad_image="raise", in_memory=False)
 iterator = data.batches(dataset, seed=0, batch_size=64, flip=False, num_workers=2)
 while True:
     next(iterator)

@@ -89,7 +89,7 @@ def test_it_is_measured_once_for_what_it_is_made_from(tmp_path: Path) -> None:
     negative = dataclasses.replace(train, read=lambda i: (255 - train.read(i)[0], train.read(i)[1]))
     names.add(reference.reference_hash(config, network(), negative))
     assert len(names) == 5, "other weights, another split, other images: another name"
-    moved = tiny_config(data__path="elsewhere", data__num_workers=7)
+    moved = tiny_config(data__path="elsewhere", data__num_workers=7, data__in_memory=True)
     assert reference.reference_hash(moved, network(), train) in names, "where the data lies does not matter"
 
 
