@@ -196,6 +196,7 @@ def _moments(x: Float[Array, "b n c"]) -> tuple[Float[Array, "b c"], Float[Array
 @partial(jax.jit, static_argnums=0)
 def _backward(silu: bool, kept: tuple[Array, ...], g: Array) -> tuple[Array, Array, Array]:
     x, mean, rstd, gain, shift = kept
+    barrier = jax.lax.optimization_barrier
 
     def centred_and_gradient(x: Array, g: Array) -> tuple[Array, Array]:
         centred = x.astype(jnp.float32) - mean[:, None]
@@ -206,13 +207,20 @@ def _backward(silu: bool, kept: tuple[Array, ...], g: Array) -> tuple[Array, Arr
             g = g * sigmoid * (1.0 + y * (1.0 - sigmoid))
         return centred, g
 
-    centred, before_silu = centred_and_gradient(x, g)
-    sums = _two_channel_means(before_silu, before_silu * centred)
-    x, g, (along_one, along_x) = anew((x, g, sums))
-    centred, before_silu = centred_and_gradient(x, g)
+    def means_on_cpu(x: Array, g: Array) -> tuple[Array, ...]:
+        centred, g_in = centred_and_gradient(x, g)
+        return x, g, _channel_means(g_in), _channel_means(g_in * centred, fold=True)
+
+    def means(x: Array, g: Array) -> tuple[Array, ...]:
+        along_one = _means_of_blocks(centred_and_gradient(x, g)[1])
+        along_x = _means_of_blocks(math.prod(centred_and_gradient(*barrier((x, g)))))
+        return barrier((x, g, along_one, along_x))
+
+    x, g, along_one, along_x = jax.lax.platform_dependent(x, g, cpu=means_on_cpu, default=means)
+    centred, g_in = centred_and_gradient(x, g)
     along_x = along_x * rstd
     constant, slope = rstd * _group_mean(gain * along_one), rstd * rstd * _group_mean(gain * along_x)
-    dx = before_silu * (rstd * gain)[:, None] - constant[:, None] - centred * slope[:, None]
+    dx = g_in * (rstd * gain)[:, None] - constant[:, None] - centred * slope[:, None]
     return written((anew(dx.astype(x.dtype)), x.shape[1] * along_x, x.shape[1] * along_one))
 
 
@@ -235,21 +243,15 @@ def _channel_means(x: Float[Array, "b n c"], fold: bool = False) -> Float[Array,
     return jax.lax.platform_dependent(x, cpu=product, default=partial(jnp.mean, axis=1))
 
 
-@jax.jit
-def _two_channel_means(x: Float[Array, "b n c"], y: Float[Array, "b n c"]) -> tuple[Array, Array]:
-    """Means over positions of x and of a y made of it. On a GPU as the parts of one complex number.
+def _means_of_blocks(x: Float[Array, "b n c"]) -> Float[Array, "b c"]:
+    """Means over positions, by way of up to eight blocks of them.
 
-    XLA's GPU compiler writes what two reductions read to memory, in float32, but not what one reads.
+    A reduction to that many rows XLA's GPU compiler also fuses with what makes x, if no other reads it. Otherwise it
+    writes x to memory, in float32.
     """
-
-    def complex_mean(x: Array, y: Array) -> tuple[Array, Array]:
-        mean = jnp.mean(jax.lax.complex(x, y), axis=1)
-        return mean.real, mean.imag
-
-    def two(x: Array, y: Array) -> tuple[Array, Array]:
-        return _channel_means(x), _channel_means(y, fold=True)
-
-    return jax.lax.platform_dependent(x, y, cuda=complex_mean, default=two)
+    b, n, c = x.shape
+    blocks = math.gcd(8, n)
+    return x.reshape(b * blocks, n // blocks, c).mean(axis=1).reshape(b, blocks, c).mean(axis=1)
 
 
 @jax.jit

@@ -35,7 +35,7 @@ def test_rows_are_built_and_can_be_called_again(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setitem(benchmark.NETWORKS, "small", TINY)
     monkeypatch.setitem(benchmark.IMAGE_SIZE, "small", 8)
     rows = ("forward", "input")
-    built = benchmark.our_side(benchmark.Setting("small", 2, "float32", False, 2, rows, "", str(tmp_path)))
+    built = benchmark.our_side(benchmark.Setting("small", 2, "float32", False, 2, rows, "", "", str(tmp_path)))
     assert set(built.rows) == set(rows) and built.output.shape == (2, 8, 8, 6)
     assert set(built.facts["compile_seconds"]) == set(rows) - {"input"}
     for call in (*built.rows.values(), *built.rows.values()):
@@ -57,7 +57,7 @@ def test_flops_are_those_of_the_products() -> None:
 
 def test_the_table_has_medians_ratios_and_shares() -> None:
     result = {
-        "setting": benchmark.Setting("small", 4, "float32", False, 8, (), "", "")._asdict() | {"rounds": 3},
+        "setting": benchmark.Setting("small", 4, "float32", False, 8, (), "forward", "", "")._asdict() | {"rounds": 3},
         "facts": {
             "ours": {
                 "device": "cpu",
@@ -66,6 +66,7 @@ def test_the_table_has_medians_ratios_and_shares() -> None:
                 "matrix_flops_per_second": 1e11,
                 "compile_seconds": {"forward": 1.5, "guided": 2.5},
                 "peak_memory_bytes": 2 * 10**9,
+                "profile": {"convolution": 0.075, "dot": 0.025},
             },
             "peer": {"peak_memory_bytes": 10**9},
         },
@@ -75,7 +76,8 @@ def test_the_table_has_medians_ratios_and_shares() -> None:
         },
     }
     json.dumps(result)
-    forward, guided = benchmark.table(result).splitlines()[2:4]
+    lines = benchmark.table(result).splitlines()
+    forward, guided = lines[2:4]
     assert forward.split() == [
         "forward",
         "100",
@@ -90,9 +92,22 @@ def test_the_table_has_medians_ratios_and_shares() -> None:
         "1.25]",
     ]
     assert guided.split()[-4:] == ["20", "0.04", "40.0%", "2.5"]
+    assert [line.split() for line in lines[4:6]] == [
+        ["convolution", "75", "ms", "75.0%", "of", "forward"],
+        ["dot", "25", "ms", "25.0%", "of", "forward"],
+    ]
 
 
-@pytest.mark.parametrize("flag", ["--rows=forwards", "--rounds=0", "--sampler_steps=0", "--batch_size=-1", "--peer=no"])
+def test_a_profile_adds_up_the_operations_of_a_kind() -> None:
+    x, y = jnp.ones((512, 512)), jnp.ones((512, 64))
+    product = jax.jit(lambda x, y: jnp.sort(x @ y, axis=0) @ y.T).lower(x, y).compile()
+    found = benchmark.operations(lambda: jax.block_until_ready(product(x, y)))
+    assert any("sort" in name for name in found) and all(seconds >= 0 for seconds in found.values())
+    assert list(found.values()) == sorted(found.values(), reverse=True)
+    assert not any(name[-1].isdigit() for name in found)
+
+
+@pytest.mark.parametrize("flag", ["--rows=forwards", "--rounds=0", "--sampler_steps=0", "--batch_size=-1", "--peer=no", "--profile=w1"])
 def test_bad_flags_are_refused_before_anything_is_built(flag: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         benchmark.parse([flag])

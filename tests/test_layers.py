@@ -1,5 +1,9 @@
-"""The layers against float64 NumPy and against their plain forms, gradients included."""
+"""The layers against float64 NumPy and against their plain forms, gradients included.
 
+In their forms for a CPU and in those for other devices; cuDNN's attention needs a GPU.
+"""
+
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -14,6 +18,17 @@ from jaxtyping import Float, Float64
 from cfd.layers import Conv, add_bias, attention, group_norm
 
 Inputs = tuple[Array, Array, Array]
+
+
+@pytest.fixture(params=["cpu", "default"], autouse=True)
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def chosen(*arguments: Any, **forms: Callable[..., Any]) -> Any:
+        return forms.get(request.param, forms["default"])(*arguments)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", chosen)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
 
 
 def inputs(channels: int, offset: float = 0.0) -> Inputs:
