@@ -216,7 +216,8 @@ def serve(pipe: Connection, build: Callable[[Setting], Built], setting: Setting)
 def operations(call: Callable[[], Any]) -> dict[str, float]:
     """Seconds on the device of each kind of XLA's operations in one call, the longest first.
 
-    A kind is the operation's name without its number; on a GPU, of a fusion of several, what its name begins with.
+    A kind is the operation's name without its number. On a GPU all that is in CUDA graphs counts as one kind, unless
+    XLA_FLAGS=--xla_gpu_enable_command_buffer= makes no graphs.
     """
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
@@ -340,7 +341,14 @@ def our_train_step(
 
     def step(state: train.TrainState, batch: dict[str, Array], key: Array) -> Any:
         return train.train_step(
-            state, batch, key, loss_fn=loss_fn, optimizer=optimizer, ema_decay=0.9999, num_microbatches=1
+            state,
+            batch,
+            key,
+            loss_fn=loss_fn,
+            optimizer=optimizer,
+            ema_decay=0.9999,
+            ema_warmup=False,
+            num_microbatches=1,
         )
 
     program = compiled("train", step, jax.eval_shape(build, held[0]), batch, key, donate_argnums=0)
@@ -436,7 +444,8 @@ def table(result: dict[str, Any]) -> str:
             lines.append(f"{MEANS[one]} / {MEANS[other]}: {np.median(ratios):.3f}")
     profile = facts.get("profile", {})
     for operation, spent in list(profile.items())[:8]:
-        lines.append(f"{operation:40s}{spent * 1e3:10.4g} ms{spent / sum(profile.values()):7.1%} of {setting['profile']}")
+        share = spent / sum(profile.values())
+        lines.append(f"{operation:40s}{spent * 1e3:10.4g} ms{share:7.1%} of {setting['profile']}")
     for who, found in result["facts"].items():
         lines.append(f"peak memory, {who}: {found['peak_memory_bytes'] / 1e9:.2f} GB")
     return "\n".join(lines)

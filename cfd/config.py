@@ -99,6 +99,7 @@ FIELDS: dict[str, Field] = {
     "train.weight_decay": number(0.0),
     "train.grad_clip": number(0.0, above=True),
     "train.ema_decay": Field(float, lambda x: 0 <= x < 1, "a number in [0, 1)"),
+    "train.ema_warmup": BOOL,
     "train.num_microbatches": at_least(1),
     "train.nonfinite_limit": at_least(1),
     "train.checkpoint_every_steps": at_least(1),

@@ -212,9 +212,10 @@ def _backward(silu: bool, kept: tuple[Array, ...], g: Array) -> tuple[Array, Arr
         return x, g, _channel_means(g_in), _channel_means(g_in * centred, fold=True)
 
     def means(x: Array, g: Array) -> tuple[Array, ...]:
+        # The barriers keep apart what is computed three times: XLA's GPU compiler would write it once, in float32.
         along_one = _means_of_blocks(centred_and_gradient(x, g)[1])
-        along_x = _means_of_blocks(math.prod(centred_and_gradient(*barrier((x, g)))))
-        return barrier((x, g, along_one, along_x))
+        centred, g_in = centred_and_gradient(*barrier((x, g)))
+        return barrier((x, g, along_one, _means_of_blocks(g_in * centred)))
 
     x, g, along_one, along_x = jax.lax.platform_dependent(x, g, cpu=means_on_cpu, default=means)
     centred, g_in = centred_and_gradient(x, g)

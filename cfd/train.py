@@ -55,11 +55,14 @@ def train_step(
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
     ema_decay: float,
+    ema_warmup: bool,
     num_microbatches: int,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One step on the mean loss of the global batch, its randomness `fold_in(key, step)`.
 
     A step whose loss or gradient is not finite leaves parameters, EMA and optimizer as they were, and is counted.
+    With `ema_warmup` the EMA's decay at step t is at most (1 + t) / (10 + t), as in TensorFlow's
+    ExponentialMovingAverage: in a short run it would else hold a part of the random start.
     """
     key = jax.random.fold_in(key, state.step)
     loss, grads = _loss_and_grads(state.params, batch, key, loss_fn, num_microbatches)
@@ -73,7 +76,8 @@ def train_step(
 
     # Behind the barriers `finite` and the new parameters are read; without them XLA computes them again for each array.
     params = jax.lax.optimization_barrier(keep(optax.apply_updates(state.params, updates), state.params))
-    ema = jax.tree.map(lambda e, p: e + (1.0 - ema_decay) * (p - e), state.ema, params)
+    decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step)) if ema_warmup else ema_decay
+    ema = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), state.ema, params)
     skipped = 1 - finite.astype(jnp.int32)
     state = TrainState(
         step=state.step + 1,
@@ -296,6 +300,7 @@ def fit(
         loss_fn=loss_fn,
         optimizer=optimizer,
         ema_decay=settings.ema_decay,
+        ema_warmup=settings.ema_warmup,
         num_microbatches=settings.num_microbatches,
     )
     step_fn = xla.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))

@@ -90,6 +90,7 @@ def get_config() -> ConfigDict:
                 weight_decay=0.0,
                 grad_clip=1.0,
                 ema_decay=0.9999,
+                ema_warmup=False,
                 num_microbatches=1,
                 nonfinite_limit=3,
                 checkpoint_every_steps=5000,

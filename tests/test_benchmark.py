@@ -107,7 +107,9 @@ def test_a_profile_adds_up_the_operations_of_a_kind() -> None:
     assert not any(name[-1].isdigit() for name in found)
 
 
-@pytest.mark.parametrize("flag", ["--rows=forwards", "--rounds=0", "--sampler_steps=0", "--batch_size=-1", "--peer=no", "--profile=w1"])
+@pytest.mark.parametrize(
+    "flag", ["--rows=forwards", "--rounds=0", "--sampler_steps=0", "--batch_size=-1", "--peer=no", "--profile=w1"]
+)
 def test_bad_flags_are_refused_before_anything_is_built(flag: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         benchmark.parse([flag])

@@ -66,6 +66,7 @@ def step_of(loss_fn: Any, *, num_microbatches: int = 1, **changes: Any) -> tuple
         loss_fn=loss_fn,
         optimizer=optimizer,
         ema_decay=settings.ema_decay,
+        ema_warmup=settings.ema_warmup,
         num_microbatches=num_microbatches,
     )
     return initial_state(init, optimizer, jax.random.key(1)), jax.jit(step)
@@ -108,7 +109,17 @@ def test_microbatches_have_noise_of_their_own() -> None:
 
 
 def numpy_training(
-    w: Any, b: Any, batches: list[Any], *, rate: float, warmup: int, b1: float, b2: float, clip: float, decay: float
+    w: Any,
+    b: Any,
+    batches: list[Any],
+    *,
+    rate: float,
+    warmup: int,
+    b1: float,
+    b2: float,
+    clip: float,
+    decay: float,
+    ema_warmup: bool,
 ) -> Any:
     """Adam by its paper (arXiv:1412.6980, Algorithm 1) in float64, on the gradient derived by hand, clipped."""
     ema_w, m, v = w.copy(), np.zeros(260), np.zeros(260)
@@ -124,7 +135,8 @@ def numpy_training(
         at = rate * min((t - 1) / warmup, 1.0)
         change: Any = at * (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + 1e-8)
         w, b = w - change[:256].reshape(64, 4), b - change[256:]
-        ema_w = decay * ema_w + (1.0 - decay) * w
+        kept = min(decay, t / (9 + t)) if ema_warmup else decay
+        ema_w = kept * ema_w + (1.0 - kept) * w
     return w, ema_w, norms
 
 
@@ -138,13 +150,16 @@ def test_the_norm_is_that_of_all_elements(shapes: list[tuple[int, ...]]) -> None
 CLIP = 7.5
 
 
-@pytest.mark.parametrize("num_microbatches", [1, 4])
-def test_adam_warm_up_clipping_and_ema_against_numpy(num_microbatches: int) -> None:
-    adam, options = dict(adam_b1=0.8, adam_b2=0.99), dict(learning_rate=0.01, warmup_steps=4, ema_decay=0.9)
-    state, step = step_of(squares, grad_clip=CLIP, num_microbatches=num_microbatches, **adam, **options)
+@pytest.mark.parametrize("num_microbatches, ema_warmup, decay", [(1, False, 0.9), (4, False, 0.9), (1, True, 0.3)])
+def test_adam_warm_up_clipping_and_ema_against_numpy(num_microbatches: int, ema_warmup: bool, decay: float) -> None:
+    """A warm-up of the EMA ends at decay 0.3 in the fourth of the eight steps."""
+    options: dict[str, Any] = dict(learning_rate=0.01, warmup_steps=4, grad_clip=CLIP, adam_b1=0.8, adam_b2=0.99)
+    options |= dict(ema_decay=decay, ema_warmup=ema_warmup, num_microbatches=num_microbatches)
+    state, step = step_of(squares, **options)
     batches = [batch_of(seed) for seed in range(8)]
     w, b = np.float64(state.params["w"]), np.float64(state.params["b"])
-    w, ema_w, norms = numpy_training(w, b, batches, rate=0.01, warmup=4, b1=0.8, b2=0.99, clip=CLIP, decay=0.9)
+    fixed: dict[str, Any] = dict(rate=0.01, warmup=4, b1=0.8, b2=0.99, clip=CLIP)
+    w, ema_w, norms = numpy_training(w, b, batches, **fixed, decay=decay, ema_warmup=ema_warmup)
     measured = []
     for batch in batches:
         state, metrics = step(state, batch, jax.random.key(0))
