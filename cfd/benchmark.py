@@ -1,7 +1,7 @@
 """What the network, training and sampling cost on this machine, and beside openai/guided-diffusion.
 
     python -m cfd.benchmark --network=small
-    python -m cfd.benchmark --network=adm64 --dtype=bfloat16 --batch_size=64 --json=h200.json
+    python -m cfd.benchmark --network=adm64 --dtype=bfloat16 --batch_size=128 --profile=train --json=h200.json
     python -m cfd.benchmark --network=small --peer=../guided-diffusion    # needs PyTorch
 
 Prints a table, and writes JSON where --json says. With --peer, both networks hold the same weights and must give the

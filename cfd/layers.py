@@ -1,7 +1,8 @@
-"""The layers of the U-Net whose plain form is slow on a CPU: group normalisation, convolution, attention.
+"""The layers of the U-Net whose plain form is slow: group normalisation, convolution, attention.
 
 The network is correct with any other form. On a CPU, sums over positions are matrix products with ones, many times
-faster than XLA's reductions, and the softmax of attention runs over an axis that is not the last. What many layers call
+faster than XLA's reductions, and the softmax of attention runs over an axis that is not the last. On a GPU, attention
+is cuDNN's, and what can be computed again from 16-bit arrays is not kept in float32. What many layers call
 is jitted, so that it is traced once a shape: it spares three tenths of the time to trace a training step. Gradients are
 in reverse mode alone, as their own are written out: `jax.jvp` of the network is a TypeError.
 """
