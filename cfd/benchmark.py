@@ -349,6 +349,7 @@ def our_train_step(
             ema_decay=0.9999,
             ema_warmup=False,
             num_microbatches=1,
+            replicated=True,
         )
 
     program = compiled("train", step, jax.eval_shape(build, held[0]), batch, key, donate_argnums=0)

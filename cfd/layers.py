@@ -68,12 +68,13 @@ def written(gradients: Any) -> Any:
     return jax.lax.platform_dependent(gradients, cpu=jax.lax.optimization_barrier, default=lambda g: g)
 
 
-def anew(arrays: Any) -> Any:
-    """`arrays`, of which an accelerator is to compute anew what it has computed of them before; not on a CPU.
+def stored(x: Array) -> Array:
+    """x, in memory once and in its dtype; not on a CPU.
 
-    XLA's GPU compiler would rather keep that in memory, in float32.
+    XLA's GPU compiler would join what is concatenated in each operation that reads it, and keep what a 16-bit array is
+    rounded from for those that compute in float32.
     """
-    return jax.lax.platform_dependent(arrays, cpu=lambda a: a, default=jax.lax.optimization_barrier)
+    return jax.lax.platform_dependent(x, cpu=lambda x: x, default=jax.lax.optimization_barrier)
 
 
 jointly.defvjp(lambda tree: (tree, None), lambda _, g: (written(g),))
@@ -223,7 +224,7 @@ def _backward(silu: bool, kept: tuple[Array, ...], g: Array) -> tuple[Array, Arr
     along_x = along_x * rstd
     constant, slope = rstd * _group_mean(gain * along_one), rstd * rstd * _group_mean(gain * along_x)
     dx = g_in * (rstd * gain)[:, None] - constant[:, None] - centred * slope[:, None]
-    return written((anew(dx.astype(x.dtype)), x.shape[1] * along_x, x.shape[1] * along_one))
+    return written((stored(dx.astype(x.dtype)), x.shape[1] * along_x, x.shape[1] * along_one))
 
 
 _group_norm.defvjp(_forward, _backward)

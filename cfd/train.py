@@ -57,16 +57,18 @@ def train_step(
     ema_decay: float,
     ema_warmup: bool,
     num_microbatches: int,
+    replicated: bool,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One step on the mean loss of the global batch, its randomness `fold_in(key, step)`.
 
     A step whose loss or gradient is not finite leaves parameters, EMA and optimizer as they were, and is counted.
     With `ema_warmup` the EMA's decay at step t is at most (1 + t) / (10 + t), as in TensorFlow's
-    ExponentialMovingAverage: in a short run it would else hold a part of the random start.
+    ExponentialMovingAverage: in a short run it would else hold a part of the random start. `replicated` says that every
+    device holds all parameters.
     """
     key = jax.random.fold_in(key, state.step)
     loss, grads = _loss_and_grads(state.params, batch, key, loss_fn, num_microbatches)
-    grads = row_major(grads)
+    grads = row_major(grads) if replicated else grads
     grad_norm = global_norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     finite = jax.lax.optimization_barrier(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
@@ -100,7 +102,7 @@ def row_major(grads: Any) -> Any:
     """`grads`, on a GPU in the layout of the parameters.
 
     cuDNN's gradients of kernels have another, in which XLA would also compute the optimizer: each of its arrays would
-    be transposed, and transposed back.
+    be transposed, and transposed back. Not for arrays in parts: the constraint gathers them.
     """
 
     def one(g: Array) -> Array:
@@ -302,6 +304,7 @@ def fit(
         ema_decay=settings.ema_decay,
         ema_warmup=settings.ema_warmup,
         num_microbatches=settings.num_microbatches,
+        replicated=mesh.shape["fsdp"] == 1,
     )
     step_fn = xla.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))
     batches = data.batches(

@@ -13,7 +13,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from cfd.adm import adm_time
-from cfd.layers import Conv, anew, attention, group_norm, jointly
+from cfd.layers import Conv, attention, group_norm, jointly, stored
 
 
 class UNet(nn.Module):
@@ -54,7 +54,7 @@ class UNet(nn.Module):
         h, skips = encode(self, res, attend, z)
         for level, mult in reversed(tuple(enumerate(self.channel_mult))):
             for i in range(self.num_res_blocks + 1):
-                h = anew(jnp.concatenate(jointly((h, skips.pop())), -1))
+                h = stored(jnp.concatenate(jointly((h, skips.pop())), -1))
                 h = res(f"up_{level}_{i}_res", h, mult * self.base_channels)
                 if h.shape[1] in self.attention_resolutions:
                     h = attend(f"up_{level}_{i}_attn", h)

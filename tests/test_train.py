@@ -23,7 +23,7 @@ from tiny import QUICK, tiny_config
 import cfd.train
 from cfd import checkpoint, data, parallel, preemption
 from cfd.config import describe
-from cfd.train import TrainState, diffusion, fit, global_norm, initial_state, make_optimizer, train_step
+from cfd.train import TrainState, diffusion, fit, global_norm, initial_state, make_optimizer, row_major, train_step
 from cfd.unet import UNet
 
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -68,6 +68,7 @@ def step_of(loss_fn: Any, *, num_microbatches: int = 1, **changes: Any) -> tuple
         ema_decay=settings.ema_decay,
         ema_warmup=settings.ema_warmup,
         num_microbatches=num_microbatches,
+        replicated=True,
     )
     return initial_state(init, optimizer, jax.random.key(1)), jax.jit(step)
 
@@ -145,6 +146,14 @@ def test_the_norm_is_that_of_all_elements(shapes: list[tuple[int, ...]]) -> None
     tree = {str(i): jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)}
     exact = np.sqrt(sum(np.sum(np.asarray(x, np.float64) ** 2) for x in tree.values()))
     assert float(jax.jit(global_norm)(tree)) == pytest.approx(exact, rel=1e-6)
+
+
+def test_gradients_are_the_same_in_the_layout_of_the_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the form for a GPU; of a transposed array, as cuDNN's are."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arguments, cuda, default: cuda(*arguments))
+    x = jax.random.normal(jax.random.key(0), (5, 3, 3, 4))
+    grads = jax.jit(lambda x: row_major({"kernel": x.transpose(1, 2, 3, 0), "bias": x[:, 0, 0, 0]}))(x)
+    assert_same_bits(grads, {"kernel": x.transpose(1, 2, 3, 0), "bias": x[:, 0, 0, 0]})
 
 
 CLIP = 7.5
