@@ -2,9 +2,9 @@
 
 The network is correct with any other form. On a CPU, sums over positions are matrix products with ones, many times
 faster than XLA's reductions, and the softmax of attention runs over an axis that is not the last. On a GPU, attention
-is cuDNN's, and what can be computed again from 16-bit arrays is not kept in float32. What many layers call
-is jitted, so that it is traced once a shape: it spares three tenths of the time to trace a training step. Gradients are
-in reverse mode alone, as their own are written out: `jax.jvp` of the network is a TypeError.
+is cuDNN's, and what can be computed again from 16-bit arrays is not kept in float32. What many layers call is jitted,
+so that it is traced once a shape: it spares three tenths of the time to trace a training step. Gradients are in reverse
+mode alone, as their own are written out: `jax.jvp` of the network is a TypeError.
 """
 
 import math
@@ -68,6 +68,9 @@ def written(gradients: Any) -> Any:
     return jax.lax.platform_dependent(gradients, cpu=jax.lax.optimization_barrier, default=lambda g: g)
 
 
+jointly.defvjp(lambda tree: (tree, None), lambda _, g: (written(g),))
+
+
 def stored(x: Array) -> Array:
     """x, in memory once and in its dtype; not on a CPU.
 
@@ -75,9 +78,6 @@ def stored(x: Array) -> Array:
     rounded from for those that compute in float32.
     """
     return jax.lax.platform_dependent(x, cpu=lambda x: x, default=jax.lax.optimization_barrier)
-
-
-jointly.defvjp(lambda tree: (tree, None), lambda _, g: (written(g),))
 
 
 def convolve(x: Float[Array, "b h w c"], kernel: Float[Array, "... c k"], stride: int) -> Float[Array, "b h2 w2 k"]:
