@@ -1,15 +1,16 @@
 """What the network, training and sampling cost on this machine, and beside openai/guided-diffusion.
 
     python -m cfd.benchmark --network=small
-    python -m cfd.benchmark --network=adm64 --dtype=bfloat16 --batch_size=128 --profile=train --json=h200.json
+    python -m cfd.benchmark --network=adm64 --dtype=bfloat16 --batch_size=128 --calls=4 --profile=train --json=h200.json
     python -m cfd.benchmark --network=small --peer=../guided-diffusion    # needs PyTorch
 
 Prints a table, and writes JSON where --json says. With --peer, both networks hold the same weights and must give the
 same outputs before anything is timed; each runs in a process of its own, they take turns, and a ratio is the median
-over the rounds of time here / time there. Every round times every row, so that rows can be compared as well. Times are
-of one call that has finished; FLOPs are the model's (2 a multiply-add; a training step is three forward passes), and
-their share is of this device's rate in one large matrix product. A CPU can exceed it: `cfd.winograd` spares half of the
-multiplications.
+over the rounds of time here / time there. Every round times every row, so that rows can be compared as well. A time is
+of one call that has finished; with --calls=4 it is the mean of four given to the device at once, as training gives it
+the next step before the last has ended. FLOPs are the model's (2 a multiply-add; a training step is three forward
+passes), and their share is of this device's rate in one large matrix product. A CPU can exceed it: `cfd.winograd`
+spares half of the multiplications.
 Peak memory is of all the rows of a run: ask for one to know its own.
 """
 
@@ -86,15 +87,17 @@ class Setting(NamedTuple):
     remat: bool
     sampler_steps: int
     rows: tuple[str, ...]
+    calls: int  # that are given to the device before one is waited for
     profile: str  # a row, or "" for none
     peer: str  # a checkout of openai/guided-diffusion; "" for none
     folder: str  # for the JPEGs of the input pipeline, and the peer's tensors
 
 
 class Built(NamedTuple):
-    """One side, ready: what to time, its output on the common input, and what was found while building it."""
+    """One side, ready: what to time, how to wait for it, its output on the common input, and what else was found."""
 
     rows: dict[str, Callable[[], Any]]
+    wait: Callable[[Any], Any]
     output: np.ndarray
     facts: dict[str, Any]
 
@@ -112,6 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             flags.remat,
             flags.sampler_steps,
             rows,
+            flags.calls,
             flags.profile,
             flags.peer,
             folder,
@@ -131,11 +135,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sampler_steps", type=int, default=256, help="T of the sampler")
     parser.add_argument("--rows", default=",".join(MEANS), help="what to time")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--calls", type=int, default=1, help="given to the device before one is waited for")
     parser.add_argument("--profile", default="", help="a row whose operations are to be listed, the longest first")
     parser.add_argument("--peer", default="", help="a checkout of openai/guided-diffusion")
     parser.add_argument("--json", default="", help="also write the result here")
     flags = parser.parse_args(arguments)
-    for name, least in (("rounds", 1), ("sampler_steps", 1), ("batch_size", 0)):
+    for name, least in (("rounds", 1), ("calls", 1), ("sampler_steps", 1), ("batch_size", 0)):
         if getattr(flags, name) < least:
             parser.error(f"--{name} is {getattr(flags, name)}: give an integer >= {least}")
     if unknown := set(flags.rows.split(",")) - set(MEANS):
@@ -198,19 +203,26 @@ class Side:
 
 
 def serve(pipe: Connection, build: Callable[[Setting], Built], setting: Setting) -> None:
-    """The process of one side: each name received is called once and its seconds are sent; None asks for the facts."""
+    """The process of one side: each row that is named is called, and its seconds are sent; None asks for the facts."""
     built = build(setting)
     for call in built.rows.values():
-        call()
+        built.wait(call())
     pipe.send(built.output)
     while (row := pipe.recv()) is not None:
-        start = time.perf_counter()
-        built.rows[row]()
-        pipe.send(time.perf_counter() - start)
+        pipe.send(seconds(built.rows[row], built.wait, setting.calls))
     facts = built.facts | {"peak_memory_bytes": peak_memory()}
     if setting.profile and build is our_side:
-        facts["profile"] = operations(built.rows[setting.profile])
+        facts["profile"] = operations(lambda: built.wait(built.rows[setting.profile]()))
     pipe.send(facts)
+
+
+def seconds(call: Callable[[], Any], wait: Callable[[Any], Any], calls: int) -> float:
+    """The mean over `calls`, of which only the last is waited for."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        result = call()
+    wait(result)
+    return (time.perf_counter() - start) / calls
 
 
 def operations(call: Callable[[], Any]) -> dict[str, float]:
@@ -225,14 +237,14 @@ def operations(call: Callable[[], Any]) -> dict[str, float]:
         with jax.profiler.trace(folder, profiler_options=options):
             call()
         (file,) = Path(folder).rglob("*.xplane.pb")
-        seconds: Counter[str] = Counter()
+        spent: Counter[str] = Counter()
         for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
             for line in plane.lines:
                 for event in line.events:
                     operation = dict(event.stats).get("hlo_op")
                     if operation is not None:
-                        seconds[re.sub(r"[.\d]+$", "", str(operation))] += event.duration_ns * 1e-9
-    return dict(seconds.most_common())
+                        spent[re.sub(r"[.\d]+$", "", str(operation))] += event.duration_ns * 1e-9
+    return dict(spent.most_common())
 
 
 def peak_memory() -> int:
@@ -304,7 +316,7 @@ def our_side(setting: Setting) -> Built:
         "jax": jax.__version__,
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
         "forward_flops": xla.flops(forward, params),
-        "matrix_flops_per_second": matrix_rate(setting.dtype),
+        "matrix_flops_per_second": matrix_rate(setting.dtype, setting.calls),
         "compile_seconds": {},
     }
 
@@ -319,7 +331,7 @@ def our_side(setting: Setting) -> Built:
     for name, program in programs.items():
         if name in setting.rows or name == "forward":
             program = compiled(name, program, params)
-            rows[name] = lambda program=program: jax.block_until_ready(program(held[0]))
+            rows[name] = lambda program=program: program(held[0])
     output = np.asarray(rows["forward"]())
     if "forward" not in setting.rows:
         del rows["forward"]  # and its program, which is no part of the memory that is measured
@@ -327,12 +339,12 @@ def our_side(setting: Setting) -> Built:
         rows["train"] = our_train_step(compiled, loss_fn, held, {"image": z, "label": labels})
     if "input" in setting.rows:
         rows["input"] = input_pipeline(setting)
-    return Built(rows, output, facts)
+    return Built(rows, jax.block_until_ready, output, facts)
 
 
 def our_train_step(
     compiled: Callable[..., Any], loss_fn: train.LossFn, held: list[Any], batch: dict[str, Array]
-) -> Callable[[], None]:
+) -> Callable[[], dict[str, Array]]:
     """`train.train_step` on a state that each call replaces, and with it the parameters that are held."""
     settings = dict(learning_rate=1e-4, warmup_steps=0, adam_b1=0.9, adam_b2=0.999, weight_decay=0.0, grad_clip=1.0)
     optimizer = train.make_optimizer(ConfigDict(settings))
@@ -356,11 +368,11 @@ def our_train_step(
     state: train.TrainState = build(held[0])
     held[0] = state.params
 
-    def once() -> None:
+    def once() -> dict[str, Array]:
         nonlocal state
         state, metrics = program(state, batch, key)
         held[0] = state.params
-        jax.block_until_ready(metrics)
+        return metrics
 
     return once
 
@@ -388,18 +400,13 @@ def input_pipeline(setting: Setting) -> Callable[[], Any]:
     return lambda: next(batches)
 
 
-def matrix_rate(dtype: str) -> float:
-    """FLOP/s of the best of several square matrix products: 2048 on a CPU, 8192 elsewhere."""
+def matrix_rate(dtype: str, calls: int) -> float:
+    """FLOP/s of the best of several square matrix products, or `calls` at once: 2048 on a CPU, 8192 elsewhere."""
     side = 2048 if jax.default_backend() == "cpu" else 8192
     x = jnp.ones((side, side), dtype)
     product = xla.jit(jnp.matmul)
     product(x, x).block_until_ready()
-    seconds = []
-    for _ in range(10):
-        start = time.perf_counter()
-        product(x, x).block_until_ready()
-        seconds.append(time.perf_counter() - start)
-    return 2 * side**3 / min(seconds)
+    return 2 * side**3 / min(seconds(lambda: product(x, x), jax.block_until_ready, calls) for _ in range(10))
 
 
 def peer_side(setting: Setting) -> Built:
@@ -411,22 +418,22 @@ def peer_side(setting: Setting) -> Built:
     tensors: dict[str, Any] = benchmark_peer.tensors(net)
     np.savez(os.path.join(setting.folder, WEIGHTS), **tensors)
     rows, output = benchmark_peer.rows(net, *common_input(setting), setting.dtype, "train" in wanted)
-    return Built({name: rows[name] for name in wanted}, output, benchmark_peer.version())
+    return Built({name: rows[name] for name in wanted}, benchmark_peer.wait, output, benchmark_peer.version())
 
 
 def table(result: dict[str, Any]) -> str:
     """The result as text: medians, quartiles of the rounds, and where there is a peer the ratio to it."""
-    setting, facts, seconds = result["setting"], result["facts"]["ours"], result["seconds"]
+    setting, facts, timed = result["setting"], result["facts"]["ours"], result["seconds"]
     rate = facts["matrix_flops_per_second"]
     lines = [
-        "{network}, batch {batch_size}, {dtype}, T = {sampler_steps}".format(**setting)
+        "{network}, batch {batch_size}, {dtype}, T = {sampler_steps}, {calls} at once".format(**setting)
         + f" on {facts['device']}: {facts['parameters']:,} parameters, "
         f"{facts['forward_flops'] / setting['batch_size'] / 1e9:.2f} GFLOP an image forward; "
         f"matrix products run at {rate / 1e12:.3g} TFLOP/s",
         f"{'median of ' + str(setting['rounds']) + ' [quartiles]':40s}{'ms':>34s}{'images/s':>10s}{'TFLOP/s':>9s}"
         f"{'share':>7s}{'compile s':>11s}" + ("   / peer [quartiles]" if "peer" in result["facts"] else ""),
     ]
-    for name, sides in seconds.items():
+    for name, sides in timed.items():
         ours = np.array(sides["ours"])
         low, middle, high = np.quantile(ours, (0.25, 0.5, 0.75))
         steps = setting["sampler_steps"] if name in ("calls", "sampler") else 1
@@ -440,8 +447,8 @@ def table(result: dict[str, Any]) -> str:
             line += f"   {middle:.2f} [{low:.2f}, {high:.2f}]"
         lines.append(line)
     for one, other in (("w0", "guided"), ("guided", "guided-doubled"), ("sampler", "calls"), ("input", "train")):
-        if {one, other} <= set(seconds):
-            ratios = np.array(seconds[one]["ours"]) / np.array(seconds[other]["ours"])
+        if {one, other} <= set(timed):
+            ratios = np.array(timed[one]["ours"]) / np.array(timed[other]["ours"])
             lines.append(f"{MEANS[one]} / {MEANS[other]}: {np.median(ratios):.3f}")
     profile = facts.get("profile", {})
     for operation, spent in list(profile.items())[:8]:

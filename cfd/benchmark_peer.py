@@ -53,6 +53,12 @@ def version() -> dict[str, Any]:
     return {"torch": torch.__version__, "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
 
 
+def wait(_: Any) -> None:
+    """Until the device has nothing left to do."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def rows(
     net: Any,
     z: Float32[np.ndarray, "b h w c"],
@@ -70,14 +76,9 @@ def rows(
     ema = [p.detach().clone() for p in net.parameters()] if keep_ema else []
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, weight_decay=0.0)
 
-    def finish() -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
-
     def forward() -> Any:
         with torch.no_grad(), mixed:
             out = net(x, time, classes)
-        finish()
         return out
 
     def gradient() -> None:
@@ -86,7 +87,6 @@ def rows(
         with mixed:
             out = net(signal.sqrt() * x + (1 - signal).sqrt() * eps, time, classes)[:, :3]
         (out - eps).square().mean().backward()
-        finish()
 
     def train() -> None:
         gradient()
@@ -95,7 +95,6 @@ def rows(
         with torch.no_grad():
             for e, p in zip(ema, net.parameters(), strict=True):
                 e.lerp_(p, 1e-4)
-        finish()
 
     def guided() -> Any:
         with torch.no_grad(), mixed:
@@ -103,7 +102,6 @@ def rows(
             eps = 2.0 * both[: len(x)] - both[len(x) :]
             denoised = (x - 0.6 * eps).clamp(-1, 1)
             drawn = 0.5 * x + 0.5 * denoised + 0.1 * torch.randn_like(x)
-        finish()
         return drawn
 
     output = forward().float().permute(0, 2, 3, 1).cpu().numpy()

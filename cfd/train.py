@@ -1,10 +1,11 @@
 """Training: the state, one pure step, and a linear loop that resumes where it stopped."""
 
+import gc
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from tqdm import tqdm
 from cfd import checkpoint, data, generate, parallel, preemption, watchdog, workdir, xla
 from cfd.classifier import Classifier, classifier_loss
 from cfd.config import Config, describe
+from cfd.layers import written
 from cfd.losses import eps_loss
 from cfd.unet import UNet
 
@@ -76,8 +78,9 @@ def train_step(
     def keep(new: Any, old: Any) -> Any:
         return jax.tree.map(lambda n, o: jax.lax.select(finite, n, o), new, old)
 
-    # Behind the barriers `finite` and the new parameters are read; without them XLA computes them again for each array.
-    params = jax.lax.optimization_barrier(keep(optax.apply_updates(state.params, updates), state.params))
+    # Behind the barriers `finite` and the new parameters are read; without them XLA computes them again for each array,
+    # the parameters on a CPU only.
+    params = written(keep(optax.apply_updates(state.params, updates), state.params))
     decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step)) if ema_warmup else ema_decay
     ema = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), state.ema, params)
     skipped = 1 - finite.astype(jnp.int32)
@@ -153,6 +156,7 @@ def global_norm(tree: Any) -> Array:
     """The square root of the sum of the squares of all elements, as `optax.tree.norm`.
 
     XLA's CPU compiler would write every square to memory before it adds them; rows of squares it adds at once.
+    Elsewhere small arrays of one shape are added up first: of hundreds, each would be a kernel of its own.
     """
 
     def square_rows(x: Array) -> Array:
@@ -160,12 +164,17 @@ def global_norm(tree: Any) -> Array:
             return jax.lax.square(x)
         return sum(map(jax.lax.square, x.reshape(8, -1)), start=jnp.zeros(()))
 
-    def norm(square: Callable[[Array], Array], leaves: list[Array]) -> Array:
-        return jnp.sqrt(sum(jnp.sum(square(x)) for x in leaves))
+    def norm_on_cpu(leaves: list[Array]) -> Array:
+        return jnp.sqrt(sum(jnp.sum(square_rows(x)) for x in leaves))
 
-    return jax.lax.platform_dependent(
-        jax.tree.leaves(tree), cpu=partial(norm, square_rows), default=partial(norm, jax.lax.square)
-    )
+    def norm(leaves: list[Array]) -> Array:
+        squares: dict[Any, Array] = {}
+        for i, x in enumerate(leaves):
+            alike = x.shape if x.size < 2**16 else i
+            squares[alike] = squares.get(alike, 0.0) + jax.lax.square(x)
+        return jnp.sqrt(sum(map(jnp.sum, squares.values())))
+
+    return jax.lax.platform_dependent(jax.tree.leaves(tree), cpu=norm_on_cpu, default=norm)
 
 
 def diffusion(config: Config) -> tuple[Callable[[Array], Any], LossFn]:
@@ -321,7 +330,7 @@ def fit(
     last_logged, clock, waited, productive = start, time.perf_counter(), 0.0, 0.0
     step, stop = start, False
     log = workdir.metrics_log(folder, start)
-    with closing(batches), closing_manager(manager):
+    with closing(batches), closing_manager(manager), ExitStack() as ended:
         for step in tqdm(range(start + 1, settings.num_steps + 1), "train", unit="step", disable=None):
             watchdog.alive(slow=step == start + 1)
             before = time.perf_counter()
@@ -329,6 +338,10 @@ def fit(
             fetched = time.perf_counter()
             waited += fetched - before
             state, metrics = step_fn(state, batch, key_steps)
+            if step == start + 1:
+                # What tracing has left, Python's full collections would look through again, 0.2 s every 150 steps.
+                gc.freeze()
+                ended.callback(gc.unfreeze)
             # One step late, so that the device always has a step queued while the host waits.
             check_finite(unchecked, settings.nonfinite_limit, manager)
             unchecked = step, metrics

@@ -35,7 +35,7 @@ def test_rows_are_built_and_can_be_called_again(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setitem(benchmark.NETWORKS, "small", TINY)
     monkeypatch.setitem(benchmark.IMAGE_SIZE, "small", 8)
     rows = ("forward", "input")
-    built = benchmark.our_side(benchmark.Setting("small", 2, "float32", False, 2, rows, "", "", str(tmp_path)))
+    built = benchmark.our_side(benchmark.Setting("small", 2, "float32", False, 2, rows, 1, "", "", str(tmp_path)))
     assert set(built.rows) == set(rows) and built.output.shape == (2, 8, 8, 6)
     assert set(built.facts["compile_seconds"]) == set(rows) - {"input"}
     for call in (*built.rows.values(), *built.rows.values()):
@@ -56,8 +56,9 @@ def test_flops_are_those_of_the_products() -> None:
 
 
 def test_the_table_has_medians_ratios_and_shares() -> None:
+    setting = benchmark.Setting("small", 4, "float32", False, 8, (), 1, "forward", "", "")
     result = {
-        "setting": benchmark.Setting("small", 4, "float32", False, 8, (), "forward", "", "")._asdict() | {"rounds": 3},
+        "setting": setting._asdict() | {"rounds": 3},
         "facts": {
             "ours": {
                 "device": "cpu",
@@ -107,8 +108,15 @@ def test_a_profile_adds_up_the_operations_of_a_kind() -> None:
     assert not any(name[-1].isdigit() for name in found)
 
 
+def test_of_several_calls_only_the_last_is_waited_for() -> None:
+    called, waited = iter(range(9)), []
+    assert benchmark.seconds(lambda: next(called), waited.append, 3) >= 0
+    assert waited == [2] and next(called) == 3
+
+
 @pytest.mark.parametrize(
-    "flag", ["--rows=forwards", "--rounds=0", "--sampler_steps=0", "--batch_size=-1", "--peer=no", "--profile=w1"]
+    "flag",
+    ["--rows=forwards", "--rounds=0", "--calls=0", "--sampler_steps=0", "--batch_size=-1", "--peer=no", "--profile=w1"],
 )
 def test_bad_flags_are_refused_before_anything_is_built(flag: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
@@ -122,7 +130,7 @@ def test_bad_flags_are_refused_before_anything_is_built(flag: str, capsys: pytes
 def test_the_command_writes_its_json(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """In processes of its own."""
     path = tmp_path / "result.json"
-    benchmark.main(["--rows=forward", "--batch_size=1", "--rounds=3", f"--json={path}"])
+    benchmark.main(["--rows=forward,train", "--batch_size=1", "--rounds=3", "--calls=2", f"--json={path}"])
     result = json.loads(path.read_text())
-    assert len(result["seconds"]["forward"]["ours"]) == 3
+    assert len(result["seconds"]["forward"]["ours"]) == len(result["seconds"]["train"]["ours"]) == 3
     assert result["facts"]["ours"]["parameters"] == 7_995_011
