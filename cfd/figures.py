@@ -59,13 +59,15 @@ def save_curve(path: str, curves: dict[str, list[dict]], published: dict[str, li
         left.plot(score, fid, "o", markersize=4, label=name, **{"linestyle": "-"} | style)
         if name in curves:
             for row in (rows[0], rows[len(rows) // 2], rows[-1]):
-                left.annotate(f"w = {row['w']:g}", (row["is"], row["fid"]), textcoords="offset points", xytext=(5, 5))
+                at = (row["is"], row["fid"])
+                left.annotate(f"w = {row['w']:g}", at, textcoords="offset points", xytext=(-6, 4), ha="right")
         middle.plot(w, fid, "o", markersize=4, **{"linestyle": "-"} | style)
         right.plot(w, score, "o", markersize=4, **{"linestyle": "-"} | style)
     rows = [row for line in curves.values() for row in line]
     fid = "/".join(sorted({row["fid_name"] for row in rows}))
     features = "/".join(sorted({row["features"] for row in rows}))
     count = ", ".join(f"{n:,} samples" for n in sorted({row["num_samples"] for row in rows}))
+    left.margins(x=0.25, y=0.08)  # for the names
     left.set(xlabel="Inception score", ylabel=fid, title=f"{features} features, {count}")
     middle.set(xlabel="w", ylabel=fid)
     right.set(xlabel="w", ylabel="Inception score")
