@@ -275,8 +275,9 @@ def fit(
     """Build, restore, then batch, step, log, draw and save until `settings.num_steps`.
 
     `settings` is a config's `train` group and `loading` its `data` group; `draw(step, ema)` makes a picture every
-    `sample_every_steps`. Raises FloatingPointError after `nonfinite_limit` non-finite steps in a row, and
-    `preemption.Stopped` when asked to stop; either way the same call resumes from the newest checkpoint.
+    `sample_every_steps`. Raises ValueError where a run is resumed on another number of images, FloatingPointError after
+    `nonfinite_limit` non-finite steps in a row, and `preemption.Stopped` when asked to stop; after the last two the
+    same call resumes from the newest checkpoint.
 
     Goodput is the share of the wall time since the call that went into steps, the first of which, with its compilation,
     is not counted: what building, restoring, waiting for data, drawing and saving leave.
@@ -298,7 +299,13 @@ def fit(
     if restored is None:
         start, state, skipped = 0, jax.jit(init_state, out_shardings=shardings)(key_init), 0
     else:
-        start, state, skipped = *restored[:2], restored[2]["skipped_images"]
+        start, state, data_state = restored
+        skipped, num_images = data_state["skipped_images"], data_state["num_images"]
+        if num_images != len(dataset):
+            raise ValueError(
+                f"{folder} was trained on {num_images:,} images, and data.path {loading.path!r} has {len(dataset):,}, "
+                "whose order would be another: resume it on the same data, or give another --workdir"
+            )
         print(f"Resuming {folder} at step {start} of {settings.num_steps}.", flush=True)
         if start > settings.num_steps:
             print(f"{group}.num_steps = {settings.num_steps} was passed already: nothing is left to train.", flush=True)
@@ -365,7 +372,7 @@ def fit(
                 workdir.write_image(log, step, "samples", draw(step, state.ema))
             if saved:
                 check_finite(unchecked, settings.nonfinite_limit, manager)
-                data_state = {"next_step": step, "skipped_images": skipped_images}
+                data_state = {"next_step": step, "skipped_images": skipped_images, "num_images": len(dataset)}
                 checkpoint.save(manager, step, state, data_state=data_state, config_json=config_json)
                 if jax.process_index() == 0:
                     tqdm.write(f"Saving step {step} of {settings.num_steps}.")

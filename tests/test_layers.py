@@ -4,6 +4,7 @@ In their forms for a CPU and in those for other devices; cuDNN's attention needs
 """
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +16,7 @@ from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Float, Float64
 
+from cfd import layers
 from cfd.layers import Conv, add_bias, attention, group_norm
 
 Inputs = tuple[Array, Array, Array]
@@ -222,3 +224,25 @@ def test_large_convs_have_values_and_gradients_of_flax(size: int, stride: int, d
 def test_a_convolution_may_start_at_zero() -> None:
     x = jnp.ones((1, 4, 4, 3))
     assert not jnp.any(Conv(2, "float32", zero=True).init_with_output(jax.random.key(0), x)[0])
+
+
+@pytest.mark.parametrize(
+    "version, capability, dtype, size, taken",
+    [
+        ("PJRT C API\ncuda 13000", "9.0", "bfloat16", 64, True),
+        ("PJRT C API\ncuda 13000", "8.0", "float16", 128, True),
+        ("PJRT C API\ncuda 13000", "7.5", "bfloat16", 64, False),
+        ("PJRT C API\nrocm 60000", "9.0", "bfloat16", 64, False),
+        ("PJRT C API\ncuda 13000", "9.0", "float32", 64, False),
+        ("PJRT C API\ncuda 13000", "9.0", "bfloat16", 136, False),
+        ("PJRT C API\ncuda 13000", "9.0", "bfloat16", 60, False),
+        ("cpu", "", "bfloat16", 64, False),
+    ],
+)
+def test_cudnn_is_asked_for_what_it_takes(
+    version: str, capability: str, dtype: str, size: int, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q = jnp.zeros((1, 4, 2, size), dtype)
+    device = SimpleNamespace(client=SimpleNamespace(platform_version=version), compute_capability=capability)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert layers._cudnn_takes(q) == taken

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 from collections.abc import Callable
 from functools import partial
@@ -403,6 +404,9 @@ def test_bad_images_are_counted_across_a_resume(tmp_path: Path, monkeypatch: pyt
     assert lines(tmp_path, "skipped_images") == [(step, 6 * step) for step in range(1, 7)]
     with pytest.raises(data.BadImage, match=r"\.png cannot be decoded"):
         run(tmp_path, **fields, data__on_bad_image="raise", train__num_steps=7)
+    shutil.copy(tmp_path / "pictures" / "a" / "0.png", tmp_path / "pictures" / "a" / "16.png")
+    with pytest.raises(ValueError, match=r"was trained on 16 images, and data.path .* has 17"):
+        run(tmp_path, **fields, data__on_bad_image="skip", train__num_steps=7)
 
 
 def test_a_stop_adds_no_line_to_the_log_and_draws_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
