@@ -59,6 +59,20 @@ WEIGHTS = "a tuple of guidance weights, each finite and >= -1 (w = -1 is the unc
 LOGSNR = Field(float, math.isfinite, "a finite number")
 INTERVAL = "() or (logsnr_lo, logsnr_hi) with lo <= hi"
 
+NETWORK = {
+    "base_channels": Field(int, lambda x: x > 0 and x % 32 == 0, "a multiple of 32, the number of norm groups"),
+    "channel_mult": each(at_least(1), "a tuple of integers >= 1", empty=False),
+    "num_res_blocks": at_least(1),
+    "attention_resolutions": each(at_least(1), "a tuple of integers >= 1"),
+    "head_channels": at_least(0),
+    "num_heads": at_least(0),
+    "resblock_updown": BOOL,
+    "scale_shift_norm": BOOL,
+    "dropout": Field(float, lambda x: 0 <= x < 1, "a probability in [0, 1)"),
+    "dtype": one_of("float32", "bfloat16"),
+    "remat": BOOL,
+    "time": one_of("cosine", "adm_cosine", "adm_linear"),
+}
 
 FIELDS: dict[str, Field] = {
     "seed": SEED,
@@ -75,18 +89,7 @@ FIELDS: dict[str, Field] = {
     "data.num_workers": at_least(0),
     "model.num_classes": at_least(0),
     "model.out_channels": at_least(1),
-    "model.base_channels": Field(int, lambda x: x > 0 and x % 32 == 0, "a multiple of 32, the number of norm groups"),
-    "model.channel_mult": each(at_least(1), "a tuple of integers >= 1", empty=False),
-    "model.num_res_blocks": at_least(1),
-    "model.attention_resolutions": each(at_least(1), "a tuple of integers >= 1"),
-    "model.head_channels": at_least(0),
-    "model.num_heads": at_least(0),
-    "model.resblock_updown": BOOL,
-    "model.scale_shift_norm": BOOL,
-    "model.dropout": Field(float, lambda x: 0 <= x < 1, "a probability in [0, 1)"),
-    "model.dtype": one_of("float32", "bfloat16"),
-    "model.remat": BOOL,
-    "model.time": one_of("cosine", "adm_cosine", "adm_linear"),
+    **{f"model.{name}": field for name, field in NETWORK.items()},
     "process.logsnr_min": LOGSNR,
     "process.logsnr_max": LOGSNR,
     "train.num_steps": at_least(1),
@@ -108,20 +111,7 @@ FIELDS: dict[str, Field] = {
     "train.sample_every_steps": at_least(0),
     "train.watchdog_seconds": at_least(0),
     "classifier.num_classes": at_least(1),
-    "classifier.base_channels": Field(
-        int, lambda x: x > 0 and x % 32 == 0, "a multiple of 32, the number of norm groups"
-    ),
-    "classifier.channel_mult": each(at_least(1), "a tuple of integers >= 1", empty=False),
-    "classifier.num_res_blocks": at_least(1),
-    "classifier.attention_resolutions": each(at_least(1), "a tuple of integers >= 1"),
-    "classifier.head_channels": at_least(0),
-    "classifier.num_heads": at_least(0),
-    "classifier.resblock_updown": BOOL,
-    "classifier.scale_shift_norm": BOOL,
-    "classifier.dropout": Field(float, lambda x: 0 <= x < 1, "a probability in [0, 1)"),
-    "classifier.time": one_of("cosine", "adm_cosine", "adm_linear"),
-    "classifier.dtype": one_of("float32", "bfloat16"),
-    "classifier.remat": BOOL,
+    **{f"classifier.{name}": field for name, field in NETWORK.items()},
     "classifier_train.num_steps": at_least(1),
     "classifier_train.batch_size": at_least(1),
     "classifier_train.learning_rate": number(0.0, above=True),

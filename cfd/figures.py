@@ -52,15 +52,20 @@ def save_curve(path: str, curves: dict[str, list[dict]], published: dict[str, li
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     greys = iter(("0.35", "0.55", "0.75"))
-    for name, rows in (curves | published).items():
+    for number, (name, rows) in enumerate((curves | published).items()):
         rows = sorted(rows, key=lambda row: row["w"])
         w, fid, score = ([row[key] for row in rows] for key in ("w", "fid", "is"))
         style = {"color": next(greys), "linestyle": "--"} if name in published else {}
-        left.plot(score, fid, "o", markersize=4, label=name, **{"linestyle": "-"} | style)
+        (line,) = left.plot(score, fid, "o", markersize=4, label=name, **{"linestyle": "-"} | style)
         if name in curves:
             for row in (rows[0], rows[len(rows) // 2], rows[-1]):
-                at = (row["is"], row["fid"])
-                left.annotate(f"w = {row['w']:g}", at, textcoords="offset points", xytext=(-6, 4), ha="right")
+                left.annotate(
+                    f"w = {row['w']:g}",
+                    (row["is"], row["fid"]),
+                    textcoords="offset points",
+                    color=line.get_color(),
+                    **{"xytext": (6, -12), "ha": "left"} if number % 2 else {"xytext": (-6, 4), "ha": "right"},
+                )
         middle.plot(w, fid, "o", markersize=4, **{"linestyle": "-"} | style)
         right.plot(w, score, "o", markersize=4, **{"linestyle": "-"} | style)
     rows = [row for line in curves.values() for row in line]

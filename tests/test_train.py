@@ -1,5 +1,6 @@
 """The train step against independent derivations, and a loop that resumes to the bits it would have reached."""
 
+import gc
 import inspect
 import itertools
 import json
@@ -417,6 +418,17 @@ def test_a_stop_adds_no_line_to_the_log_and_draws_nothing(tmp_path: Path, monkey
     assert lines(tmp_path) == []
     run(tmp_path, train__log_every_steps=4)
     assert lines(tmp_path) == [(4,), (6,)]
+
+
+def test_full_collections_pass_over_what_tracing_left(tmp_path: Path) -> None:
+    frozen = []
+
+    def draw(step: int, ema: Any) -> np.ndarray:
+        frozen.append(gc.get_freeze_count())
+        return np.zeros((8, 8, 3), np.uint8)
+
+    run(tmp_path, draw=draw, train__sample_every_steps=3)
+    assert len(frozen) == 2 and gc.get_freeze_count() < min(frozen)
 
 
 def test_sigterm_saves_the_step_it_came_at(straight: Path, tmp_path: Path) -> None:
