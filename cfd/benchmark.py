@@ -1,14 +1,14 @@
 """What the network, training and sampling cost on this machine, and beside openai/guided-diffusion.
 
     python -m cfd.benchmark --network=small
-    python -m cfd.benchmark --network=adm64 --dtype=bfloat16 --batch_size=128 --calls=4 --profile=train --json=h200.json
+    python -m cfd.benchmark --network=adm64 --dtype=bfloat16 --batch_size=128 --in_flight=4 --json=h200.json
     python -m cfd.benchmark --network=small --peer=../guided-diffusion    # needs PyTorch
 
 Prints a table, and writes JSON where --json says. With --peer, both networks hold the same weights and must give the
 same outputs before anything is timed; each runs in a process of its own, they take turns, and a ratio is the median
 over the rounds of time here / time there. Every round times every row, so that rows can be compared as well. A time is
-of one call that has finished; with --calls=4 it is the mean of four given to the device at once, as training gives it
-the next step before the last has ended. FLOPs are the model's (2 a multiply-add; a training step is three forward
+of one call that has finished; with --in_flight=4 it is the mean of four given to the device at once, as training gives
+it the next step before the last has ended. FLOPs are the model's (2 a multiply-add; a training step is three forward
 passes), and their share is of this device's rate in one large matrix product. A CPU can exceed it: `cfd.winograd`
 spares half of the multiplications.
 Peak memory is of all the rows of a run: ask for one to know its own.
@@ -87,7 +87,7 @@ class Setting(NamedTuple):
     remat: bool
     sampler_steps: int
     rows: tuple[str, ...]
-    calls: int  # that are given to the device before one is waited for
+    in_flight: int  # calls that are given to the device before one is waited for
     profile: str  # a row, or "" for none
     peer: str  # a checkout of openai/guided-diffusion; "" for none
     folder: str  # for the JPEGs of the input pipeline, and the peer's tensors
@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             flags.remat,
             flags.sampler_steps,
             rows,
-            flags.calls,
+            flags.in_flight,
             flags.profile,
             flags.peer,
             folder,
@@ -135,12 +135,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sampler_steps", type=int, default=256, help="T of the sampler")
     parser.add_argument("--rows", default=",".join(MEANS), help="what to time")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--calls", type=int, default=1, help="given to the device before one is waited for")
+    parser.add_argument("--in_flight", type=int, default=1, help="calls given to the device before one is waited for")
     parser.add_argument("--profile", default="", help="a row whose operations are to be listed, the longest first")
     parser.add_argument("--peer", default="", help="a checkout of openai/guided-diffusion")
     parser.add_argument("--json", default="", help="also write the result here")
     flags = parser.parse_args(arguments)
-    for name, least in (("rounds", 1), ("calls", 1), ("sampler_steps", 1), ("batch_size", 0)):
+    for name, least in (("rounds", 1), ("in_flight", 1), ("sampler_steps", 1), ("batch_size", 0)):
         if getattr(flags, name) < least:
             parser.error(f"--{name} is {getattr(flags, name)}: give an integer >= {least}")
     if unknown := set(flags.rows.split(",")) - set(MEANS):
@@ -209,20 +209,20 @@ def serve(pipe: Connection, build: Callable[[Setting], Built], setting: Setting)
         built.wait(call())
     pipe.send(built.output)
     while (row := pipe.recv()) is not None:
-        pipe.send(seconds(built.rows[row], built.wait, setting.calls))
+        pipe.send(seconds(built.rows[row], built.wait, setting.in_flight))
     facts = built.facts | {"peak_memory_bytes": peak_memory()}
     if setting.profile and build is our_side:
         facts["profile"] = operations(lambda: built.wait(built.rows[setting.profile]()))
     pipe.send(facts)
 
 
-def seconds(call: Callable[[], Any], wait: Callable[[Any], Any], calls: int) -> float:
-    """The mean over `calls`, of which only the last is waited for."""
+def seconds(call: Callable[[], Any], wait: Callable[[Any], Any], in_flight: int) -> float:
+    """The mean over as many calls, of which only the last is waited for."""
     start = time.perf_counter()
-    for _ in range(calls):
+    for _ in range(in_flight):
         result = call()
     wait(result)
-    return (time.perf_counter() - start) / calls
+    return (time.perf_counter() - start) / in_flight
 
 
 def operations(call: Callable[[], Any]) -> dict[str, float]:
@@ -316,7 +316,7 @@ def our_side(setting: Setting) -> Built:
         "jax": jax.__version__,
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
         "forward_flops": xla.flops(forward, params),
-        "matrix_flops_per_second": matrix_rate(setting.dtype, setting.calls),
+        "matrix_flops_per_second": matrix_rate(setting.dtype, setting.in_flight),
         "compile_seconds": {},
     }
 
@@ -400,13 +400,13 @@ def input_pipeline(setting: Setting) -> Callable[[], Any]:
     return lambda: next(batches)
 
 
-def matrix_rate(dtype: str, calls: int) -> float:
-    """FLOP/s of the best of several square matrix products, or `calls` at once: 2048 on a CPU, 8192 elsewhere."""
+def matrix_rate(dtype: str, in_flight: int) -> float:
+    """FLOP/s of the best of several square matrix products: 2048 on a CPU, 8192 elsewhere."""
     side = 2048 if jax.default_backend() == "cpu" else 8192
     x = jnp.ones((side, side), dtype)
     product = xla.jit(jnp.matmul)
     product(x, x).block_until_ready()
-    return 2 * side**3 / min(seconds(lambda: product(x, x), jax.block_until_ready, calls) for _ in range(10))
+    return 2 * side**3 / min(seconds(lambda: product(x, x), jax.block_until_ready, in_flight) for _ in range(10))
 
 
 def peer_side(setting: Setting) -> Built:
@@ -426,7 +426,7 @@ def table(result: dict[str, Any]) -> str:
     setting, facts, timed = result["setting"], result["facts"]["ours"], result["seconds"]
     rate = facts["matrix_flops_per_second"]
     lines = [
-        "{network}, batch {batch_size}, {dtype}, T = {sampler_steps}, {calls} at once".format(**setting)
+        "{network}, batch {batch_size}, {dtype}, T = {sampler_steps}, {in_flight} in flight".format(**setting)
         + f" on {facts['device']}: {facts['parameters']:,} parameters, "
         f"{facts['forward_flops'] / setting['batch_size'] / 1e9:.2f} GFLOP an image forward; "
         f"matrix products run at {rate / 1e12:.3g} TFLOP/s",

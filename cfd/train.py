@@ -300,7 +300,7 @@ def fit(
         start, state, skipped = 0, jax.jit(init_state, out_shardings=shardings)(key_init), 0
     else:
         start, state, data_state = restored
-        skipped, num_images = data_state["skipped_images"], data_state["num_images"]
+        skipped, num_images = data_state["skipped_images"], data_state.get("num_images", len(dataset))
         if num_images != len(dataset):
             raise ValueError(
                 f"{folder} was trained on {num_images:,} images, and data.path {loading.path!r} has {len(dataset):,}, "
@@ -346,7 +346,7 @@ def fit(
             waited += fetched - before
             state, metrics = step_fn(state, batch, key_steps)
             if step == start + 1:
-                # What tracing has left, Python's full collections would look through again, 0.2 s every 150 steps.
+                # What tracing has left, Python's full collections would look through again, for 0.2 s each.
                 gc.freeze()
                 ended.callback(gc.unfreeze)
             # One step late, so that the device always has a step queued while the host waits.

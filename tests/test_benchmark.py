@@ -116,7 +116,15 @@ def test_of_several_calls_only_the_last_is_waited_for() -> None:
 
 @pytest.mark.parametrize(
     "flag",
-    ["--rows=forwards", "--rounds=0", "--calls=0", "--sampler_steps=0", "--batch_size=-1", "--peer=no", "--profile=w1"],
+    [
+        "--rows=forwards",
+        "--rounds=0",
+        "--in_flight=0",
+        "--sampler_steps=0",
+        "--batch_size=-1",
+        "--peer=no",
+        "--profile=w1",
+    ],
 )
 def test_bad_flags_are_refused_before_anything_is_built(flag: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
@@ -130,7 +138,7 @@ def test_bad_flags_are_refused_before_anything_is_built(flag: str, capsys: pytes
 def test_the_command_writes_its_json(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """In processes of its own."""
     path = tmp_path / "result.json"
-    benchmark.main(["--rows=forward,train", "--batch_size=1", "--rounds=3", "--calls=2", f"--json={path}"])
+    benchmark.main(["--rows=forward,train", "--batch_size=1", "--rounds=3", "--in_flight=2", f"--json={path}"])
     result = json.loads(path.read_text())
     assert len(result["seconds"]["forward"]["ours"]) == len(result["seconds"]["train"]["ours"]) == 3
     assert result["facts"]["ours"]["parameters"] == 7_995_011
