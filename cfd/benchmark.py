@@ -94,12 +94,16 @@ class Setting(NamedTuple):
 
 
 class Built(NamedTuple):
-    """One side, ready: what to time, how to wait for it, its output on the common input, and what else was found."""
+    """One side, ready: what to time, how to wait for it, its output on the common input, and what else is found.
+
+    The output is None where no row and no peer asks for it. `facts` is called after the rounds: it is no part of their
+    memory, and the device is as warm as in them.
+    """
 
     rows: dict[str, Callable[[], Any]]
     wait: Callable[[Any], Any]
-    output: np.ndarray
-    facts: dict[str, Any]
+    output: np.ndarray | None
+    facts: Callable[[], dict[str, Any]]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -157,7 +161,7 @@ def run(setting: Setting, rounds: int) -> dict[str, Any]:
     theirs = Side(peer_side, setting) if setting.peer else None
     ours = Side(our_side, setting)
     difference = None
-    if theirs is not None:
+    if theirs is not None and ours.output is not None and theirs.output is not None:
         difference = float(np.abs(ours.output - theirs.output).max() / np.abs(theirs.output).max())
         if not difference <= (1e-3 if setting.dtype == "float32" else 5e-2):
             raise ValueError(f"the outputs differ by {difference:.2g} of the largest: nothing was timed")
@@ -189,7 +193,7 @@ class Side:
         self.process = context.Process(target=serve, args=(end, build, setting), daemon=True)
         self.process.start()
         end.close()
-        self.output: np.ndarray = self.pipe.recv()
+        self.output: np.ndarray | None = self.pipe.recv()
 
     def time(self, row: str) -> float:
         self.pipe.send(row)
@@ -210,7 +214,7 @@ def serve(pipe: Connection, build: Callable[[Setting], Built], setting: Setting)
     pipe.send(built.output)
     while (row := pipe.recv()) is not None:
         pipe.send(seconds(built.rows[row], built.wait, setting.in_flight))
-    facts = built.facts | {"peak_memory_bytes": peak_memory()}
+    facts = {"peak_memory_bytes": peak_memory()} | built.facts()
     if setting.profile and build is our_side:
         facts["profile"] = operations(lambda: built.wait(built.rows[setting.profile]()))
     pipe.send(facts)
@@ -310,35 +314,39 @@ def our_side(setting: Setting) -> Built:
         "calls": calls,
         "sampler": sampler(setting.sampler_steps, w=1.0),
     }
-    facts: dict[str, Any] = {
-        "device": jax.devices()[0].device_kind,
-        "backend": jax.default_backend(),
-        "jax": jax.__version__,
-        "parameters": sum(x.size for x in jax.tree.leaves(params)),
-        "forward_flops": xla.flops(forward, params),
-        "matrix_flops_per_second": matrix_rate(setting.dtype, setting.in_flight),
-        "compile_seconds": {},
-    }
+    compile_seconds: dict[str, float] = {}
 
     def compiled(name: str, fun: Callable[..., Any], *arguments: Any, **options: Any) -> Callable[..., Any]:
         start = time.perf_counter()
         program = xla.jit(fun, **options).lower(*arguments).compile()
-        facts["compile_seconds"][name] = time.perf_counter() - start
+        compile_seconds[name] = time.perf_counter() - start
         return program
 
     held = [params]  # by all rows; a training step replaces them
     rows: dict[str, Callable[[], Any]] = {}
     for name, program in programs.items():
-        if name in setting.rows or name == "forward":
+        if name in setting.rows or (name == "forward" and setting.peer):
             program = compiled(name, program, params)
             rows[name] = lambda program=program: program(held[0])
-    output = np.asarray(rows["forward"]())
+    output = np.asarray(rows["forward"]()) if "forward" in rows else None
     if "forward" not in setting.rows:
-        del rows["forward"]  # and its program, which is no part of the memory that is measured
+        rows.pop("forward", None)  # and its program, which is no part of the memory that is measured
     if "train" in setting.rows:
         rows["train"] = our_train_step(compiled, loss_fn, held, {"image": z, "label": labels})
     if "input" in setting.rows:
         rows["input"] = input_pipeline(setting)
+
+    def facts() -> dict[str, Any]:
+        return {
+            "device": jax.devices()[0].device_kind,
+            "backend": jax.default_backend(),
+            "jax": jax.__version__,
+            "parameters": sum(x.size for x in jax.tree.leaves(held[0])),
+            "forward_flops": xla.flops(forward, held[0]),
+            "matrix_flops_per_second": matrix_rate(setting.dtype, setting.in_flight),
+            "compile_seconds": compile_seconds,
+        }
+
     return Built(rows, jax.block_until_ready, output, facts)
 
 
@@ -418,7 +426,7 @@ def peer_side(setting: Setting) -> Built:
     tensors: dict[str, Any] = benchmark_peer.tensors(net)
     np.savez(os.path.join(setting.folder, WEIGHTS), **tensors)
     rows, output = benchmark_peer.rows(net, *common_input(setting), setting.dtype, "train" in wanted)
-    return Built({name: rows[name] for name in wanted}, benchmark_peer.wait, output, benchmark_peer.version())
+    return Built({name: rows[name] for name in wanted}, benchmark_peer.wait, output, benchmark_peer.version)
 
 
 def table(result: dict[str, Any]) -> str:
