@@ -78,8 +78,7 @@ def rows(
 
     def forward() -> Any:
         with torch.no_grad(), mixed:
-            out = net(x, time, classes)
-        return out
+            return net(x, time, classes)
 
     def gradient() -> None:
         optimizer.zero_grad()
@@ -101,8 +100,7 @@ def rows(
             both = net(torch.cat([x, x]), torch.cat([time, time]), torch.cat([classes, classes.roll(1)]))[:, :3]
             eps = 2.0 * both[: len(x)] - both[len(x) :]
             denoised = (x - 0.6 * eps).clamp(-1, 1)
-            drawn = 0.5 * x + 0.5 * denoised + 0.1 * torch.randn_like(x)
-        return drawn
+            return 0.5 * x + 0.5 * denoised + 0.1 * torch.randn_like(x)
 
     output = forward().float().permute(0, 2, 3, 1).cpu().numpy()
     return {"forward": forward, "gradient": gradient, "train": train, "guided": guided}, output

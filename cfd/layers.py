@@ -59,13 +59,13 @@ def jointly(tree: Any) -> Any:
     return tree
 
 
-def written(gradients: Any) -> Any:
-    """`gradients`, all of them in memory before one is used; on a CPU.
+def written(arrays: Any) -> Any:
+    """`arrays`, all of them in memory before one is used; on a CPU.
 
     The layers do this with the gradients that they take and give: XLA's CPU compiler would put those of kernels off,
     to keep what they are made of meanwhile, and compute one that is read in several places in each of them.
     """
-    return jax.lax.platform_dependent(gradients, cpu=jax.lax.optimization_barrier, default=lambda g: g)
+    return jax.lax.platform_dependent(arrays, cpu=jax.lax.optimization_barrier, default=lambda a: a)
 
 
 jointly.defvjp(lambda tree: (tree, None), lambda _, g: (written(g),))

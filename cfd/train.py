@@ -300,6 +300,7 @@ def fit(
         start, state, skipped = 0, jax.jit(init_state, out_shardings=shardings)(key_init), 0
     else:
         start, state, data_state = restored
+        # Checkpoints of earlier versions do not say how many images there were.
         skipped, num_images = data_state["skipped_images"], data_state.get("num_images", len(dataset))
         if num_images != len(dataset):
             raise ValueError(
