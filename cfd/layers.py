@@ -261,17 +261,8 @@ def _means_of_blocks(x: Float[Array, "b n c"]) -> Float[Array, "b c"]:
 def _group_mean(x: Float[Array, "b c"]) -> Float[Array, "b c"]:
     """The mean over the channels of each group, at every channel of it.
 
-    On a CPU two thin products: were groups repeated into channels inside the loop over x, that loop would not be
+    On a CPU it is written to memory: were groups repeated into channels inside the loop over x, that loop would not be
     vectorised.
     """
     size = x.shape[1] // GROUPS
-
-    def products(x: Array) -> Array:
-        member: Any = jnp.repeat(jnp.eye(GROUPS), size, axis=0)
-        mean = jnp.matmul(x, member * (GROUPS / x.shape[1]), precision="highest")
-        return jnp.matmul(mean, member.T, precision="highest")
-
-    def plain(x: Array) -> Array:
-        return jnp.repeat(x.reshape(-1, GROUPS, size).mean(axis=2), size, axis=1)
-
-    return jax.lax.platform_dependent(x, cpu=products, default=plain)
+    return written(jnp.repeat(x.reshape(-1, GROUPS, size).mean(axis=2), size, axis=1))
