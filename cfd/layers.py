@@ -259,10 +259,7 @@ def _means_of_blocks(x: Float[Array, "b n c"]) -> Float[Array, "b c"]:
 
 @jax.jit
 def _group_mean(x: Float[Array, "b c"]) -> Float[Array, "b c"]:
-    """The mean over the channels of each group, at every channel of it.
-
-    On a CPU it is written to memory: were groups repeated into channels inside the loop over x, that loop would not be
-    vectorised.
-    """
+    """The mean over the channels of each group, at every channel of it."""
     size = x.shape[1] // GROUPS
+    # Were groups repeated into channels inside the loop over x, XLA's CPU compiler would not vectorise that loop.
     return written(jnp.repeat(x.reshape(-1, GROUPS, size).mean(axis=2), size, axis=1))

@@ -29,11 +29,11 @@ def pays(x: Array, kernel: Array) -> bool:
 @jax.jit
 def convolve(x: Float32[Array, "b h w c"], kernel: Float32[Array, "3 3 c k"]) -> Float32[Array, "b h w k"]:
     """The convolution with padding 1; w is a multiple of 4."""
-    plain = partial(
+    along_height = partial(
         jax.lax.conv_general_dilated, window_strides=(1, 1), padding=((1, 1), (0, 0)), dimension_numbers=LAYOUT
     )
     taps = _of_kernel(*(kernel[:, i : i + 1] for i in range(3)))
-    columns = _of_products(*map(plain, _of_input(*_columns(x)), taps))
+    columns = _of_products(*map(along_height, _of_input(*_columns(x)), taps))
     return jnp.stack(columns, axis=3).reshape(*x.shape[:3], -1)
 
 
