@@ -89,7 +89,8 @@ def _remove_litter(directory: Path) -> None:
         return
     for old in (*directory.glob("*.orbax-checkpoint-tmp*"), *(directory / TRASH).glob("*")):
         try:
-            # Under a name of its own first: a failed save may still be writing, and add files to the old one.
+            # Under a name of its own first: a failed save may still be writing, and add files to the old one, or make
+            # it anew. What is made later goes before the next save, or when the folder is next opened.
             renamed = old.with_name(f"{old.name}.{time.time_ns()}")
             old.rename(renamed)
             shutil.rmtree(renamed)
@@ -114,6 +115,8 @@ def save(manager: Manager, step: int, state: Any, *, data_state: dict[str, Any],
         )
     meta = _seal({"step": step, "arrays": arrays, "data_state": data_state, "config": config_json})
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+    if manager.failed_saves:
+        _remove_litter(manager.directory)  # what the failed save still wrote when it had been removed
     manager.saving = step
     try:
         manager.orbax.save(step, args=args, force=True)
