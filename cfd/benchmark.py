@@ -270,7 +270,7 @@ def common_input(setting: Setting) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def our_side(setting: Setting) -> Built:
     """This package, on the first device of jax."""
-    xla.return_compiler_memory()
+    xla.return_freed_memory()
     fields = NETWORKS[setting.network] | dict(dtype=setting.dtype, remat=setting.remat)
     net = UNet(**fields)
     z, t, labels = map(jnp.asarray, common_input(setting))
@@ -318,7 +318,7 @@ def our_side(setting: Setting) -> Built:
 
     def compiled(name: str, fun: Callable[..., Any], *arguments: Any, **options: Any) -> Callable[..., Any]:
         start = time.perf_counter()
-        program = xla.jit(fun, **options).lower(*arguments).compile()
+        program = xla.compiled(fun, *arguments, **options)
         compile_seconds[name] = time.perf_counter() - start
         return program
 
@@ -370,6 +370,7 @@ def our_train_step(
             ema_warmup=False,
             num_microbatches=1,
             replicated=True,
+            join_vectors=jax.default_backend() == "cpu",
         )
 
     program = compiled("train", step, jax.eval_shape(build, held[0]), batch, key, donate_argnums=0)

@@ -90,7 +90,7 @@ def main(argv: Sequence[str]) -> None:
             raise ValueError("--workdir is empty: name a folder, or leave the flag out for runs/<config name>")
         parallel.init_distributed()
         xla.use_compilation_cache(config.xla.compilation_cache)
-        xla.return_compiler_memory()
+        xla.return_freed_memory()
         preemption.install()
         watchdog.install(config.train.watchdog_seconds)
         if MODE.value not in ("train", "train_classifier") and not os.path.exists(os.path.join(folder, workdir.CONFIG)):

@@ -97,6 +97,15 @@ def global_batch(mesh: Mesh, local: Any) -> Any:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), local)
 
 
+def batch_shapes(mesh: Mesh, batch_size: int, image_shape: tuple[int, int, int]) -> dict[str, jax.ShapeDtypeStruct]:
+    """What `global_batch` makes of a batch: the images, float32, and the labels."""
+    sharding = NamedSharding(mesh, BATCH)
+    return {
+        "image": jax.ShapeDtypeStruct((batch_size, *image_shape), np.float32, sharding=sharding),
+        "label": jax.ShapeDtypeStruct((batch_size,), np.int32, sharding=sharding),
+    }
+
+
 def shard_rows(mesh: Mesh, rows: np.ndarray) -> jax.Array:
     """An array that every process holds whole -> a global array with its leading axis laid over all devices."""
     return jax.make_array_from_callback(rows.shape, NamedSharding(mesh, BATCH), lambda index: rows[index])

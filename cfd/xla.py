@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 from absl import logging
+from jax.stages import Compiled
 
 # On a CPU, XLA's experimental YNN library is fast at matrix products and slow at convolutions: keep the first alone.
 # A training step copied its whole donated state but for the analysis of live ranges by region, and transposed all its
@@ -22,9 +23,23 @@ CPU_OPTIONS = {
 }
 
 
+# Of glibc's <malloc.h>.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+
+
 def jit(fun: Callable, **kwargs: Any) -> Callable:
     """`jax.jit` with the compiler options of the default backend."""
     return jax.jit(fun, compiler_options=compiler_options(), **kwargs)
+
+
+def compiled(fun: Callable, *arguments: Any, **kwargs: Any) -> Compiled:
+    """`jit(fun, **kwargs)`, compiled for arguments like these: arrays, or their shapes with their shardings.
+
+    Nothing of what it was made from is kept: JAX does so while the function lives, hence one that ends here.
+    """
+    program = jit(functools.partial(fun), **kwargs).lower(*arguments).compile()
+    _trim()
+    return program
 
 
 @functools.cache
@@ -61,20 +76,32 @@ def flops(fun: Callable, *arguments: Any) -> float:
 
 
 @functools.cache
-def return_compiler_memory() -> None:
-    """From now on, give what a compilation of a second or more has freed back to the system before its program runs.
+def return_freed_memory() -> None:
+    """From now on, give back to the system what is freed: at once from 8 MB, and all after a compilation of a second.
 
-    glibc keeps it for later, but XLA's arrays do not come out of it: 1.6 GB at the peak of a training step of ADM-64.
-    Nothing is done with another C library.
+    glibc keeps it for later, up to 64 MB a thread and all that lies between two things in use, but XLA's large arrays
+    do not come out of it: 1.6 GB at the peak of a training step of ADM-64. Nothing is done with another C library.
     """
-    jax.monitoring.register_event_duration_secs_listener(_trim)
+    if libc := _glibc():
+        # Both, as one set alone puts the other at 128 kB for good, and XLA would map its smaller arrays anew each time.
+        libc.mallopt(M_TRIM_THRESHOLD, 8 * 2**20)
+        libc.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
+
+    def after(event: str, duration_secs: float, **_: Any) -> None:
+        if duration_secs >= 1.0 and event == "/jax/core/compile/backend_compile_duration":
+            _trim()
+
+    jax.monitoring.register_event_duration_secs_listener(after)
 
 
-def _trim(event: str, duration_secs: float, **_: Any) -> None:
-    if duration_secs >= 1.0 and event == "/jax/core/compile/backend_compile_duration":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "malloc_trim"):
-            libc.malloc_trim(0)
+def _trim() -> None:
+    if libc := _glibc():
+        libc.malloc_trim(0)
+
+
+def _glibc() -> Any:
+    libc = ctypes.CDLL(None)
+    return libc if hasattr(libc, "malloc_trim") else None
 
 
 def use_compilation_cache(folder: str) -> None:

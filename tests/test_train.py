@@ -72,6 +72,7 @@ def step_of(loss_fn: Any, *, num_microbatches: int = 1, **changes: Any) -> tuple
         ema_warmup=settings.ema_warmup,
         num_microbatches=num_microbatches,
         replicated=True,
+        join_vectors=False,
     )
     return initial_state(init, optimizer, jax.random.key(1)), jax.jit(step)
 
@@ -89,6 +90,28 @@ def test_a_step_is_a_function_of_its_arguments() -> None:
     assert_same_bits(before, state)
     other_step = step(state._replace(step=state.step + 1), batch_of(0), key)
     assert float(other_step[1]["loss"]) != float(first[1]["loss"])  # the noise is the step's own
+
+
+@pytest.mark.parametrize("vectors", [0, 3])
+def test_joined_vectors_change_a_step_by_rounding_alone(vectors: int) -> None:
+    def init(key: Any) -> Any:
+        params = {"w": jax.random.normal(key, (64, 4)), "scalar": jnp.ones(())}
+        return params | {f"b{i}": jnp.full(i, 0.1) for i in range(vectors)}  # one of them empty
+
+    def loss_fn(key: Any, params: Any, x: Any, labels: Any) -> Any:
+        out = x.reshape(len(x), -1) @ params["w"] * params["scalar"]
+        return jnp.mean((out - labels[:, None]) ** 2) + sum(jnp.sum(params[f"b{i}"] ** 2) for i in range(vectors))
+
+    settings = tiny_config(train__grad_clip=1e9, train__weight_decay=0.1, train__warmup_steps=0).train
+    optimizer = make_optimizer(settings)
+    state = initial_state(init, optimizer, jax.random.key(1))
+    options: dict[str, Any] = dict(ema_decay=0.9, ema_warmup=True, num_microbatches=1, replicated=True)
+    step = partial(train_step, loss_fn=loss_fn, optimizer=optimizer, **options)
+    for i in range(3):
+        results = [jax.jit(partial(step, join_vectors=j))(state, batch_of(i), jax.random.key(0)) for j in (False, True)]
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, strict=True), *results)
+        assert float(jnp.abs(results[0][0].params["w"] - state.params["w"]).min()) > 0.0
+        state = results[0][0]
 
 
 def test_microbatches_give_the_gradient_of_the_whole_batch() -> None:
