@@ -119,8 +119,8 @@ def joined(update: Callable[..., Any], state: TrainState, loss: Array, grads: An
     """`update(state, loss, grads)`, with all vectors of the parameters in one, and so in the EMA and the optimizer.
 
     Two thirds of the arrays of a U-Net are vectors, and a thousandth of its parameters: one by one, their loops are a
-    fifth of a training step's program on a CPU. On a GPU each would be copied by a kernel of its own,
-    and arrays in parts would be gathered.
+    fifth of a training step's program on a CPU. On a GPU each would be copied by a kernel of its own, and arrays in
+    parts would be gathered.
     """
     leaves, structure = jax.tree.flatten(state.params)
     ends = np.cumsum([x.size for x in leaves if x.ndim == 1], dtype=int)

@@ -86,12 +86,12 @@ def return_freed_memory() -> None:
         # Both, as one set alone puts the other at 128 kB for good, and XLA would map its smaller arrays anew each time.
         libc.mallopt(M_TRIM_THRESHOLD, 8 * 2**20)
         libc.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
+    jax.monitoring.register_event_duration_secs_listener(_trim_after)
 
-    def after(event: str, duration_secs: float, **_: Any) -> None:
-        if duration_secs >= 1.0 and event == "/jax/core/compile/backend_compile_duration":
-            _trim()
 
-    jax.monitoring.register_event_duration_secs_listener(after)
+def _trim_after(event: str, duration_secs: float, **_: Any) -> None:
+    if duration_secs >= 1.0 and event == "/jax/core/compile/backend_compile_duration":
+        _trim()
 
 
 def _trim() -> None:

@@ -1,5 +1,6 @@
 """What is asked of XLA: the options leave the gradients right, and freed memory goes back after long compilations."""
 
+import contextlib
 import ctypes
 import gc
 import os
@@ -100,7 +101,10 @@ def test_memory_is_returned_after_a_long_compilation_alone(monkeypatch: pytest.M
         events.append(event)
 
     compiled = "/jax/core/compile/backend_compile_duration"
-    xla.return_freed_memory.__wrapped__()
+    with contextlib.suppress(AssertionError):  # another test may have called it
+        jax.monitoring.unregister_event_duration_listener(xla._trim_after)
+    xla.return_freed_memory.cache_clear()
+    xla.return_freed_memory()
     try:
         assert set_to == {-1: 8 * 2**20, -3: 32 * 2**20}
         jax.monitoring.register_event_duration_secs_listener(record)
@@ -110,7 +114,7 @@ def test_memory_is_returned_after_a_long_compilation_alone(monkeypatch: pytest.M
         jax.monitoring.record_event_duration_secs(compiled, 0.5)
         assert trimmed == []
         jax.monitoring.record_event_duration_secs(compiled, 2.0)
-        assert set(trimmed) == {0}
+        assert trimmed == [0]
     finally:
         jax.monitoring.unregister_event_duration_listener(record)
 
