@@ -1,4 +1,7 @@
-"""Winograd's convolution against float64 and against the plain one, gradients included."""
+"""Winograd's convolution against float64 and against the plain one, gradients included.
+
+Its two forms are for few channels and for many: 256 is the first number that takes the second.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -38,15 +41,17 @@ def float64(x: Array, kernel: Array) -> Float64[np.ndarray, "b h w k"]:
     return y
 
 
-@pytest.mark.parametrize("height, width", [(5, 4), (8, 8), (3, 12)])
-def test_values_are_those_of_float64(height: int, width: int) -> None:
-    x, kernel, _ = operands(2, height, width, 6, 4)
+@pytest.mark.parametrize("channels", [6, 256])
+@pytest.mark.parametrize("height, width", [(2, 4), (8, 8), (4, 12)])
+def test_values_are_those_of_float64(height: int, width: int, channels: int) -> None:
+    x, kernel, _ = operands(2, height, width, channels, 4)
     np.testing.assert_allclose(winograd.convolve(x, kernel), float64(x, kernel), rtol=0, atol=4e-6)
 
 
-def test_it_rounds_about_as_the_plain_sum_does() -> None:
+@pytest.mark.parametrize("channels", [64, 256])
+def test_it_rounds_about_as_the_plain_sum_does(channels: int) -> None:
     """Root mean squares of the errors, over enough channels that both are those of long sums."""
-    x, kernel, _ = operands(2, 8, 8, 64, 8)
+    x, kernel, _ = operands(2, 8, 8, channels, 8)
     exact = float64(x, kernel)
 
     def error(y: Array) -> float:
@@ -55,10 +60,10 @@ def test_it_rounds_about_as_the_plain_sum_does() -> None:
     assert error(winograd.convolve(x, kernel)) < 4 * error(plain(x, kernel))
 
 
-@pytest.mark.parametrize("b", [1, 3, 16])
-def test_gradients_are_those_of_the_plain_form(b: int) -> None:
-    """Few images and many take different forms of the kernel's gradient."""
-    x, kernel, g = operands(b, 5, 8, 6, 4)
+@pytest.mark.parametrize("channels, outputs", [(6, 4), (6, 256), (256, 4)])
+def test_gradients_are_those_of_the_plain_form(channels: int, outputs: int) -> None:
+    """Few outputs and many take different forms of the gradient of x."""
+    x, kernel, g = operands(3, 6, 8, channels, outputs)
     for ours, theirs in zip(jax.vjp(winograd.convolve, x, kernel)[1](g), jax.vjp(plain, x, kernel)[1](g), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-6 * float(jnp.abs(theirs).max()))
 
@@ -72,20 +77,26 @@ def test_a_constant_image_and_kernel_give_the_count_of_the_taps() -> None:
 
 
 @pytest.mark.parametrize(
-    "shape, outputs, dtype, taken",
+    "shape, outputs, dtype, convolutions",
     [
-        ((2, 16, 16, 64), 64, "float32", True),
-        ((2, 16, 16, 64), 64, "bfloat16", False),
-        ((2, 16, 16, 64), 3, "float32", False),
-        ((2, 16, 16, 32), 64, "float32", False),
-        ((2, 16, 18, 64), 64, "float32", False),
-        ((1, 8, 8, 64), 64, "float32", False),
+        ((2, 16, 16, 64), 64, "float32", 6),
+        ((2, 16, 16, 256), 64, "float32", 0),
+        ((2, 16, 16, 64), 64, "bfloat16", 1),
+        ((2, 16, 16, 64), 3, "float32", 1),
+        ((2, 16, 16, 32), 64, "float32", 1),
+        ((2, 16, 18, 64), 64, "float32", 1),
+        ((2, 17, 16, 64), 64, "float32", 1),
+        ((1, 8, 8, 64), 64, "float32", 1),
     ],
 )
-def test_the_network_takes_it_where_it_pays(shape: tuple[int, ...], outputs: int, dtype: str, taken: bool) -> None:
-    """Six convolutions of height alone in the program for a CPU, and one of both axes elsewhere."""
+def test_the_network_takes_it_where_it_pays(
+    shape: tuple[int, ...], outputs: int, dtype: str, convolutions: int
+) -> None:
+    """Six convolutions of height alone in the program for a CPU, or matrix products; one of both axes elsewhere."""
     arguments = jnp.zeros(shape, dtype), jnp.zeros((3, 3, shape[3], outputs), dtype)
-    assert winograd.pays(*arguments) == taken
+    assert winograd.pays(*arguments) == (convolutions != 1)
     traced = jax.jit(lambda x, kernel: convolve(x, kernel, 1)).trace(*arguments)
-    assert traced.lower(lowering_platforms=("cpu",)).as_text().count("stablehlo.convolution") == (6 if taken else 1)
+    on_cpu = traced.lower(lowering_platforms=("cpu",)).as_text()
+    assert on_cpu.count("stablehlo.convolution") == convolutions
+    assert on_cpu.count("stablehlo.dot_general") == (4 if convolutions == 0 else 0)
     assert traced.lower(lowering_platforms=("tpu",)).as_text().count("stablehlo.convolution") == 1
