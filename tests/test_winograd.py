@@ -1,6 +1,6 @@
 """Winograd's convolution against float64 and against the plain one, gradients included.
 
-Its two forms are for few channels and for many: 256 is the first number that takes the second.
+Its two forms are for few channels and for many: 192 is the first number that takes the second.
 """
 
 import jax
@@ -41,14 +41,14 @@ def float64(x: Array, kernel: Array) -> Float64[np.ndarray, "b h w k"]:
     return y
 
 
-@pytest.mark.parametrize("channels", [6, 256])
+@pytest.mark.parametrize("channels", [6, 192])
 @pytest.mark.parametrize("height, width", [(2, 4), (8, 8), (4, 12)])
 def test_values_are_those_of_float64(height: int, width: int, channels: int) -> None:
     x, kernel, _ = operands(2, height, width, channels, 4)
     np.testing.assert_allclose(winograd.convolve(x, kernel), float64(x, kernel), rtol=0, atol=4e-6)
 
 
-@pytest.mark.parametrize("channels", [64, 256])
+@pytest.mark.parametrize("channels", [64, 192])
 def test_it_rounds_about_as_the_plain_sum_does(channels: int) -> None:
     """Root mean squares of the errors, over enough channels that both are those of long sums."""
     x, kernel, _ = operands(2, 8, 8, channels, 8)
@@ -60,7 +60,7 @@ def test_it_rounds_about_as_the_plain_sum_does(channels: int) -> None:
     assert error(winograd.convolve(x, kernel)) < 4 * error(plain(x, kernel))
 
 
-@pytest.mark.parametrize("channels, outputs", [(6, 4), (6, 256), (256, 4)])
+@pytest.mark.parametrize("channels, outputs", [(6, 4), (6, 192), (192, 4)])
 def test_gradients_are_those_of_the_plain_form(channels: int, outputs: int) -> None:
     """Few outputs and many take different forms of the gradient of x."""
     x, kernel, g = operands(3, 6, 8, channels, outputs)
@@ -80,7 +80,7 @@ def test_a_constant_image_and_kernel_give_the_count_of_the_taps() -> None:
     "shape, outputs, dtype, convolutions",
     [
         ((2, 16, 16, 64), 64, "float32", 6),
-        ((2, 16, 16, 256), 64, "float32", 0),
+        ((2, 16, 16, 192), 64, "float32", 0),
         ((2, 16, 16, 64), 64, "bfloat16", 1),
         ((2, 16, 16, 64), 3, "float32", 1),
         ((2, 16, 16, 32), 64, "float32", 1),
