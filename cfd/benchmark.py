@@ -9,7 +9,7 @@ same outputs before anything is timed; each runs in a process of its own, they t
 over the rounds of time here / time there. Every round times every row, so that rows can be compared as well. A time is
 of one call that has finished; with --in_flight=4 it is the mean of four given to the device at once, as training gives
 it the next step before the last has ended. FLOPs are the model's (2 a multiply-add; a training step is three forward
-passes), and their share is of this device's rate in one large matrix product. A CPU can exceed it: `cfd.winograd`
+passes), and their share is of this device's rate in one large matrix product. A CPU can exceed it: `cfd.convolution`
 spares a half to two thirds of the multiplications.
 Peak memory is of all the rows of a run: ask for one to know its own.
 """

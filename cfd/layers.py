@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from cfd import winograd
+from cfd import convolution
 
 GROUPS = 32
 EPSILON = 1e-5
@@ -86,11 +86,11 @@ def convolve(x: Float[Array, "b h w c"], kernel: Float[Array, "... c k"], stride
         return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
     strides, padding = (stride, stride), ((1, 1), (1, 1))
     plain = partial(
-        jax.lax.conv_general_dilated, window_strides=strides, padding=padding, dimension_numbers=winograd.LAYOUT
+        jax.lax.conv_general_dilated, window_strides=strides, padding=padding, dimension_numbers=convolution.LAYOUT
     )
-    if stride > 1 or not winograd.pays(x, kernel):
+    if stride > 1 or not convolution.pays(x, kernel):
         return plain(x, kernel)
-    return jax.lax.platform_dependent(x, kernel, cpu=winograd.convolve, default=plain)
+    return jax.lax.platform_dependent(x, kernel, cpu=convolution.convolve, default=plain)
 
 
 @jax.custom_vjp

@@ -62,8 +62,8 @@ def compiler_options() -> dict[str, str | bool]:
 def flops(fun: Callable, *arguments: Any) -> float:
     """Floating-point operations of `fun(*arguments)`, by XLA's count for the program as lowered; shapes are enough.
 
-    The program is that of an accelerator, in which a convolution has all its multiplications (see `cfd.winograd`). The
-    CPU's XLA does the counting: NaN where JAX_PLATFORMS leaves the CPU out.
+    The program is that of an accelerator, in which a convolution has all its multiplications (see `cfd.convolution`).
+    The CPU's XLA does the counting: NaN where JAX_PLATFORMS leaves the CPU out.
     """
     try:
         cpu = jax.local_devices(backend="cpu")[0]

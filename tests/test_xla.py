@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax.extend.core import Jaxpr
 
-from cfd import layers, unet, winograd, xla
+from cfd import convolution, layers, unet, xla
 from cfd.train import diffusion
 from tests.test_layers import plain
 from tests.tiny import QUICK, tiny_config
@@ -40,7 +40,7 @@ def test_gradients_under_the_options_are_those_of_plain_layers_without(
     arguments = jax.random.key(1), params, x, jnp.arange(batch_size) % 10
 
     loss, gradient = xla.jit(jax.value_and_grad(loss_fn, argnums=1))(*arguments)
-    monkeypatch.setattr(winograd, "pays", lambda x, kernel: False)
+    monkeypatch.setattr(convolution, "pays", lambda x, kernel: False)
     monkeypatch.setattr(layers, "add_bias", lambda x, bias: x + bias[None, None, None])
     monkeypatch.setattr(unet, "attention", jax.nn.dot_product_attention)
     monkeypatch.setattr(unet, "group_norm", plain)

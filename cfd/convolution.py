@@ -1,10 +1,14 @@
-"""3x3 convolutions by a half or a third of the multiplications, in float32 on a CPU: Lavin and Gray (arXiv:1509.09308).
+"""3x3 convolutions in float32 on a CPU, in forms that are faster there than XLA's.
 
-F(4, 3) along the width: four outputs of a row are sums of six products of sums of six inputs and sums of three taps.
-Its points are 0, ±√½, ±√2 and ∞; with the usual 0, ±1, ±2 and ∞ it rounds twice as coarsely. The values at p and −p are
-the sum and the difference of two halves: what is shared is written once. Along the height, three taps are summed as
-they are, or F(2, 3) is nested, with the points 0, ±1 and ∞. Errors are 1.5 to 2.8 times those of the plain sum (root
-mean square, 64 to 768 channels), and those of the kernel's gradient 1.1 times.
+Where kernels are larger than what they meet: matrix products with the kernel as it lies in memory, which XLA's form
+would transpose for the gradients.
+
+Else by a half or a third of the multiplications, as Lavin and Gray (arXiv:1509.09308) do it. F(4, 3) along the width:
+four outputs of a row are sums of six products of sums of six inputs and sums of three taps. Its points are 0, ±√½, ±√2
+and ∞; with the usual 0, ±1, ±2 and ∞ it rounds twice as coarsely. The values at p and −p are the sum and the difference
+of two halves: what is shared is written once. Along the height, three taps are summed as they are, or F(2, 3) is
+nested, with the points 0, ±1 and ∞. Errors are 1.5 to 2.8 times those of the plain sum (root mean square, 64 to 768
+channels), and those of the kernel's gradient 1.1 times.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,18 +27,48 @@ PADDING = ((0, 0), (1, 1), (1, 1), (0, 0))
 
 
 def pays(x: Array, kernel: Array) -> bool:
-    """Whether it is the faster form, by measurement: the tiles fit, kernels are wide, positions are many."""
+    """Whether `convolve` is faster than XLA's form, by measurement: see `_few`; or tiles fit, and both are large."""
     b, height, width, _ = x.shape
-    tiled = height % 2 == 0 and width % 4 == 0
-    return x.dtype == jnp.float32 and tiled and min(kernel.shape[2:]) >= 64 and b * height * width >= 512
+    tiled = height % 2 == 0 and width % 4 == 0 and min(kernel.shape[2:]) >= 64 and b * height * width >= 512
+    return x.dtype == jnp.float32 and (tiled or _few(x, kernel.shape[3]))
+
+
+def _few(x: Array, outputs: int) -> bool:
+    """Whether positions are so few, and channels so many, that reading the kernel is most of the work."""
+    positions = x.size // x.shape[3]
+    return positions < 512 and positions <= min(x.shape[3], outputs)
 
 
 @jax.custom_vjp
-@jax.jit
 def convolve(x: Float32[Array, "b h w c"], kernel: Float32[Array, "3 3 c k"]) -> Float32[Array, "b h w k"]:
-    """The convolution with padding 1; h is a multiple of 2, w of 4."""
-    nested = x.shape[3] >= 192  # by measurement: products over fewer channels are too small
-    return _nested(x, kernel) if nested else _along_width(x, kernel)
+    """The convolution with padding 1; unless positions are few, h is a multiple of 2, w of 4."""
+    return _convolve(x, kernel, False)
+
+
+@partial(jax.jit, static_argnums=2)
+def _convolve(x: Float32[Array, "b h w c"], kernel: Array, turned: bool) -> Float32[Array, "b h w k"]:
+    """By a kernel [3, 3, c, k], or [3, 3, k, c] that is `turned` by 180°, as the gradient of x takes it."""
+    if _few(x, kernel.shape[2 if turned else 3]):
+        return _gathered(x, kernel, turned)
+    if x.shape[3] >= 192:  # by measurement: products over fewer channels are too small
+        return _nested(x, kernel, turned)
+    return _along_width(x, kernel[::-1, ::-1].swapaxes(2, 3) if turned else kernel)
+
+
+def _gathered(x: Float32[Array, "b h w c"], kernel: Array, turned: bool) -> Float32[Array, "b h w k"]:
+    """One matrix product with the nine neighbours of each position, or, where it is turned, the sum of nine."""
+    taps = kernel.reshape(9, *kernel.shape[2:])
+    if turned:
+        outputs = sum((v @ tap.T for v, tap in zip(_neighbours(x), taps[::-1], strict=True)), start=jnp.zeros(()))
+    else:
+        outputs = jnp.concatenate(_neighbours(x), axis=1) @ taps.reshape(-1, taps.shape[2])
+    return outputs.reshape(*x.shape[:3], -1)
+
+
+def _neighbours(x: Float32[Array, "b h w c"]) -> list[Float32[Array, "n c"]]:
+    """What each of the nine taps multiplies, for all positions."""
+    rows = _every(1, 1, jnp.pad(x, PADDING), 3)
+    return [v.reshape(-1, x.shape[3]) for row in rows for v in _every(1, 2, row, 3)]
 
 
 def _along_width(x: Float32[Array, "b h w c"], kernel: Float32[Array, "3 3 c k"]) -> Float32[Array, "b h w k"]:
@@ -47,16 +81,19 @@ def _along_width(x: Float32[Array, "b h w c"], kernel: Float32[Array, "3 3 c k"]
     return jnp.stack(_of_six_products(*map(along_height, columns, taps)), axis=3).reshape(*x.shape[:3], -1)
 
 
-def _nested(x: Float32[Array, "b h w c"], kernel: Float32[Array, "3 3 c k"]) -> Float32[Array, "b h w k"]:
+def _nested(x: Float32[Array, "b h w c"], kernel: Array, turned: bool) -> Float32[Array, "b h w k"]:
     """Six times four matrix products, each over an eighth of the positions: a third of the multiplications."""
     padded = jnp.pad(x, PADDING)
+    order = -1 if turned else 1  # of what has been taken apart: an array that is turned would be written to memory
 
-    def rows(of_inputs: Array, of_taps: Array) -> tuple[Array, ...]:
-        kernels = _of_three_taps_of_two(*_sums(of_taps, kernel))
-        return _of_four_products(*(v @ k for v, k in zip(_inputs(padded, of_inputs), kernels, strict=True)))
+    def rows(of_inputs: Array, of_taps: Array) -> Array:
+        column = _sum(of_taps, jnp.unstack(kernel, axis=1)[::order])
+        taps = _of_three_taps_of_two(*jnp.unstack(column)[::order])
+        products = [v @ (k.T if turned else k) for v, k in zip(_inputs(padded, of_inputs), taps, strict=True)]
+        return jnp.stack(_of_four_products(*products), axis=2)
 
-    outputs = [jnp.stack(_of_six_products(*row), axis=3) for row in _at_each_point(rows, OF_INPUTS, OF_TAPS)]
-    return jnp.stack(outputs, axis=2).reshape(*x.shape[:3], -1)
+    products = [p.reshape(*x.shape[:2], -1, p.shape[4]) for p in _at_each_point(rows, OF_INPUTS, OF_TAPS)]
+    return jnp.stack(_of_six_products(*products), axis=3).reshape(*x.shape[:3], -1)
 
 
 def _convolve_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -65,7 +102,7 @@ def _convolve_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Arra
 
 def _convolve_backward(kept: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, kernel = kept
-    return convolve(g, kernel[::-1, ::-1].swapaxes(2, 3)), _kernel_gradient(x, g)
+    return _convolve(g, kernel, True), _kernel_gradient(x, g)
 
 
 convolve.defvjp(_convolve_forward, _convolve_backward)
@@ -73,24 +110,28 @@ convolve.defvjp(_convolve_forward, _convolve_backward)
 
 @jax.jit
 def _kernel_gradient(x: Float32[Array, "b h w c"], g: Float32[Array, "b h w k"]) -> Float32[Array, "3 3 c k"]:
-    """The gradient of the kernel: the sums of `_nested`, transposed."""
+    """The gradient of the kernel: the sums of `_gathered` or of `_nested`, transposed."""
+    channels, outputs = x.shape[3], g.shape[3]
+    if _few(x, outputs):
+        neighbours = jnp.concatenate(_neighbours(x), axis=1)
+        return (neighbours.T @ g.reshape(-1, outputs)).reshape(3, 3, channels, outputs)
     padded = jnp.pad(x, PADDING)
 
     def gradients(of_inputs: Array, of_products: Array) -> tuple[Array, ...]:
-        outputs = _sums(of_products, [_every(4, 2, row, 4) for row in _every(2, 1, g, 2)])
+        sums = _every(2, 1, _sum(of_products, _every(4, 2, g, 4)), 2)
         products = [
-            v.reshape(-1, v.shape[3]).T @ u.reshape(-1, u.shape[3])
-            for v, u in zip(_inputs(padded, of_inputs), _transposed(_of_four_products, 4, outputs), strict=True)
+            v.reshape(-1, channels).T @ u.reshape(-1, outputs)
+            for v, u in zip(_inputs(padded, of_inputs), _transposed(_of_four_products, 4, sums), strict=True)
         ]
         return _transposed(_of_three_taps_of_two, 3, products)
 
     rows = _at_each_point(gradients, OF_INPUTS, OF_PRODUCTS.T)
-    return jnp.stack([jnp.stack(_transposed(_of_three_taps, 3, list(row))) for row in rows])
+    return jnp.stack([jnp.stack(_transposed(_of_three_taps, 3, jnp.unstack(row))) for row in rows])
 
 
 def _inputs(padded: Float32[Array, "b h2 w2 c"], of_inputs: Float32[Array, "6"]) -> tuple[Array, ...]:
     """What the four products at a point of the width multiply: each [b, h/2, w/4, c]."""
-    return _of_four_inputs(*_sums(of_inputs, [_every(4, 2, row, 6) for row in _every(2, 1, padded, 4)]))
+    return _of_four_inputs(*_every(2, 1, _sum(of_inputs, _every(4, 2, padded, 6)), 4))
 
 
 def _every(step: int, axis: int, x: Array, window: int) -> list[Array]:
@@ -155,16 +196,15 @@ def _matrix(fun: Callable[..., tuple[Any, ...]], inputs: int) -> np.ndarray:
 OF_INPUTS, OF_TAPS, OF_PRODUCTS = _matrix(_of_six_inputs, 6), _matrix(_of_three_taps, 3), _matrix(_of_six_products, 6)
 
 
-def _at_each_point(fun: Callable[..., Sequence[Array]], *matrices: np.ndarray) -> Sequence[Array]:
+def _at_each_point(fun: Callable[..., Any], *matrices: np.ndarray) -> Any:
     """`fun` of the rows of the matrices, in a loop: written out, it would be six times as much to compile."""
     return jax.lax.map(lambda rows: fun(*rows), matrices)
 
 
-def _sums(coefficients: Array, rows: Sequence[Sequence[Array]] | Array) -> list[Array]:
-    """The sum over each row of coefficients times terms, in memory: what is made of it would compute it again."""
-    zero = jnp.zeros(())
-    sums = [sum((c * x for c, x in zip(coefficients, row, strict=True)), start=zero) for row in rows]
-    return jax.lax.optimization_barrier(sums)
+def _sum(coefficients: Array, terms: Sequence[Array]) -> Array:
+    """The sum of coefficients times terms, in memory: what is made of it would compute it again."""
+    products = [c * x for c, x in zip(coefficients, terms, strict=True)]
+    return jax.lax.optimization_barrier(sum(products, start=jnp.zeros(())))
 
 
 def _transposed(fun: Callable[..., Any], inputs: int, cotangents: Sequence[Array]) -> Any:
