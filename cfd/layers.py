@@ -139,12 +139,23 @@ def _cudnn_takes(q: Array) -> bool:
 
 def _attention_on_cpu(q: Array, k: Array, v: Array) -> Array:
     q, k, v = (jnp.moveaxis(x, 2, 1) for x in (q * q.shape[-1] ** -0.5, k, v))
-    scores = jnp.matmul(k, q.swapaxes(2, 3), preferred_element_type=jnp.float32)  # [b, n, s, t]
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=2, keepdims=True))).astype(v.dtype)
+    if q.shape[2] * k.shape[2] < 512 * 512:
+        return jnp.moveaxis(_mixed(q, k, v), 3, 1)
+    # One head at a time, so that its scores stay in the cache; they are computed again for the gradient.
+    b, n, t, d = q.shape
+    head = jax.checkpoint(lambda qkv: _mixed(*qkv), prevent_cse=False)
+    heads = jax.lax.map(head, tuple(x.reshape(b * n, -1, d) for x in (q, k, v)))
+    return jnp.moveaxis(heads.reshape(b, n, d, t), 3, 1)
+
+
+def _mixed(q: Float[Array, "*n t d"], k: Float[Array, "*n s d"], v: Float[Array, "*n s d"]) -> Float[Array, "*n d t"]:
+    """softmax(k qᵀ) over s, times v."""
+    scores = jnp.matmul(k, q.mT, preferred_element_type=jnp.float32)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-2, keepdims=True))).astype(v.dtype)
     # Rows of ones below v, so that the product also adds up the weights.
-    rows = jnp.concatenate([v, jnp.ones((*v.shape[:3], 8), v.dtype)], axis=3).swapaxes(2, 3)
+    rows = jnp.concatenate([v, jnp.ones((*v.shape[:-1], 8), v.dtype)], axis=-1).mT
     mixed = jnp.matmul(rows, weights, preferred_element_type=jnp.float32)
-    return jnp.moveaxis(mixed[:, :, :-8] / mixed[:, :, -1:], 3, 1).astype(v.dtype)
+    return (mixed[..., :-8, :] / mixed[..., -1:, :]).astype(v.dtype)
 
 
 def group_norm(
