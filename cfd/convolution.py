@@ -27,7 +27,7 @@ PADDING = ((0, 0), (1, 1), (1, 1), (0, 0))
 
 
 def pays(x: Array, kernel: Array) -> bool:
-    """Whether `convolve` is faster than XLA's form, by measurement: see `_few`; or tiles fit, and both are large."""
+    """Whether `convolve` is faster than XLA's form, by measurement: `_few`, or tiles fit a large image and kernel."""
     b, height, width, _ = x.shape
     tiled = height % 2 == 0 and width % 4 == 0 and min(kernel.shape[2:]) >= 64 and b * height * width >= 512
     return x.dtype == jnp.float32 and (tiled or _few(x, kernel.shape[3]))

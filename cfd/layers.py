@@ -140,12 +140,12 @@ def _cudnn_takes(q: Array) -> bool:
 def _attention_on_cpu(q: Array, k: Array, v: Array) -> Array:
     q, k, v = (jnp.moveaxis(x, 2, 1) for x in (q * q.shape[-1] ** -0.5, k, v))
     if q.shape[2] * k.shape[2] < 512 * 512:
-        return jnp.moveaxis(_mixed(q, k, v), 3, 1)
-    # One head at a time, so that its scores stay in the cache; they are computed again for the gradient.
-    b, n, t, d = q.shape
-    head = jax.checkpoint(lambda qkv: _mixed(*qkv), prevent_cse=False)
-    heads = jax.lax.map(head, tuple(x.reshape(b * n, -1, d) for x in (q, k, v)))
-    return jnp.moveaxis(heads.reshape(b, n, d, t), 3, 1)
+        mixed = _mixed(q, k, v)
+    else:  # one head at a time, so that its scores stay in the cache; they are computed again for the gradient
+        head = jax.checkpoint(lambda qkv: _mixed(*qkv), prevent_cse=False)
+        heads = jax.lax.map(head, tuple(x.reshape(-1, *x.shape[2:]) for x in (q, k, v)))
+        mixed = heads.reshape(*q.shape[:2], *heads.shape[1:])
+    return jnp.moveaxis(mixed, 3, 1)
 
 
 def _mixed(q: Float[Array, "*n t d"], k: Float[Array, "*n s d"], v: Float[Array, "*n s d"]) -> Float[Array, "*n d t"]:
