@@ -48,7 +48,7 @@ def distinct(field: Field, words: str) -> Field:
 
 def is_interval(value: Any) -> bool:
     """Whether a value is () or (logsnr_lo, logsnr_hi) with lo <= hi."""
-    finite = isinstance(value, tuple) and all(fits(LOGSNR, end) for end in value)
+    finite = isinstance(value, tuple) and all(fits(FINITE, end) for end in value)
     return finite and (value == () or (len(value) == 2 and value[0] <= value[1]))
 
 
@@ -56,7 +56,8 @@ SEED = Field(int, lambda x: 0 <= x < 2**32, "an integer in [0, 2^32), the seeds 
 ANY = Field(str, lambda _: True, "a string")
 BOOL = Field(bool, lambda _: True, "True or False")
 WEIGHTS = "a tuple of guidance weights, each finite and >= -1 (w = -1 is the unconditional model)"
-LOGSNR = Field(float, math.isfinite, "a finite number")
+FINITE = Field(float, math.isfinite, "a finite number")
+LOGSNR = Field(float, lambda x: -80 <= x <= 80, "a number in [-80, 80], where neither α nor σ is 0 in float32")
 INTERVAL = "() or (logsnr_lo, logsnr_hi) with lo <= hi"
 
 NETWORK = {

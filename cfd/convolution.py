@@ -59,7 +59,7 @@ def _gathered(x: Float32[Array, "b h w c"], kernel: Array, turned: bool) -> Floa
     """One matrix product with the nine neighbours of each position, or, where it is turned, the sum of nine."""
     taps = kernel.reshape(9, *kernel.shape[2:])
     if turned:
-        outputs = sum((v @ tap.T for v, tap in zip(_neighbours(x), taps[::-1], strict=True)), start=jnp.zeros(()))
+        outputs = sum((v @ tap.T for v, tap in zip(_neighbours(x), taps[::-1], strict=True)), start=jnp.float32(0.0))
     else:
         outputs = jnp.concatenate(_neighbours(x), axis=1) @ taps.reshape(-1, taps.shape[2])
     return outputs.reshape(*x.shape[:3], -1)
@@ -204,7 +204,7 @@ def _at_each_point(fun: Callable[..., Any], *matrices: np.ndarray) -> Any:
 def _sum(coefficients: Array, terms: Sequence[Array]) -> Array:
     """The sum of coefficients times terms, in memory: what is made of it would compute it again."""
     products = [c * x for c, x in zip(coefficients, terms, strict=True)]
-    return jax.lax.optimization_barrier(sum(products, start=jnp.zeros(())))
+    return jax.lax.optimization_barrier(sum(products, start=jnp.float32(0.0)))
 
 
 def _transposed(fun: Callable[..., Any], inputs: int, cotangents: Sequence[Array]) -> Any:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.core import Tracer
-from jaxtyping import Float, Int, Key, UInt32
+from jaxtyping import Float, Int, Key, PyTree, UInt32
 
 from cfd.process import alpha_sigma, per_example
 
@@ -21,15 +21,51 @@ NULL_LABEL = -1
 
 
 def drop_labels(
-    key: Key[Array, ""] | UInt32[Array, "2"], labels: Int[Array, "b"], p_uncond: Float[Array, ""] | float
-) -> Int[Array, "b"]:
-    """Each label replaced by NULL_LABEL with probability p_uncond, independently: Algorithm 1, line 3.
+    key: Key[Array, ""] | UInt32[Array, "2"],
+    labels: PyTree,
+    p_uncond: Float[Array, ""] | float,
+    null: PyTree = NULL_LABEL,
+) -> PyTree:
+    """Each label replaced by ∅ with probability p_uncond, independently: Algorithm 1, line 3.
 
-    Raises ValueError if p_uncond is a number outside [0, 1].
+    `labels` and `null` are as in `guided_sample`: int32 [B] and NULL_LABEL, or a pytree (text embeddings) and its ∅.
+    Raises ValueError if p_uncond is a number outside [0, 1], or if null is not of one label's structure and shape.
     """
     if isinstance(p_uncond, (int, float)) and not 0.0 <= p_uncond <= 1.0:
         raise ValueError(f"p_uncond is {p_uncond}; it is a probability: give a value in [0, 1]")
-    return jnp.where(jax.random.bernoulli(key, p_uncond, labels.shape), NULL_LABEL, labels)
+    dropped = jax.random.bernoulli(key, p_uncond, (batch_size(labels),))
+    return jax.tree.map(
+        lambda c, n: jnp.where(dropped.reshape(-1, *[1] * (c.ndim - 1)), n, c), labels, nulls_like(labels, null)
+    )
+
+
+def nulls_like(labels: PyTree, null: PyTree) -> PyTree:
+    """∅ in the place of every label: `null`, which has no batch axis, as often as there are labels.
+
+    Raises ValueError if it is not of one label's structure and shape, or below 0 where labels are unsigned.
+    """
+    if jax.tree.structure(null) != jax.tree.structure(labels):
+        raise ValueError(f"null is {null!r}; it must have the structure of labels, {jax.tree.structure(labels)}")
+
+    def repeated(n: Any, c: Any) -> Array:
+        if jnp.shape(n) != c.shape[1:]:
+            raise ValueError(f"null has shape {jnp.shape(n)}; it must be that of one label, {c.shape[1:]}")
+        if c.dtype.kind in "ub" and not isinstance(n, Tracer) and np.any(np.asarray(n) < 0):
+            raise ValueError(f"null is {n!r}, which labels of dtype {c.dtype} cannot be: give labels as int32")
+        return jnp.broadcast_to(jnp.asarray(n, c.dtype), c.shape)
+
+    return jax.tree.map(repeated, null, labels)
+
+
+def batch_size(labels: PyTree) -> int:
+    """The length of the batch axis of a pytree of arrays. Raises ValueError if they do not share one."""
+    leading = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(labels)}
+    if len(leading) != 1 or leading == {()}:
+        raise ValueError(
+            f"labels have leading shapes {sorted(leading)}; give arrays that share one batch axis, [B, ...], such as "
+            "jnp.array([0, 1])"
+        )
+    return leading.pop()[0]
 
 
 def guide(
@@ -58,21 +94,18 @@ def classifier_guidance(
     """The eps_fn of ε̃ = ε(z, c) − w σ ∇_z log p(c | z): Section 3.1; with `ddim()`, Algorithm 2 of arXiv:2105.05233.
 
     `classifier_fn(z, logsnr) -> logits [B, K]`. w is a number, an array (scalar or [B]), a function of λ [B] that
-    returns either, or an `Interval`, outside of which the classifier is not evaluated. Label ∅ is not guided. The
-    result is an eps_fn like any other: give it to `guided_sample`, whose own w is then classifier-free guidance.
-    To guide an unconditional model, give its ε for every label: `lambda z, logsnr, c: eps_fn(z, logsnr, 0 * c - 1)`.
-    Raises ValueError, when called, if w has another shape.
+    returns either, or an `Interval`. Where it is 0 for all images, the classifier is not evaluated. Label ∅ is not
+    guided. The result is an eps_fn like any other: give it to `guided_sample`, whose own w is then classifier-free
+    guidance. To guide an unconditional model, give its ε for every label:
+    `lambda z, logsnr, c: eps_fn(z, logsnr, 0 * c - 1)`. Raises ValueError, when called, if w has another shape or is an
+    `Interval` that holds no λ.
     """
     if isinstance(w, (int, float)) and w == 0:
         return eps_fn
 
     def guided(z: Array, logsnr: Array, labels: Array) -> Array:
-        weight = _weight_at(w, logsnr)
-        gradient = jax.lax.cond(
-            jnp.any(weight != 0), lambda: class_gradient(classifier_fn, z, logsnr, labels), lambda: jnp.zeros_like(z)
-        )
         _, sigma = alpha_sigma(logsnr)
-        return eps_fn(z, logsnr, labels) - per_example(weight * sigma, z) * gradient
+        return eps_fn(z, logsnr, labels) - per_example(sigma, z) * _weighted_gradient(classifier_fn, w, z, logsnr, labels)
 
     return guided
 
@@ -98,8 +131,7 @@ def shift_mean(
         if std is None:
             raise ValueError("the sampler draws no noise, so there is no Σ to shift by: use classifier_guidance")
         logsnr = jnp.broadcast_to(logsnr, labels.shape)
-        gradient = class_gradient(classifier_fn, z, logsnr, labels)
-        return mean + per_example(_weight_at(w, logsnr), z) * jnp.square(std) * gradient, std
+        return mean + jnp.square(std) * _weighted_gradient(classifier_fn, w, z, logsnr, labels), std
 
     return step
 
@@ -120,8 +152,31 @@ def class_gradient(
     return jax.grad(log_p)(z)
 
 
+def _weighted_gradient(
+    classifier_fn: Callable[[Array, Array], Array],
+    w: Any,
+    z: Float[Array, "b ..."],
+    logsnr: Float[Array, "b"],
+    labels: Int[Array, "b"],
+) -> Float[Array, "b ..."]:
+    """w ∇_z log p(c | z); the classifier is not evaluated where all weights are 0."""
+    weight = _weight_at(w, logsnr)
+    gradient = jax.lax.cond(
+        jnp.any(weight != 0), lambda: class_gradient(classifier_fn, z, logsnr, labels), lambda: jnp.zeros_like(z)
+    )
+    return per_example(weight, z) * gradient
+
+
+def check_interval(interval: Interval) -> None:
+    """Raises ValueError if it holds no λ; ends that are traced are not looked at."""
+    numbers = all(isinstance(end, (int, float)) for end in interval[1:])
+    if numbers and not interval.logsnr_lo <= interval.logsnr_hi:
+        raise ValueError(f"w is {interval}, which holds no λ: give logsnr_lo <= logsnr_hi")
+
+
 def _weight_at(w: Any, logsnr: Float[Array, "b"]) -> Float[Array, "b"]:
     if isinstance(w, Interval):
+        check_interval(w)
         w = jnp.where((logsnr >= w.logsnr_lo) & (logsnr <= w.logsnr_hi), w.w, 0.0)
     weight = jnp.asarray(w(logsnr) if callable(w) else w, jnp.float32)
     if weight.shape not in ((), logsnr.shape):

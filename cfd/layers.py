@@ -36,8 +36,8 @@ class Conv(nn.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 k"]:
         init = nn.initializers.zeros if self.zero else nn.initializers.lecun_normal()
         window = (self.size, self.size) if self.size > 1 else ()
-        kernel = self.param("kernel", init, (*window, x.shape[-1], self.channels)).astype(self.dtype)
-        bias = self.param("bias", nn.initializers.zeros, (self.channels,))
+        kernel = self.param("kernel", init, (*window, x.shape[-1], self.channels), jnp.float32).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.channels,), jnp.float32)
         x, kernel, bias = jointly(alike(x.astype(self.dtype), kernel, bias))
         return add_bias(convolve(x, kernel, self.stride), bias)
 
@@ -49,7 +49,7 @@ def alike(*arrays: Array) -> tuple[Array, ...]:
     """
     if not jax.sharding.get_abstract_mesh().manual_axes:
         return arrays
-    of_all = jax.lax.stop_gradient(sum((x.ravel()[0].astype(jnp.float32) for x in arrays), start=jnp.zeros(())))
+    of_all = jax.lax.stop_gradient(sum((x.ravel()[0].astype(jnp.float32) for x in arrays), start=jnp.float32(0.0)))
     return tuple(jnp.where(True, x, of_all.astype(x.dtype)) for x in arrays)
 
 
@@ -252,7 +252,7 @@ def _channel_means(x: Float[Array, "b n c"], fold: bool = False) -> Float[Array,
     def product(x: Array) -> Array:
         if fold:
             blocks = math.gcd(8, x.shape[1])
-            x = sum(jnp.split(x, blocks, axis=1), start=jnp.zeros(())) / blocks
+            x = sum(jnp.split(x, blocks, axis=1), start=jnp.float32(0.0)) / blocks
         return jnp.matmul(jnp.full((x.shape[0], 1, x.shape[1]), 1.0 / x.shape[1]), x)[:, 0]
 
     return jax.lax.platform_dependent(x, cpu=product, default=partial(jnp.mean, axis=1))

@@ -45,6 +45,8 @@ def init_distributed() -> None:
         or len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1
     ):
         who = "Joining the other processes of the cluster"
+    elif given := [name for name in ("CFD_NUM_PROCESSES", "CFD_PROCESS_ID") if name in os.environ]:
+        raise ValueError(f"{given[0]} is set without CFD_COORDINATOR (host:port): set it, or unset all CFD_*")
     else:
         return
     # Said beforehand: when the time is over, JAX ends the process by SIGABRT, and no exception is raised.

@@ -65,15 +65,15 @@ def posterior(
     x: Float[Array, "..."],
     logsnr: Float[Array, "*b"] | float,
     logsnr_next: Float[Array, "*b"] | float,
-    v: Float[Array, ""] | float,
+    v: Float[Array, "*v"] | float,
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """Mean and standard deviation of one ancestral step from λ to λ' > λ: Eqs. 3 and 4.
 
     mean = e^{λ−λ'} (α'/α) z + (1 − e^{λ−λ'}) α' x, and the variance is
     (σ̃²_{λ'|λ})^{1−v} (σ²_{λ|λ'})^v with σ̃² = (1 − e^{λ−λ'}) σ'² (v = 0) and σ²_{λ|λ'} = (1 − e^{λ−λ'}) σ² (v = 1).
-    The mean has the shape of z; the standard deviation that of λ with trailing axes of 1.
+    The mean has the shape of z; the standard deviation that of λ, λ' and v with trailing axes of 1.
     """
-    logsnr, logsnr_next = per_example(logsnr, z), per_example(logsnr_next, z)
+    logsnr, logsnr_next, v = per_example(logsnr, z), per_example(logsnr_next, z), per_example(v, z)
     log_alpha, log_alpha_next = 0.5 * log_sigmoid(logsnr), 0.5 * log_sigmoid(logsnr_next)
     step = logsnr - logsnr_next
     kept, added = jnp.exp(step), -jnp.expm1(step)

@@ -3,6 +3,7 @@
 Light to import: jax, and nothing of the trainer, the data pipeline or the checkpoints.
 """
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Key, PyTree, UInt32
 
-from cfd.guidance import NULL_LABEL, Interval, guide
+from cfd.guidance import NULL_LABEL, Interval, batch_size, check_interval, guide, nulls_like
 from cfd.process import alpha_sigma, cosine_logsnr, eps_from_x, posterior, x_from_eps
 
 EpsFn = Callable[[Array, Array, Any], Array]
@@ -22,8 +23,8 @@ StepRule = Callable[[Array, Array, Array, Array], tuple[Array, Array | None]]
 """(z, x, logsnr, logsnr_next) -> mean and standard deviation of z at λ' > λ; None where the step draws no noise."""
 
 
-def ancestral(v: Float[Array, ""] | float = 0.3) -> StepRule:
-    """The paper's sampler: z' ~ q(z' | z, x) with the variance interpolated by v in [0, 1], Eqs. 3 and 4."""
+def ancestral(v: Float[Array, "*v"] | float = 0.3) -> StepRule:
+    """The paper's sampler: z' ~ q(z' | z, x), its variance interpolated by v in [0, 1] (or [B]), Eqs. 3 and 4."""
     if isinstance(v, (int, float)) and not 0.0 <= v <= 1.0:
         raise ValueError(f"v is {v}; it interpolates between two variances: give a value in [0, 1]")
     return lambda z, x, logsnr, logsnr_next: posterior(z, x, logsnr, logsnr_next, v)
@@ -74,22 +75,24 @@ def guided_sample(
 
     Args:
       key: one PRNG key, from which image i takes `fold_in(key, i)`, or [B] keys, one an image. (In `shard_map` and
-        `pmap` i is the row on its own device: from one replicated key all devices draw the same noise.)
+        `pmap` i is the row on its own device: from one replicated key all devices draw the same noise. There the key,
+        labels or w must vary over every axis that eps_fn's result does; a mesh for `jit` has Auto axes.)
       eps_fn: `(z, logsnr, labels) -> eps`.
       labels: int32 [B], or any pytree of arrays with a leading batch axis.
       shape: the shape of one image, without the batch.
       w: the guidance weight of Eq. 6: a number, an array (scalar or [B]), a function of λ that returns either, or
         an `Interval`. Traced: a new value never recompiles. A Python 0 costs one evaluation a step, not two.
-      null: what stands for ∅, without the batch axis; another class guides away from that class.
+      null: what stands for ∅, of the structure and shape of one label; another class guides away from that class.
       num_steps: T, the number of steps from λ_1 = logsnr_min to λ_T = logsnr_max.
       sampler: the step rule: `ancestral(v)`, `ddim()`, or `dpm_solver()`.
+      logsnr_min, logsnr_max: the first and the last λ, in [−80, 80].
       clip: clip x̃ to [−1, 1] at every step.
       doubled: evaluate both scores in one batch of 2B instead of two of B: the same images up to rounding.
 
     Returns float32 [B, *shape]. Raises ValueError on bad numbers and on arguments whose shapes do not agree.
     """
     _check_numbers(num_steps, logsnr_min, logsnr_max, w)
-    batch = _batch_size(labels)
+    batch = batch_size(labels)
     labels = jax.tree.map(jnp.asarray, labels)
     keys = _image_keys(key, batch)
     guided_eps = _guided(eps_fn, labels, null, w, batch, doubled)
@@ -118,11 +121,12 @@ def guided_sample(
 def schedule(num_steps: int, logsnr_min: Any = -20.0, logsnr_max: Any = 20.0) -> Float[Array, "t"]:
     """λ_1 = logsnr_min < … < λ_T = logsnr_max, where the network is evaluated: u uniformly spaced, Section 2."""
     u = 1.0 - jnp.arange(num_steps, dtype=jnp.float32) / max(num_steps - 1, 1)
-    return cosine_logsnr(u, logsnr_min, logsnr_max)
+    # The ends to the bit: rounded, the last may lie outside of an Interval that ends at logsnr_max.
+    return cosine_logsnr(u, logsnr_min, logsnr_max).at[-1].set(logsnr_max).at[0].set(logsnr_min)
 
 
 def _check_numbers(num_steps: Any, logsnr_min: Any, logsnr_max: Any, w: Any) -> None:
-    """Raises ValueError on numbers that would give NaN or no guidance; what is traced is not looked at."""
+    """Raises ValueError on numbers that would give NaN or no guidance; arrays and what is traced are not looked at."""
 
     def numbers(*values: Any) -> bool:
         return all(isinstance(value, (int, float)) for value in values)
@@ -133,10 +137,15 @@ def _check_numbers(num_steps: Any, logsnr_min: Any, logsnr_max: Any, w: Any) -> 
         enough = False
     if not enough:
         raise ValueError(f"num_steps is {num_steps}; it counts network evaluations: give an integer num_steps >= 1")
-    if numbers(logsnr_min, logsnr_max) and not logsnr_min < logsnr_max:
-        raise ValueError(f"logsnr_min is {logsnr_min} and logsnr_max {logsnr_max}: give logsnr_min < logsnr_max")
-    if isinstance(w, Interval) and numbers(*w[1:]) and not w.logsnr_lo <= w.logsnr_hi:
-        raise ValueError(f"w is {w}, which holds no λ: give logsnr_lo <= logsnr_hi")
+    if numbers(logsnr_min, logsnr_max) and not -80.0 <= logsnr_min < logsnr_max <= 80.0:
+        raise ValueError(
+            f"logsnr_min is {logsnr_min} and logsnr_max {logsnr_max}: give logsnr_min < logsnr_max, both in [-80, 80], "
+            "outside of which α or σ is 0 in float32"
+        )
+    if numbers(w) and not math.isfinite(w):
+        raise ValueError(f"w is {w}; give a finite guidance weight")
+    if isinstance(w, Interval):
+        check_interval(w)
 
 
 def _extrapolation(sampler: Any, logsnr: Array, logsnr_next: Array) -> tuple[Any, Array | None]:
@@ -155,9 +164,7 @@ def _guided(
     eps_fn: EpsFn, labels: PyTree, null: PyTree, w: Any, batch: int, doubled: bool
 ) -> Callable[[Array, Array], Array]:
     """(z, λ) -> ε̃, with one or two evaluations of the network."""
-    if jax.tree.structure(null) != jax.tree.structure(labels):
-        raise ValueError(f"null is {null!r}; it must have the structure of labels, {jax.tree.structure(labels)}")
-    nulls = jax.tree.map(lambda n, c: jnp.broadcast_to(jnp.asarray(n, c.dtype), c.shape), null, labels)
+    nulls = nulls_like(labels, null)
 
     def evaluate(z: Array, logsnr: Array, labels: PyTree) -> Array:
         eps = eps_fn(z, jnp.broadcast_to(logsnr, z.shape[:1]), labels)
@@ -202,16 +209,6 @@ def _varying_like(z: Array, *inputs: PyTree) -> Array:
     for x in jax.tree.leaves(inputs):
         z = z if callable(x) else jnp.where(True, z, jnp.sum(x).astype(z.dtype))
     return z
-
-
-def _batch_size(labels: PyTree) -> int:
-    leading = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(labels)}
-    if len(leading) != 1 or leading == {()}:
-        raise ValueError(
-            f"labels have leading shapes {sorted(leading)}; give arrays that share one batch axis, [B, ...], such as "
-            "jnp.array([0, 1])"
-        )
-    return leading.pop()[0]
 
 
 def _image_keys(key: Array, batch: int) -> Array:

@@ -204,8 +204,8 @@ class Affine(nn.Module):
 
     @nn.compact
     def __call__(self, channels: int) -> tuple[Float[Array, "c"], Float[Array, "c"]]:
-        scale = self.param("scale", nn.initializers.ones, (channels,))
-        return scale, self.param("bias", nn.initializers.zeros, (channels,))
+        scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+        return scale, self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
 
 
 def downsample(h: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:

@@ -14,7 +14,7 @@ from mixtures import log_densities, mixture_eps
 from cfd.classifier import Classifier, classifier_loss
 from cfd.guidance import NULL_LABEL, Interval, class_gradient, classifier_guidance, guide, shift_mean
 from cfd.process import alpha_sigma, posterior
-from cfd.sampling import ancestral, ddim, dpm_solver, guided_sample
+from cfd.sampling import ancestral, ddim, dpm_solver, guided_sample, schedule
 from tests.tiny import QUICK
 
 
@@ -157,6 +157,28 @@ def test_both_kinds_of_guidance_compose(noisy) -> None:
 
 def test_weight_zero_is_the_model_itself() -> None:
     assert classifier_guidance(EPS, exact_classifier, 0.0) is EPS
+
+
+def test_an_interval_without_any_noise_level(noisy) -> None:
+    with pytest.raises(ValueError, match="logsnr_lo=3.*which holds no λ"):
+        classifier_guidance(EPS, exact_classifier, Interval(2.0, 3.0, -3.0))(*noisy)
+
+
+@pytest.mark.parametrize("way", ["eps", "mean"])
+def test_the_classifier_is_evaluated_inside_the_interval_only(way: str) -> None:
+    evaluated, labels, w = [], jnp.arange(6) % 3, Interval(1.0, -1.0, 1.0)
+
+    def counted(z, logsnr):
+        jax.debug.callback(lambda: evaluated.append(1))
+        return exact_classifier(z, logsnr)
+
+    eps_fn = classifier_guidance(EPS, counted, w) if way == "eps" else EPS
+    rule = shift_mean(ancestral(0.3), counted, labels, w) if way == "mean" else ancestral(0.3)
+    draw = jax.jit(lambda key: guided_sample(key, eps_fn, labels, (2,), num_steps=16, sampler=rule))
+    draw(jax.random.key(0)).block_until_ready()
+    jax.effects_barrier()
+    inside = np.abs(np.asarray(schedule(16))) <= 1.0
+    assert len(evaluated) == inside.sum() and 0 < inside.sum() < 16
 
 
 def test_weight_of_another_shape(noisy) -> None:

@@ -55,6 +55,36 @@ def test_a_probability_outside_0_to_1_is_refused(p_uncond):
         drop_labels(jax.random.key(0), jnp.zeros(3, jnp.int32), p_uncond)
 
 
+def test_a_label_of_many_numbers_is_dropped_whole():
+    """As an index is that looks it up: a pytree of embeddings with its own ∅."""
+    labels = jnp.arange(1000, dtype=jnp.int32)
+    dropped = drop_labels(jax.random.key(3), labels, 0.5) == NULL_LABEL
+    text = {"tokens": jnp.ones((1000, 5, 2)), "length": labels}
+    null = {"tokens": jnp.arange(10.0).reshape(5, 2), "length": 0}
+    for drop in (drop_labels, jax.jit(drop_labels)):
+        given = drop(jax.random.key(3), text, jnp.float32(0.5), null)
+        np.testing.assert_array_equal(given["length"], jnp.where(dropped, 0, labels))
+        expected = jnp.where(dropped[:, None, None], null["tokens"][None], text["tokens"])
+        np.testing.assert_array_equal(given["tokens"], expected)
+        assert jax.tree.map(jnp.result_type, given) == jax.tree.map(jnp.result_type, text)
+
+
+@pytest.mark.parametrize(
+    ("labels", "null", "words"),
+    [
+        (np.arange(3, dtype=np.uint8), NULL_LABEL, "null is -1, which labels of dtype uint8 cannot be.*as int32"),
+        (np.array([True, False]), NULL_LABEL, "labels of dtype bool"),
+        (np.ones((3, 4)), NULL_LABEL, r"null has shape \(\); it must be that of one label, \(4,\)"),
+        (np.ones((3, 4)), np.zeros((3, 4)), r"null has shape \(3, 4\)"),
+        ({"text": np.ones(3)}, NULL_LABEL, "null is -1; it must have the structure of labels"),
+        (3, NULL_LABEL, r"labels have leading shapes \[\(\)\]"),
+    ],
+)
+def test_labels_that_cannot_be_dropped_are_refused(labels, null, words):
+    with pytest.raises(ValueError, match=words):
+        drop_labels(jax.random.key(0), labels, 0.1, null)
+
+
 def scores() -> tuple[jax.Array, jax.Array]:
     cond, uncond = np.random.default_rng(5).normal(size=(2, 4, 3, 3, 2)) * 10.0
     return jnp.asarray(cond, jnp.float32), jnp.asarray(uncond, jnp.float32)

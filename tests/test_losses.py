@@ -98,6 +98,18 @@ def test_dropped_labels_reach_the_network_at_the_asked_rate(p_uncond):
         assert abs(np.corrcoef(dropped, z[:, 0])[0, 1]) < 5 / math.sqrt(N)
 
 
+def test_labels_may_be_embeddings():
+    """Rows of a table with its own ∅ lose what the labels do that would look them up."""
+    table = jnp.float32([[0.5, 1.0], [-1.0, 2.0], [0.1, -3.0]])
+
+    def eps_fn(z, logsnr, rows):
+        return rows[:, :1] * z + rows[:, 1:]
+
+    x, key = column(0.3), jax.random.key(8)
+    by_label = eps_loss(key, lambda z, logsnr, labels: eps_fn(z, logsnr, table[labels]), x, LABELS % 2, p_uncond=0.5)
+    assert eps_loss(key, eps_fn, x, table[LABELS % 2], null=table[-1], p_uncond=0.5) == by_label
+
+
 def test_gaussian_predictors_lose_what_quadrature_says():
     """For x ~ N(m, s²) and ε̂ = E[ε | z], E(ε − ε̂)² = α² s² / (α² s² + σ²) at each λ: the integral over u.
 

@@ -105,6 +105,16 @@ def test_an_environment_that_is_half_set_is_refused(
         parallel.init_distributed()
 
 
+@pytest.mark.parametrize("name", ["CFD_NUM_PROCESSES", "CFD_PROCESS_ID"])
+def test_an_environment_without_its_coordinator_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The process would train by itself otherwise, as the only one."""
+    for other in ("CFD_COORDINATOR", "CFD_NUM_PROCESSES", "CFD_PROCESS_ID"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(ValueError, match=f"{name} is set without CFD_COORDINATOR"):
+        parallel.init_distributed()
+
+
 def test_the_coordinator_listens_only_at_the_address_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: asked.append(arguments))

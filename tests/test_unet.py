@@ -56,6 +56,21 @@ def init(net: UNet, size: int) -> dict:
     return jax.tree.map(lambda x: jnp.asarray(0.1 * rng.normal(size=x.shape), jnp.float32), shapes)
 
 
+@pytest.mark.parametrize("base_channels", [32, 64])
+def test_float32_under_x64(base_channels: int) -> None:
+    """Parameters, outputs and gradients, whatever jax_enable_x64 says."""
+    net = UNet(**SMALL | {"base_channels": base_channels})
+    z, logsnr, labels = jnp.zeros((8, 8, 8, 3)), jnp.zeros(8), jnp.zeros(8, jnp.int32)
+
+    def loss(params: dict, z: jax.Array) -> jax.Array:
+        return jnp.sum(net.apply({"params": params}, z, logsnr, labels))
+
+    with jax.enable_x64(True):
+        params = jax.eval_shape(net.init, jax.random.key(0), z, logsnr, labels)["params"]
+        shapes = params, jax.eval_shape(jax.value_and_grad(loss, (0, 1)), params, z)
+    assert {str(x.dtype) for x in jax.tree.leaves(shapes)} == {"float32"}
+
+
 @pytest.mark.parametrize(
     ("config", "size", "parameters"), [("imagenet64", 64, 295_904_454), ("imagenet128", 128, 421_529_606)]
 )
