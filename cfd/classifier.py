@@ -66,7 +66,7 @@ class AttentionPool(nn.Module):
         x = x.reshape(b, height * width, channels)
         x = jnp.concatenate([jnp.mean(x, axis=1, keepdims=True), x], axis=1)
         init = nn.initializers.normal(channels**-0.5)
-        x = x + self.param("position", init, (height * width + 1, channels))[None]
+        x = x + self.param("position", init, (height * width + 1, channels), jnp.float32)[None]
         qkv = nn.Dense(3 * channels, name="qkv")(x).reshape(b, -1, 3, heads, channels // heads)
         h = jax.nn.dot_product_attention(qkv[:, :1, 0], qkv[:, :, 1], qkv[:, :, 2])
         return nn.Dense(self.out_features, name="out")(h.reshape(b, channels))
@@ -83,8 +83,8 @@ def classifier_loss(
 ) -> Float[Array, ""]:
     """E[−log p(c | z_λ)], the mean over the batch, with λ drawn as in `eps_loss`. x [B, ...] is data in [−1, 1]."""
     key_u, key_eps = jax.random.split(key)
-    logsnr = cosine_logsnr(jax.random.uniform(key_u, x.shape[:1]), logsnr_min, logsnr_max)
-    z = diffuse(x, jax.random.normal(key_eps, x.shape), logsnr)
+    logsnr = cosine_logsnr(jax.random.uniform(key_u, x.shape[:1], jnp.float32), logsnr_min, logsnr_max)
+    z = diffuse(x, jax.random.normal(key_eps, x.shape, jnp.float32), logsnr)
     log_p = jax.nn.log_softmax(classifier_fn(z, logsnr))
     return -jnp.mean(jnp.take_along_axis(log_p, labels[:, None], axis=-1))
 

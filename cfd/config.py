@@ -200,6 +200,13 @@ def _validate_together(config: Config) -> None:
                 f"config.{group}.attention_resolutions is {net.attention_resolutions}; the network works at {levels}: "
                 "choose of these"
             )
+        mults = [m for m, size in zip(net.channel_mult, levels, strict=True) if size in net.attention_resolutions]
+        for channels in (net.base_channels * m for m in (*mults, net.channel_mult[-1])):  # the last: of the middle
+            if channels % (net.head_channels or net.num_heads):
+                raise ValueError(
+                    f"config.{group}.head_channels is {net.head_channels} and num_heads {net.num_heads}; an attention "
+                    f"layer has {channels} channels: give a divisor"
+                )
         factor = 2 ** (len(net.channel_mult) - 1)
         if data.image_size % factor:
             raise ValueError(

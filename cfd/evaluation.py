@@ -28,7 +28,17 @@ import cfd
 from cfd import data, figures, metrics, npz, paper, parallel, preemption, results
 from cfd.config import CONVENTIONS, Config
 from cfd.features import FeatureNetwork, open_classifier, open_inception
-from cfd.generate import Draw, Request, check_weights, evaluation_flops, evaluations, load_guide, load_run, make_draw
+from cfd.generate import (
+    Draw,
+    Request,
+    check_guide,
+    check_weights,
+    evaluation_flops,
+    evaluations,
+    load_guide,
+    load_run,
+    make_draw,
+)
 from cfd.reference import Reference, add, check_reference, open_reference, reference_hash
 from cfd.results import MEASURED, SETTINGS, Row
 
@@ -52,7 +62,7 @@ def sweep(config: Config, folder: str) -> list[Row]:
         raise ValueError(
             "config.eval.weights is (): give the weights to sweep, such as --config.eval.weights='(0.0, 1.0)'"
         )
-    check(config)
+    check(config, folder)
     run = load_run(config, folder)
     mesh = parallel.make_mesh(**config.mesh)
     train = data.from_config(config.data, config.data.split)
@@ -159,7 +169,7 @@ def measure(batches: Batches, count: int, features: FeatureNetwork, reference: R
     }
 
 
-def check(config: Config) -> None:
+def check(config: Config, folder: str) -> None:
     """What a sweep needs beyond a trained model, looked at before hours of training. Raises ValueError."""
     evaluate = config.eval
     parallel.check_batch("sample.batch_size", config.sample.batch_size, parallel.make_mesh(**config.mesh))
@@ -182,6 +192,7 @@ def check(config: Config) -> None:
         shape = (config.data.image_size, config.data.image_size, config.data.channels)
         check_reference(evaluate.reference, shape, evaluate.features)
     check_weights(config, evaluate.weights)
+    check_guide(config, folder)
 
 
 def check_classes(there: Sequence[str], whose: str, here: Sequence[str], split: str) -> None:
@@ -249,7 +260,7 @@ def grid(config: Config, step: int) -> list[Row]:
             "sampler": sample.sampler,
             "v": float(v),
             "guidance": sample.guidance,
-            "interval": ":".join(f"{end:g}" for end in interval),
+            "interval": ":".join(repr(float(end)).removesuffix(".0") for end in interval),
             "w": float(w),
             "num_samples": evaluate.num_samples,
             "labels": evaluate.labels,

@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float, UInt8
+from ml_collections import ConfigDict
 
 from cfd import checkpoint, figures, npz, parallel, preemption, watchdog, workdir, xla
 from cfd.classifier import ClassifierFn, load_classifier
@@ -145,19 +146,29 @@ def grid_request(classes: tuple[int, ...], seeds: tuple[int, ...], weights: tupl
     )
 
 
-def preview(config: Config, mesh: Mesh, folder: str, class_names: tuple[str, ...]) -> Callable[[int, Any], np.ndarray]:
+def preview(
+    config: Config, mesh: Mesh, folder: str, class_names: tuple[str, ...]
+) -> Callable[[int, Any], np.ndarray | None]:
     """(step, EMA parameters) -> the grid of `config.sample`'s classes, seeds and weights, also in samples/.
 
-    Where `sample.guidance` is by a classifier, which is trained apart, the one column is w = 0.
+    None if the run was asked to stop meanwhile, which is looked at after each batch. Where `sample.guidance` is by a
+    classifier, which is trained apart, the one column is w = 0.
     """
     weights = config.sample.w if config.sample.guidance == "classifier-free" else (0.0,)
     check_weights(config, weights)
-    draw = make_draw(config, config.sample, mesh)
     classes = chosen_classes(config)
     request = grid_request(classes, config.sample.seeds, weights)
+    # No more rows than there are images: a program that runs cannot be asked to stop.
+    rows = min(config.sample.batch_size, -(-len(request.index) // mesh.size) * mesh.size)
+    draw = make_draw(config, ConfigDict(config.sample.to_dict() | {"batch_size": rows}), mesh)
 
-    def at(step: int, params: Any) -> np.ndarray:
-        images = np.concatenate(list(draw(params, request)))
+    def at(step: int, params: Any) -> np.ndarray | None:
+        batches = []
+        for batch in draw(params, request):
+            batches.append(batch)
+            if preemption.requested():
+                return None
+        images = np.concatenate(batches)
         path = os.path.join(folder, "samples", f"step_{step:07d}.png")
         picture = _grid(config, images, classes, weights, class_names)
         if jax.process_index() == 0:
@@ -217,16 +228,30 @@ def load_run(config: Config, folder: str) -> checkpoint.Loaded:
 
 
 def load_guide(config: Config, folder: str) -> ClassifierFn | None:
-    """The noisy classifier of a run, where `sample.guidance` asks for it. Raises ValueError if there is none."""
+    """The noisy classifier of a run, where `sample.guidance` asks for it. Raises ValueError as `check_guide` does."""
+    check_guide(config, folder)
+    return None if config.sample.guidance == "classifier-free" else load_classifier(os.path.join(folder, "classifier"))
+
+
+def check_guide(config: Config, folder: str) -> None:
+    """Raises ValueError if `sample.guidance` asks for a noisy classifier that is not there or is of other data."""
     if config.sample.guidance == "classifier-free":
-        return None
+        return
     place = os.path.join(folder, "classifier")
     if not os.path.exists(os.path.join(place, workdir.CONFIG)):
         raise ValueError(
             f"config.sample.guidance is 'classifier', and {place} holds no noisy classifier: train it with "
             "--mode=train_classifier"
         )
-    return load_classifier(place)
+    theirs, ours = (
+        {"config": {group: content[group] for group in ("data", "process")}}
+        for content in (workdir.read_config(place)["config"], config.to_dict())
+    )
+    if differences := workdir.config_differences(theirs, ours):
+        raise ValueError(
+            f"the noisy classifier in {place} was trained for another run ({'; '.join(differences)}): move it away and "
+            "train one with --mode=train_classifier"
+        )
 
 
 def check_weights(config: Config, weights: Sequence[int | float]) -> None:

@@ -105,7 +105,9 @@ def classifier_guidance(
 
     def guided(z: Array, logsnr: Array, labels: Array) -> Array:
         _, sigma = alpha_sigma(logsnr)
-        return eps_fn(z, logsnr, labels) - per_example(sigma, z) * _weighted_gradient(classifier_fn, w, z, logsnr, labels)
+        return eps_fn(z, logsnr, labels) - per_example(sigma, z) * _weighted_gradient(
+            classifier_fn, w, z, logsnr, labels
+        )
 
     return guided
 

@@ -30,7 +30,7 @@ ALLOW_FRESH_START = flags.DEFINE_bool(
 def train_and_sweep(config: Config, folder: str) -> None:
     """The whole job: train, then sweep the weights that `eval` asks for."""
     if config.eval.weights:
-        evaluation.check(config)
+        evaluation.check(config, folder)
     train.train(config, folder, allow_fresh_start=ALLOW_FRESH_START.value)
     if config.eval.weights:
         evaluation.sweep(config, folder)
@@ -88,6 +88,11 @@ def main(argv: Sequence[str]) -> None:
             folder = os.path.expanduser(WORKDIR.value)
         if not folder:
             raise ValueError("--workdir is empty: name a folder, or leave the flag out for runs/<config name>")
+        if "://" in folder:
+            raise ValueError(
+                f"--workdir is {folder!r}, a URL; a run needs a file system with locks and renames: mount one, such as "
+                "a network disk, and give a path there"
+            )
         parallel.init_distributed()
         xla.use_compilation_cache(config.xla.compilation_cache)
         xla.return_freed_memory()

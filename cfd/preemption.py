@@ -1,4 +1,7 @@
-"""Stopping on request: SIGTERM (a preemption) or SIGINT ends a run at the next step, saved, with exit code 0."""
+"""Stopping on request: SIGTERM (a preemption), SIGINT or SIGUSR1 ends a run at the next step, saved, with exit code 0.
+
+SIGUSR1 is SLURM's: `srun` passes it on to its tasks, which it kills when it gets a SIGTERM itself.
+"""
 
 import itertools
 import os
@@ -20,10 +23,10 @@ class Stopped(Exception):
 
 
 def install() -> None:
-    """From now on the first SIGTERM or SIGINT asks the run to stop; a second SIGINT stops it at once.
+    """From now on the first of these signals asks the run to stop; a second SIGINT stops it at once.
 
-    With several processes SIGTERM is left to jax.distributed, which makes all of them agree on the step; SIGINT to one
-    of them is passed on as SIGTERM.
+    With several processes SIGTERM is left to jax.distributed, which makes all of them agree on the step; the others, to
+    one of them, are passed on as SIGTERM.
     """
     _requested.clear()
 
@@ -35,6 +38,7 @@ def install() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     signal.signal(signal.SIGINT, request)
+    signal.signal(signal.SIGUSR1, request)
     if jax.process_count() == 1:
         signal.signal(signal.SIGTERM, request)
 

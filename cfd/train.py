@@ -273,6 +273,8 @@ def train_classifier(config: Config, folder: str, *, allow_fresh_start: bool = F
     """
     mesh = parallel.make_mesh(**config.mesh)
     dataset = data.from_config(config.data, config.data.split)
+    if os.path.exists(os.path.join(folder, workdir.CONFIG)):  # of the diffusion model that it is to guide
+        workdir.check_config(folder, describe("diffusion", config, dataset.class_names))
     net = Classifier(**config.classifier)
     shape = (1, config.data.image_size, config.data.image_size, config.data.channels)
 
@@ -311,18 +313,18 @@ def fit(
     config_json: dict[str, Any],
     init: Callable[[Array], Any],
     loss_fn: LossFn,
-    draw: Callable[[int, Any], np.ndarray] | None,
+    draw: Callable[[int, Any], np.ndarray | None] | None,
     *,
     seed: int,
     loading: Config,
     allow_fresh_start: bool = False,
 ) -> None:
-    """Build, restore, then batch, step, log, draw and save until `settings.num_steps`.
+    """Build, restore, then batch, step, log, save and draw until `settings.num_steps`.
 
     `settings` is a config's `train` group and `loading` its `data` group; `draw(step, ema)` makes a picture every
-    `sample_every_steps`. Raises ValueError where a run is resumed on another number of images, FloatingPointError after
-    `nonfinite_limit` non-finite steps in a row, and `preemption.Stopped` when asked to stop; after the last two the
-    same call resumes from the newest checkpoint.
+    `sample_every_steps`, or None if it was asked to stop; its step is saved before. Raises ValueError where a run is
+    resumed on another number of images, FloatingPointError after `nonfinite_limit` non-finite steps in a row, and
+    `preemption.Stopped` when asked to stop; after the last two the same call resumes from the newest checkpoint.
 
     Goodput is the share of the wall time since the call that went into steps, the first of which, with its compilation,
     is not counted: what building, restoring, waiting for data, drawing and saving leave.
@@ -355,6 +357,9 @@ def fit(
         print(f"Resuming {folder} at step {start} of {settings.num_steps}.", flush=True)
         if start > settings.num_steps:
             print(f"{group}.num_steps = {settings.num_steps} was passed already: nothing is left to train.", flush=True)
+        if start >= settings.num_steps:
+            checkpoint.close(manager)
+            return
 
     if jax.process_index() == 0:
         print(f"{parameter_overview.count_parameters(abstract.params):,} parameters.", flush=True)
@@ -408,8 +413,10 @@ def fit(
             unchecked = step, metrics
 
             stop = preemption.requested()
-            logged = step == settings.num_steps or step % settings.log_every_steps == 0
-            saved = stop or step == settings.num_steps or step % settings.checkpoint_every_steps == 0
+            last = step == settings.num_steps
+            logged = last or step % settings.log_every_steps == 0
+            drawn = draw is not None and (last or step % settings.sample_every_steps == 0)
+            saved = stop or last or drawn or step % settings.checkpoint_every_steps == 0
             values = {name: value.item() for name, value in jax.device_get(metrics).items()} if logged else {}
             now = time.perf_counter()
             productive += now - fetched if step > start + 1 else 0.0
@@ -421,9 +428,6 @@ def fit(
                 values["skipped_images"] = skipped_images
                 workdir.write_metrics(log, step, values)
                 last_logged, clock, waited = step, time.perf_counter(), 0.0
-            drawn = step == settings.num_steps or (draw and step % settings.sample_every_steps == 0)
-            if draw is not None and drawn and not stop:
-                workdir.write_image(log, step, "samples", draw(step, state.ema))
             if saved:
                 check_finite(unchecked, settings.nonfinite_limit, manager)
                 data_state = {"next_step": step, "skipped_images": skipped_images, "num_images": len(dataset)}
@@ -431,6 +435,12 @@ def fit(
                 if jax.process_index() == 0:
                     tqdm.write(f"Saving step {step} of {settings.num_steps}.")
                     sys.stdout.flush()  # a supervisor reads it
+            if draw is not None and drawn and not stop:
+                picture = draw(step, state.ema)
+                if picture is None:
+                    stop = True
+                else:
+                    workdir.write_image(log, step, "samples", picture)
             if stop:
                 break
         watchdog.alive(slow=True)

@@ -78,6 +78,12 @@ def lock(workdir: str | os.PathLike[str]) -> Iterator[None]:
             holder = held.read()
             held.close()
             held = None
+        except OSError as e:
+            held.close()
+            raise ValueError(
+                f"{path} cannot be locked ({e.strerror}): mount its file system with flock (Lustre: -o flock), or give "
+                "another --workdir"
+            ) from e
     if not _from_process_0(held is not None):
         raise ValueError(
             f"{os.fspath(workdir)} is {_describe_holder(holder)}: two jobs cannot write to one workdir; stop the other "

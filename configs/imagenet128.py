@@ -38,7 +38,8 @@ is constant here, where ADM anneals it to 0, and λ is drawn as for the diffusio
     python -m cfd.main --config=configs/imagenet128.py
 
 The data set is TFDS's `imagenet2012`, prepared once as ArrayRecord (extra cfd[prepare]) below data.path
-(~/tensorflow_datasets where that is empty); images are reduced to 128x128 as they are read.
+(~/tensorflow_datasets where that is empty); images are reduced to 128x128 as they are read. Those with fewer than 128
+pixels on a side, which ADM enlarges, are passed over, and counted in the metrics.
 """
 
 from ml_collections import ConfigDict
@@ -58,7 +59,7 @@ def get_config() -> ConfigDict:
                 channels=3,
                 num_classes=1000,
                 flip=True,
-                on_bad_image="raise",
+                on_bad_image="skip",
                 in_memory=False,
                 num_workers=16,
             ),

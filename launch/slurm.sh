@@ -19,7 +19,8 @@ config=$1 workdir=$2
 python=${PYTHON:-python3}
 
 # JAX gives each task the GPU of its own number among those it sees, so that all must be seen: no --gpus-per-task.
-"$python" launch/supervise.py -- \
+# The signal that asks the run to stop is USR1, which srun passes on: at a TERM it kills its tasks.
+"$python" launch/supervise.py --stop-signal=USR1 -- \
   srun --kill-on-bad-exit=1 --wait=300 \
   "$python" -m cfd.main --config="$config" --workdir="$workdir" "${@:3}" &
 supervisor=$!

@@ -97,6 +97,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=1, help="processes on this machine (1)")
     parser.add_argument("--grace-seconds", type=float, default=120, help="for the others when one fails (120)")
     parser.add_argument("--pause-seconds", type=float, default=5, help="before the next start (5)")
+    parser.add_argument("--stop-signal", choices=("TERM", "USR1"), help="to the command (the one that came)")
     parser.add_argument("command", nargs="+", help="after --")
     arguments = parser.parse_args()
     if arguments.processes < 1:
@@ -109,9 +110,9 @@ def main() -> int:
     asked: list = []
 
     def ask(number: int, frame: "FrameType | None") -> None:
-        asked.append(number)
+        asked.append(signal.Signals["SIG" + arguments.stop_signal] if arguments.stop_signal else number)
         if job is not None:
-            job.send(number)
+            job.send(asked[-1])
 
     signal.signal(signal.SIGTERM, ask)
     signal.signal(signal.SIGINT, ask)

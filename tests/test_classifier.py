@@ -160,7 +160,7 @@ def test_weight_zero_is_the_model_itself() -> None:
 
 
 def test_an_interval_without_any_noise_level(noisy) -> None:
-    with pytest.raises(ValueError, match="logsnr_lo=3.*which holds no λ"):
+    with pytest.raises(ValueError, match=r"logsnr_lo=3.*which holds no λ"):
         classifier_guidance(EPS, exact_classifier, Interval(2.0, 3.0, -3.0))(*noisy)
 
 

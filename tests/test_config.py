@@ -99,6 +99,8 @@ def test_a_bad_value_is_refused_by_name(name: str, value: Any) -> None:
         ({"model.out_channels": 3}, ("model.out_channels is 3", "1", "the same")),
         ({"model.num_heads": 4}, ("num_heads 4", "head_channels is 32", "0 for the other")),
         ({"model.head_channels": 0}, ("head_channels is 0", "give one of them")),
+        ({"model.head_channels": 48}, ("model.head_channels is 48", "an attention layer has 32 channels", "divisor")),
+        ({"classifier.head_channels": 0, "classifier.num_heads": 5}, ("num_heads 5", "channels: give a divisor")),
         ({"data.image_size": 9, "model.channel_mult": (1, 2)}, ("image_size is 9", "multiple of 2")),
         ({"classifier.channel_mult": (1,) * 5}, ("image_size is 8", "classifier.channel_mult", "multiple of 16")),
         ({"model.attention_resolutions": (4,)}, ("model.attention_resolutions is (4,)", "works at [8]")),

@@ -142,6 +142,7 @@ def test_a_sweep_is_guided_by_the_classifier_of_the_run(run: Path, monkeypatch: 
     rows = []
     for scale in (0.0, 3.0):
         guide = jax.tree_util.Partial(brighter, {"scale": jnp.float32(scale)})
+        monkeypatch.setattr(evaluation, "check_guide", lambda *_: None)
         monkeypatch.setattr(evaluation, "load_guide", lambda *_, guide=guide: guide)
         rows += evaluation.sweep(tiny_config(sample__guidance="classifier", eval__weights=(0.0, 2.0)), str(run))
     images = [npz.read_npz(evaluation.samples_path(str(run), row))["arr_0"] for row in rows]
@@ -217,7 +218,7 @@ def test_data_of_other_classes_is_not_measured(
         evaluation.sweep(tiny_config(), str(run))
     names["train"] = tuple("0123456789")
     with pytest.raises(ValueError, match=r"class 9 is '9' in data.split 'train' and 'nine' in eval.test_split 'test'"):
-        evaluation.check(tiny_config())
+        evaluation.check(tiny_config(), str(run))
     assert not list(run.iterdir())
 
 

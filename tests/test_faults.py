@@ -396,10 +396,12 @@ def interrupted(job: Job, number: int, which: int) -> float:
     [
         pytest.param(1, 0, signal.SIGTERM, 1000, id="one-SIGTERM", marks=slow),
         pytest.param(1, 0, signal.SIGINT, 1000, id="one-SIGINT", marks=slow),
+        pytest.param(1, 0, signal.SIGUSR1, 1000, id="one-SIGUSR1", marks=slow),
         pytest.param(1, 0, signal.SIGTERM, 1, id="one-SIGTERM-in-a-save", marks=slow),
         pytest.param(2, 0, signal.SIGTERM, 1000, id="two-SIGTERM-to-0", marks=slow),
         pytest.param(2, 1, signal.SIGTERM, 1000, id="two-SIGTERM-to-1", marks=slow),
         pytest.param(2, 1, signal.SIGINT, 1000, id="two-SIGINT-to-1", marks=slow),
+        pytest.param(2, 1, signal.SIGUSR1, 1000, id="two-SIGUSR1-to-1", marks=slow),
         pytest.param(2, 0, signal.SIGTERM, 1, id="two-SIGTERM-in-a-save", marks=slow),
     ],
 )

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh
 from PIL import Image
 from tiny import tiny_config
 
-from cfd import checkpoint, generate, npz, parallel, preemption, workdir
+from cfd import checkpoint, evaluation, generate, npz, parallel, preemption, workdir
 from cfd.config import describe
 from cfd.generate import Request, grid_request, make_draw, to_uint8
 from cfd.guidance import Interval, classifier_guidance
@@ -232,6 +232,31 @@ def test_a_preview_is_the_same_grid(run: Path, params: Any) -> None:
     pixels = generate.preview(tiny_config(), mesh_of(1), str(run), tuple("0123456789"))(12, params)
     with Image.open(run / "samples" / "step_0000012.png") as image:
         np.testing.assert_array_equal(np.asarray(image), pixels)
+
+
+def test_a_preview_draws_no_more_rows_than_it_shows_and_stops_after_a_batch(
+    run: Path, params: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, real = [], generate.make_draw
+    monkeypatch.setattr(generate, "make_draw", lambda *args: sizes.append(args[1].batch_size) or real(*args))
+    for devices, batch_size, rows in ((1, 16, 4), (8, 16, 8), (1, 2, 2)):
+        generate.preview(tiny_config(sample__batch_size=batch_size), mesh_of(devices), str(run), tuple("0123456789"))
+        assert sizes[-1] == rows
+    draw = generate.preview(tiny_config(sample__batch_size=2), mesh_of(1), str(run), tuple("0123456789"))
+    monkeypatch.setattr(preemption, "requested", lambda: True)
+    assert draw(12, params) is None and not (run / "samples").exists()
+
+
+def test_a_missing_or_foreign_classifier_is_noticed_beforehand(tmp_path: Path) -> None:
+    config = tiny_config(sample__guidance="classifier")
+    with pytest.raises(ValueError, match=r"classifier holds no noisy classifier.*--mode=train_classifier"):
+        evaluation.check(config, str(tmp_path))
+    theirs = tiny_config(process__logsnr_max=5.0, data__num_workers=7)
+    workdir.write_config(tmp_path / "classifier", describe("classifier", theirs, tuple("0123456789")))
+    with pytest.raises(ValueError, match=r"trained for another run \(process.logsnr_max: 5.0 there, 20.0 here\)"):
+        evaluation.check(config, str(tmp_path))
+    ours = tiny_config(process__logsnr_max=5.0, sample__guidance="classifier")
+    evaluation.check(ours, str(tmp_path))
 
 
 def test_a_preview_shows_no_weight_that_the_run_does_not_train(run: Path, params: Any) -> None:

@@ -278,11 +278,11 @@ def test_evaluations_are_counted_as_the_sampler_makes_them(w: float, interval: t
     assert generate.evaluations(config, 9, w, interval) == len(calls)
 
 
-def test_a_run_without_an_unconditional_score_is_not_guided() -> None:
+def test_a_run_without_an_unconditional_score_is_not_guided(tmp_path: Path) -> None:
     config = tiny_config(train__p_uncond=0.0)
     with pytest.raises(ValueError, match=r"w = 1 needs the unconditional score"):
-        evaluation.check(config)
-    evaluation.check(tiny_config(train__p_uncond=0.0, eval__weights=(0.0,)))
+        evaluation.check(config, str(tmp_path))
+    evaluation.check(tiny_config(train__p_uncond=0.0, eval__weights=(0.0,)), str(tmp_path))
     generate.check_weights(config, (0.0,))
     with pytest.raises(ValueError, match=r"w = 2 needs the unconditional score.*p_uncond = 0"):
         generate.check_weights(config, (0.0, 2.0))

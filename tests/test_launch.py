@@ -237,17 +237,18 @@ def test_slurm_runs_the_command_on_every_task(tmp_path: Path) -> None:
 
 
 def test_slurm_requeues_a_job_that_runs_out_of_time(tmp_path: Path) -> None:
+    """Saved: `srun` kills its tasks at a SIGTERM, "forcing job termination", and passes SIGUSR1 on."""
     env = with_fakes(tmp_path, "scontrol") | {"SLURM_JOB_ID": "17"}
     srun = tmp_path / "bin" / "srun"
-    trap = "trap 'echo \"; the same command resumes.\"; exit 0' TERM"
-    srun.write_text(f"#!/usr/bin/env bash\n{trap}\necho ready\nsleep 30 & wait $!\n")
+    traps = "trap 'echo \"saved; the same command resumes.\"; exit 0' USR1\ntrap 'echo killed; exit 137' TERM"
+    srun.write_text(f"#!/usr/bin/env bash\n{traps}\necho ready\nsleep 30 & wait $!\n")
     srun.chmod(0o755)
     script = str(ROOT / "launch" / "slurm.sh")
     with subprocess.Popen(["bash", script, "c", "w"], env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout and process.stdout.readline() == "ready\n"
         process.terminate()
-        process.communicate(timeout=30)
-    assert process.returncode == 75
+        said, _ = process.communicate(timeout=30)
+    assert process.returncode == 75 and said == "saved; the same command resumes.\n"
     assert (tmp_path / "calls").read_text() == "scontrol requeue 17\n"
 
 

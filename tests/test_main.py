@@ -98,6 +98,7 @@ def command(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         (["--verbos"], ("verbos",)),
         (["--workdir"], ("workdir",)),
         (["--workdir="], ("--workdir is empty", "name a folder")),
+        (["--workdir=gs://bucket/run"], ("--workdir is 'gs://bucket/run', a URL", "mount one")),
         (["--workdir=~/no/such/run", "--mode=sweep"], (f"{os.path.expanduser('~')}/no/such/run holds no run",)),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

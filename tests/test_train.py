@@ -24,7 +24,7 @@ from PIL import Image
 from tiny import QUICK, tiny_config
 
 import cfd.train
-from cfd import checkpoint, data, parallel, preemption
+from cfd import checkpoint, data, parallel, preemption, workdir, xla
 from cfd.config import describe
 from cfd.train import TrainState, diffusion, fit, global_norm, initial_state, make_optimizer, row_major, train_step
 from cfd.unet import UNet
@@ -272,7 +272,7 @@ def run(
     *,
     mesh: Mesh | None = None,
     init: Callable[[Any], Any] = init,
-    draw: Callable[[int, Any], np.ndarray] | None = None,
+    draw: Callable[[int, Any], np.ndarray | None] | None = None,
     **changes: Any,
 ) -> None:
     """`fit` with the tiny config, by default of the linear map and on one device."""
@@ -357,6 +357,14 @@ def test_the_rate_is_that_of_the_steps_since_the_line_before(tmp_path: Path, mon
     monkeypatch.setattr(cfd.train, "time", SimpleNamespace(perf_counter=lambda: next(looks)))
     run(tmp_path, train__log_every_steps=2)
     assert len({rate for _, rate in lines(tmp_path, "images_per_second")}) == 1
+
+
+def test_a_noisy_classifier_is_of_the_run_in_whose_folder_it_is(tmp_path: Path) -> None:
+    workdir.write_config(tmp_path, describe("diffusion", tiny_config(), tuple("0123456789")))
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"is another run's: process.logsnr_max: 20.0 there, 5.0 here"):
+        cfd.train.train_classifier(tiny_config(process__logsnr_max=5.0), str(tmp_path))
+    assert not (tmp_path / "classifier").exists()
 
 
 def test_each_network_is_trained_with_its_own_settings_on_the_training_images(
@@ -454,12 +462,13 @@ def test_full_collections_pass_over_what_tracing_left(tmp_path: Path) -> None:
     assert len(frozen) == 2 and gc.get_freeze_count() < min(frozen)
 
 
-def test_sigterm_saves_the_step_it_came_at(straight: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_the_step_it_came_at(straight: Path, tmp_path: Path, number: int) -> None:
     def send(step: int, ema: Any) -> np.ndarray:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         return np.zeros((8, 8, 3), np.uint8)
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     try:
         preemption.install()
         with pytest.raises(preemption.Stopped):  # the signal comes after step 3 asked, so step 4 is the last
@@ -473,17 +482,35 @@ def test_sigterm_saves_the_step_it_came_at(straight: Path, tmp_path: Path) -> No
     same_run(tmp_path, straight)
 
 
-@pytest.mark.parametrize("crash", [1, 5])
-def test_an_error_in_the_loop_loses_only_steps_after_the_last_checkpoint(
-    straight: Path, tmp_path: Path, crash: int
-) -> None:
+@pytest.mark.parametrize("crash", [1, 5, 6])
+def test_an_error_in_drawing_loses_no_step(straight: Path, tmp_path: Path, crash: int) -> None:
     def fail(step: int, ema: Any) -> np.ndarray:
         raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):
         run(tmp_path, draw=fail, train__sample_every_steps=crash)
+    assert saved(tmp_path)[0] == crash
+    run(tmp_path, draw=fail, train__sample_every_steps=crash, train__num_steps=crash)  # nothing is left to do
     run(tmp_path)
     same_run(tmp_path, straight)
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_run_stops_in_drawing(straight: Path, tmp_path: Path, step: int) -> None:
+    with pytest.raises(preemption.Stopped, match=f"Stopped at step {step} of 6"):
+        run(tmp_path, draw=lambda *_: None, train__sample_every_steps=step)
+    assert saved(tmp_path)[0] == step
+    run(tmp_path)
+    same_run(tmp_path, straight)
+
+
+def test_nothing_is_compiled_where_nothing_is_left_to_train(
+    straight: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(xla, "compiled", lambda *_, **__: pytest.fail("it was"))
+    board = sorted((straight / "tensorboard").iterdir())
+    run(straight)
+    assert "at step 6 of 6" in capsys.readouterr().out and sorted((straight / "tensorboard").iterdir()) == board
 
 
 def test_isolated_non_finite_steps_do_not_stop_a_run(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """A run's folder: one writer, one config, and a log without a missing or doubled step."""
 
+import errno
+import fcntl
 import json
 import math
 import multiprocessing
@@ -321,6 +323,18 @@ def test_second_job_is_refused_and_a_dead_one_is_not_in_the_way(tmp_path: Path) 
         with pytest.raises(ValueError, match=f"locked by pid {os.getpid()}"), workdir.lock(tmp_path):
             pass
     with workdir.lock(tmp_path):
+        pass
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with (
+        pytest.raises(ValueError, match=r"lock cannot be locked \(.*\): mount its file system with flock"),
+        workdir.lock(tmp_path),
+    ):
         pass
 
 
