@@ -131,6 +131,10 @@ def _infer(held: str, shapes: Shapes, hidden: Hidden) -> Network:
 def _settle(held: str, hidden: Hidden, published: Published | None) -> Published:
     """The flags where they are given, a published model's properties elsewhere."""
     heads = dict(head_channels=hidden.head_channels or 0, num_heads=hidden.num_heads or 0)
+    if all(heads.values()):
+        raise ValueError(
+            "--head-channels and --num-heads are both given: give --head-channels alone, which ADM follows"
+        )
     given = dict(hidden._asdict(), **(heads if any(heads.values()) else {}))
     if published:
         return published._replace(**{k: v for k, v in given.items() if v is not None and k in Published._fields})

@@ -41,7 +41,11 @@ def _few(x: Array, outputs: int) -> bool:
 
 @jax.custom_vjp
 def convolve(x: Float32[Array, "b h w c"], kernel: Float32[Array, "3 3 c k"]) -> Float32[Array, "b h w k"]:
-    """The convolution with padding 1; unless positions are few, h is a multiple of 2, w of 4."""
+    """The convolution with padding 1. Raises ValueError if h is odd or w no multiple of 4, and positions are not few."""
+    if (x.shape[1] % 2 or x.shape[2] % 4) and not _few(x, kernel.shape[3]):
+        raise ValueError(
+            f"x is {x.shape[1]}x{x.shape[2]}, not of tiles of 2x4: take lax.conv_general_dilated, see `pays`"
+        )
     return _convolve(x, kernel, False)
 
 
@@ -59,7 +63,9 @@ def _gathered(x: Float32[Array, "b h w c"], kernel: Array, turned: bool) -> Floa
     """One matrix product with the nine neighbours of each position, or, where it is turned, the sum of nine."""
     taps = kernel.reshape(9, *kernel.shape[2:])
     if turned:
-        outputs = sum((v @ tap.T for v, tap in zip(_neighbours(x), taps[::-1], strict=True)), start=jnp.float32(0.0))
+        outputs = sum(
+            (v @ tap.T for v, tap in zip(_neighbours(x), taps[::-1], strict=True)), start=jnp.zeros((), jnp.float32)
+        )
     else:
         outputs = jnp.concatenate(_neighbours(x), axis=1) @ taps.reshape(-1, taps.shape[2])
     return outputs.reshape(*x.shape[:3], -1)
@@ -204,7 +210,7 @@ def _at_each_point(fun: Callable[..., Any], *matrices: np.ndarray) -> Any:
 def _sum(coefficients: Array, terms: Sequence[Array]) -> Array:
     """The sum of coefficients times terms, in memory: what is made of it would compute it again."""
     products = [c * x for c, x in zip(coefficients, terms, strict=True)]
-    return jax.lax.optimization_barrier(sum(products, start=jnp.float32(0.0)))
+    return jax.lax.optimization_barrier(sum(products, start=jnp.zeros((), jnp.float32)))
 
 
 def _transposed(fun: Callable[..., Any], inputs: int, cotangents: Sequence[Array]) -> Any:

@@ -20,12 +20,12 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import cfd
-from cfd import data, figures, metrics, npz, paper, parallel, preemption, results
+from cfd import data, figures, inception, metrics, npz, paper, parallel, preemption, results
 from cfd.config import CONVENTIONS, Config
 from cfd.features import FeatureNetwork, open_classifier, open_inception
 from cfd.generate import (
@@ -39,7 +39,7 @@ from cfd.generate import (
     load_run,
     make_draw,
 )
-from cfd.reference import Reference, add, check_reference, open_reference, reference_hash
+from cfd.reference import STATISTICS, Reference, add, check_reference, open_reference, reference_hash
 from cfd.results import MEASURED, SETTINGS, Row
 
 Batches = Iterator[tuple[UInt8[np.ndarray, "n h w c"], Int[np.ndarray, " n"]]]
@@ -114,12 +114,13 @@ def measure_cells(
         return make_draw(config, ConfigDict(config.sample.to_dict() | {"num_steps": num_steps}), mesh)
 
     params, guide = parallel.replicate(mesh, params), parallel.replicate(mesh, guide)
+    radii = metrics.squared_radii(reference.features)
     with tqdm(total=total, desc="sweep", unit="eval", unit_scale=True, smoothing=0.1, disable=None) as bar:
         for number, ((c, manifest), cost) in enumerate(zip(cells, costs, strict=True)):
             start = time.perf_counter()
             row: Row = c | {"manifest": results.manifest_name(manifest)}
             images = drawn(config, draw_with(c["num_steps"]), params, guide, row, folder)
-            row |= measure(counted(images, bar, cost), c["num_samples"], features, reference)
+            row |= measure(counted(images, bar, cost), c["num_samples"], features, reference, radii)
             rate = c["num_samples"] / (time.perf_counter() - start)
             if jax.process_index() == 0:
                 results.write_manifest(folder, manifest)
@@ -137,11 +138,17 @@ def counted(batches: Batches, bar: tqdm, cost: int) -> Batches:
         bar.update(len(images) * cost)
 
 
-def measure(batches: Batches, count: int, features: FeatureNetwork, reference: Reference) -> dict[str, float | None]:
+def measure(
+    batches: Batches,
+    count: int,
+    features: FeatureNetwork,
+    reference: Reference,
+    radii: Float[np.ndarray, " n"] | None = None,
+) -> dict[str, float | None]:
     """The columns MEASURED, of `count` images that come by batches; their features are kept, they are not.
 
-    sFID is None where the feature network has no spatial layer, the share of the class asked for where it is not the
-    classifier of the data set's own classes.
+    `radii` are the reference's, where they are known. sFID is None where the feature network has no spatial layer, the
+    share of the class asked for where it is not the classifier of the data set's own classes.
     """
     pool = spatial = sums = None
     rows, right, first = [], 0, 0
@@ -158,7 +165,7 @@ def measure(batches: Batches, count: int, features: FeatureNetwork, reference: R
     sfid = None
     if spatial is not None and reference.mu_s is not None and reference.sigma_s is not None:
         sfid = metrics.frechet_distance(reference.mu_s, reference.sigma_s, *metrics.mean_and_cov(spatial))
-    precision, recall = metrics.precision_recall(reference.features, np.concatenate(rows))
+    precision, recall = metrics.precision_recall(reference.features, np.concatenate(rows), reference_radii=radii)
     return {
         "fid": metrics.frechet_distance(reference.mu, reference.sigma, *metrics.mean_and_cov(pool)),
         "sfid": sfid,
@@ -183,14 +190,21 @@ def check(config: Config, folder: str) -> None:
             "`python -m cfd.convert inception FILE OUT`"
         )
     else:
-        npz.npz_headers(evaluate.inception_path)
+        inception.load_params(evaluate.inception_path)
     if evaluate.reference:
         if not os.path.isfile(evaluate.reference):
             raise ValueError(
                 f"config.eval.reference is {evaluate.reference!r}, which is no file; '' takes the data set"
             )
         shape = (config.data.image_size, config.data.image_size, config.data.channels)
-        check_reference(evaluate.reference, shape, evaluate.features)
+        headers = check_reference(evaluate.reference, shape, evaluate.features)
+        for name, expected in STATISTICS.items() if "mu" in headers else ():
+            found = headers[name].shape if name in headers else "missing"
+            if found != expected:
+                raise ValueError(
+                    f"{evaluate.reference}: {name} is {found}, expected {expected}: give a file with the statistics of "
+                    "OpenAI's evaluator, or one of images arr_0 alone"
+                )
     check_weights(config, evaluate.weights)
     check_guide(config, folder)
 
@@ -337,10 +351,11 @@ def beside(folder: str, rows: list[Row]) -> list[Row]:
     """The rows of the other kind of guidance that are measured with all else equal: they belong in the same picture."""
 
     def others(row: Row) -> tuple:
-        return tuple(row[key] for key in SETTINGS if key not in ("guidance", "w"))
+        shared = tuple(row[key] for key in SETTINGS if key not in ("guidance", "w"))
+        return *shared, results.measured_with(folder, row)
 
     kinds, settings = {row["guidance"] for row in rows}, {others(row) for row in rows}
-    return [row for row in results.read_rows(folder) if row["guidance"] not in kinds and others(row) in settings]
+    return [row for row in results.latest(folder) if row["guidance"] not in kinds and others(row) in settings]
 
 
 def show(config: Config, folder: str, rows: list[Row], class_names: tuple[str, ...]) -> None:
@@ -379,7 +394,7 @@ def compare(config: Config, folder: str, others: Sequence[str]) -> str:
     """
     rows, made_with = [], {}
     for run in (folder, *others):
-        held = results.read_rows(run)
+        held = results.latest(run)
         if not held:
             raise ValueError(f"{run} has no sweep.csv: sweep it first, with --mode=sweep")
         newest = max(row["step"] for row in held)

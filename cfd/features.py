@@ -80,11 +80,8 @@ def open_classifier(
             )
     else:
         params = train_classifier(net, train, num_steps=num_steps, flip=flip, seed=seed)
-        report = {
-            "classifier_steps": num_steps,
-            "held_out_accuracy": accuracy(net, params, held_out),
-            "held_out_images": len(held_out),
-        }
+        right, seen = score(net, params, held_out)
+        report = {"classifier_steps": num_steps, "held_out_accuracy": right / seen, "held_out_images": seen}
         if jax.process_index() == 0:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with open(path.replace(".npz", ".json"), "w") as file:
@@ -158,11 +155,14 @@ def train_classifier(net: Any, dataset: data.Dataset, *, num_steps: int, flip: b
     return params
 
 
-def accuracy(net: Any, params: Any, held_out: data.Dataset) -> float:
-    """The share of held-out images whose class the classifier names."""
+def score(net: Any, params: Any, held_out: data.Dataset) -> tuple[int, int]:
+    """The number of held-out images whose class the classifier names, and of all that are not bad."""
     predict = xla.jit(lambda images: net.apply({"params": params}, images)[1].argmax(-1))
-    right = 0
+    right = seen = 0
     for first in range(0, len(held_out), 500):
         images, labels = data.load_arrays(held_out, np.arange(first, min(first + 500, len(held_out))))
         right += int((np.asarray(predict(images)) == labels).sum())
-    return right / len(held_out)
+        seen += len(labels)
+    if not seen:
+        raise ValueError("eval.test_split holds no image that can be read")
+    return right, seen

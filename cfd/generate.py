@@ -234,7 +234,7 @@ def load_guide(config: Config, folder: str) -> ClassifierFn | None:
 
 
 def check_guide(config: Config, folder: str) -> None:
-    """Raises ValueError if `sample.guidance` asks for a noisy classifier that is not there or is of other data."""
+    """Raises ValueError if `sample.guidance` asks for a noisy classifier that is not there or takes other images."""
     if config.sample.guidance == "classifier-free":
         return
     place = os.path.join(folder, "classifier")
@@ -243,15 +243,13 @@ def check_guide(config: Config, folder: str) -> None:
             f"config.sample.guidance is 'classifier', and {place} holds no noisy classifier: train it with "
             "--mode=train_classifier"
         )
-    theirs, ours = (
-        {"config": {group: content[group] for group in ("data", "process")}}
-        for content in (workdir.read_config(place)["config"], config.to_dict())
-    )
-    if differences := workdir.config_differences(theirs, ours):
-        raise ValueError(
-            f"the noisy classifier in {place} was trained for another run ({'; '.join(differences)}): move it away and "
-            "train one with --mode=train_classifier"
-        )
+    trained = workdir.read_config(place)["config"]["data"]
+    for name in ("image_size", "channels", "num_classes"):
+        if trained[name] != config.data[name]:
+            raise ValueError(
+                f"the noisy classifier in {place} was trained with data.{name} = {trained[name]}, not "
+                f"{config.data[name]}: move it away, and train another with --mode=train_classifier"
+            )
 
 
 def check_weights(config: Config, weights: Sequence[int | float]) -> None:

@@ -49,7 +49,9 @@ def alike(*arrays: Array) -> tuple[Array, ...]:
     """
     if not jax.sharding.get_abstract_mesh().manual_axes:
         return arrays
-    of_all = jax.lax.stop_gradient(sum((x.ravel()[0].astype(jnp.float32) for x in arrays), start=jnp.float32(0.0)))
+    of_all = jax.lax.stop_gradient(
+        sum((x.ravel()[0].astype(jnp.float32) for x in arrays), start=jnp.zeros((), jnp.float32))
+    )
     return tuple(jnp.where(True, x, of_all.astype(x.dtype)) for x in arrays)
 
 
@@ -252,7 +254,7 @@ def _channel_means(x: Float[Array, "b n c"], fold: bool = False) -> Float[Array,
     def product(x: Array) -> Array:
         if fold:
             blocks = math.gcd(8, x.shape[1])
-            x = sum(jnp.split(x, blocks, axis=1), start=jnp.float32(0.0)) / blocks
+            x = sum(jnp.split(x, blocks, axis=1), start=jnp.zeros((), jnp.float32)) / blocks
         return jnp.matmul(jnp.full((x.shape[0], 1, x.shape[1]), 1.0 / x.shape[1]), x)[:, 0]
 
     return jax.lax.platform_dependent(x, cpu=product, default=partial(jnp.mean, axis=1))

@@ -164,13 +164,19 @@ def inception_score(probs: Rows, split_size: int = SPLIT_SIZE) -> float:
     return inception_score_from_sums(score_sums(probs, np.arange(len(probs)), len(probs), split_size))
 
 
-def precision_recall(reference_features: Rows, sample_features: Rows, k: int = 3) -> tuple[float, float]:
+def precision_recall(
+    reference_features: Rows,
+    sample_features: Rows,
+    k: int = 3,
+    reference_radii: Float[np.ndarray, " n"] | None = None,
+) -> tuple[float, float]:
     """Improved precision and recall of Kynkäänniemi et al. (arXiv:1904.06991): (precision, recall).
 
     Precision is the fraction of samples within the k-th neighbour's distance of some reference, recall the fraction of
     references within that of some sample. Blocks of float32 distances on the device find the candidates and float64
     decides between them, so that the figures do not depend on the device or on the block; ADM's evaluator, which
-    rounds its distances to float16, differs from them by that rounding alone.
+    rounds its distances to float16, differs from them by that rounding alone. `reference_radii` are
+    `squared_radii(reference_features, k)`, found once for many sets of samples.
     """
     reference = finite_rows(reference_features, "reference features")
     samples = finite_rows(sample_features, "sample features")
@@ -178,16 +184,15 @@ def precision_recall(reference_features: Rows, sample_features: Rows, k: int = 3
         raise ValueError(
             f"{reference.shape[1]} reference and {samples.shape[1]} sample features: same feature network?"
         )
-    if min(len(reference), len(samples)) <= k:
-        raise ValueError(
-            f"k = {k} neighbours need more than {k} of both: {len(reference)} references, {len(samples)} samples"
-        )
-    reference_radii, sample_radii = squared_radii(reference, k), squared_radii(samples, k)
-    return within(samples, reference, reference_radii), within(reference, samples, sample_radii)
+    if reference_radii is None:
+        reference_radii = squared_radii(reference, k)
+    return within(samples, reference, reference_radii), within(reference, samples, squared_radii(samples, k))
 
 
-def squared_radii(x: Rows, k: int) -> Float[np.ndarray, " n"]:
-    """The squared distance from each row to its k-th neighbour, itself not counted."""
+def squared_radii(x: Rows, k: int = 3) -> Float[np.ndarray, " n"]:
+    """The squared distance from each row to its k-th neighbour, itself not counted. Raises ValueError for few rows."""
+    if len(x) <= k:
+        raise ValueError(f"k = {k} neighbours need more than {k} references and {k} samples: {len(x)} are there")
     blocks = candidates(x, x, np.zeros(len(x)), k + 1 + SPARE_CANDIDATES)
     return np.concatenate([np.partition(squared, k, axis=1)[:, k] for squared, _ in blocks])
 

@@ -103,10 +103,13 @@ TABLE_2 = Table(
 
 
 def table_of(config: Config) -> Table | None:
-    """The paper's table for the experiment of a config: all of ImageNet's classes at 64x64 or 128x128; else None."""
+    """The paper's table for the experiment of a config: all of ImageNet's classes at 64x64 or 128x128; else None.
+
+    None too where the features are not Inception's, whose numbers the paper's are.
+    """
     imagenet = config.data.name.startswith("imagenet") and config.data.num_classes == 1000
     tables = {table.image_size: table for table in (TABLE_1, TABLE_2)}
-    return tables.get(config.data.image_size) if imagenet else None
+    return tables.get(config.data.image_size) if imagenet and config.eval.features == "inception" else None
 
 
 def rows(table: Table) -> list[dict[str, Any]]:

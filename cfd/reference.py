@@ -20,6 +20,8 @@ from cfd.features import FeatureNetwork
 
 NEIGHBOUR_ROWS = 10_000
 """Reference images for precision and recall, as in ADM's evaluator."""
+STATISTICS = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
+"""Of a file of OpenAI's evaluator, and their shapes."""
 FINGERPRINT_IMAGES = 16
 BLOCK_BYTES = 2**25
 
@@ -94,7 +96,7 @@ def read_reference(path: str, image_shape: tuple[int, int, int], features: Featu
         features.extract(block[chosen[first : first + rows]]).pool
         for first, block in zip(range(0, len(chosen), rows), blocks, strict=True)
     ]
-    return Reference(**npz.read_npz(path, ("mu", "sigma", "mu_s", "sigma_s")), features=np.concatenate(pool))
+    return Reference(**npz.read_npz(path, tuple(STATISTICS)), features=np.concatenate(pool))
 
 
 def check_reference(path: str, image_shape: tuple[int, int, int], features_name: str) -> dict[str, npz.Header]:

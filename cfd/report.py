@@ -41,16 +41,18 @@ def report(folder: str) -> str:
     """Write report.html in a run's folder and return its path. Raises ValueError if the folder holds no run."""
     content = workdir.read_config(folder)
     config = ConfigDict(content["config"])
-    rows = [row for row in results.read_rows(folder) if os.path.exists(samples_path(folder, row))]
+    rows = results.latest(folder)
     table = paper.table_of(config)
     published = [] if table is None else paper.rows(table)
     curves = results.curves(rows)
+    drawn = results.curves([row for row in rows if os.path.exists(samples_path(folder, row))])
     metrics = read_metrics(os.path.join(folder, workdir.METRICS))
 
     sections = []
+    if drawn:
+        line = max(drawn.values(), key=lambda line: (line[0]["step"], len(line)))
+        sections.append(explorer(folder, line, content["class_names"], len(drawn) > 1))
     if curves:
-        line = max(curves.values(), key=lambda line: (line[0]["step"], len(line)))
-        sections.append(explorer(folder, line, content["class_names"], len(curves) > 1))
         sections.append(trade_off(curves, results.curves(published, "paper")))
         sections.append(result_tables(curves, rows, published))
     if metrics:

@@ -49,9 +49,9 @@ def read_manifest(folder: str, name: str) -> dict[str, Any] | None:
     path = Path(folder, "manifests", f"{name}.json")
     try:
         manifest = json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, ValueError):
         return None
-    return manifest if manifest_name(manifest) == name else None
+    return manifest if isinstance(manifest, dict) and manifest_name(manifest) == name else None
 
 
 def read_rows(folder: str) -> list[Row]:
@@ -75,6 +75,33 @@ def read_rows(folder: str) -> list[Row]:
                 f"{path}: line {reader.line_num} is damaged: delete it, and --mode=sweep measures its row again"
             ) from None
     return rows
+
+
+def measured_with(folder: str, row: Row) -> str | None:
+    """A digest of what the rows of one picture share: the manifest but for the guidance, its weight and the version.
+
+    None if the manifest is not there.
+    """
+    manifest = read_manifest(folder, row["manifest"])
+    if manifest is None:
+        return None
+    sampling = manifest["sampling"] | {"guidance": "", "w": 0.0}
+    return manifest_name(manifest | {"cfd": "", "classifier": {}, "sampling": sampling})
+
+
+def latest(folder: str) -> list[Row]:
+    """The rows of sweep.csv without those that a later one takes the place of.
+
+    That is a row of the same settings, or a curve measured otherwise, such as with another reference.
+    """
+    kept: dict[tuple, dict[float, Row]] = {}
+    measured: dict[tuple, str] = {}
+    for row in read_rows(folder):
+        curve, how = tuple(row[key] for key in SETTINGS if key != "w"), measured_with(folder, row)
+        if how is not None and measured.setdefault(curve, how) != how:
+            kept[curve], measured[curve] = {}, how
+        kept.setdefault(curve, {})[row["w"]] = row
+    return [row for by_weight in kept.values() for row in by_weight.values()]
 
 
 def _value(key: str, text: str) -> str | int | float | None:

@@ -18,13 +18,18 @@ from jaxtyping import Shaped
 def read_torch(path: str | Path) -> dict[str, Shaped[np.ndarray, "..."]]:
     """The state dict of a PyTorch file, mapped into memory where the file allows it. No code in it is ever run.
 
-    Raises ValueError that says what the file is when it is anything but one flat dict of tensors, and
-    ModuleNotFoundError where PyTorch is missing.
+    Raises ValueError that says what the file is when it is anything but one flat dict of tensors, ValueError for a
+    PyTorch before 2.10, and ModuleNotFoundError where it is missing.
     """
     try:
         import torch  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError:
         raise ModuleNotFoundError('reading PyTorch files needs PyTorch: pip install "cfd[convert]"') from None
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
+        raise ValueError(
+            f"PyTorch {torch.__version__} runs code that a file can carry (CVE-2025-32434, CVE-2026-24747): "
+            'pip install "cfd[convert]" brings 2.10 or later'
+        )
     path = Path(path)
     zipped = _check_container(path)
     try:
@@ -39,7 +44,7 @@ def read_torch(path: str | Path) -> dict[str, Shaped[np.ndarray, "..."]]:
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
         raise ValueError(f"{path} is damaged or no PyTorch file: {str(e).splitlines()[0][:200]}") from None
     if not isinstance(state, dict) or not state or not all(isinstance(x, torch.Tensor) for x in state.values()):
-        names = list(_names(state))
+        names = _names(state)
         raise ValueError(f"{path} is not one flat dict of tensors. It holds {holds(names)}")
     strided = all(x.layout == torch.strided for x in state.values())
     if not strided or sum(x.nbytes for x in state.values()) > path.stat().st_size:
@@ -94,10 +99,16 @@ def _pickled_names(path: Path) -> list[str]:
 
 
 def _names(state: Any) -> list[str]:
-    """The keys of nested dicts, the outer ones first."""
-    if not isinstance(state, dict):
-        return []
-    return [str(key) for key in state] + [name for value in state.values() for name in _names(value)]
+    """The keys of nested dicts, the outer ones first; those of a dict that is there several times, once."""
+    names: list[str] = []
+    seen: set[int] = set()
+    waiting = [state]
+    for value in waiting:  # which grows
+        if isinstance(value, dict) and id(value) not in seen:
+            seen.add(id(value))
+            names += map(str, value)
+            waiting += value.values()
+    return names
 
 
 def holds(names: Sequence[str]) -> str:

@@ -355,7 +355,29 @@ def test_nothing_is_overwritten(torch, tmp_path: Path, capsys) -> None:
 
 def test_a_place_that_cannot_be_written_is_named(torch, tmp_path: Path, capsys) -> None:
     file = write(torch, tmp_path / "model.pt", "small")
-    assert "model.pt" in fails(capsys, "adm", file, file / "run", *FLAGS["small"])
+    assert f"{file / 'run'}" in fails(capsys, "adm", file, file / "run", *FLAGS["small"])
+
+
+def test_a_pytorch_that_runs_code_is_refused(torch, tmp_path: Path, capsys, monkeypatch) -> None:
+    file = write(torch, tmp_path / "model.pt", "small")
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+    assert "PyTorch 2.9.1+cpu runs code" in fails(capsys, "adm", file, tmp_path / "run", *FLAGS["small"])
+
+
+def test_heads_given_twice_are_refused(torch, tmp_path: Path, capsys) -> None:
+    """ADM goes by the channels of a head where both are given, and its flags have a number of heads by default."""
+    file = write(torch, tmp_path / "model.pt", "small")
+    message = fails(capsys, "adm", file, tmp_path / "run", *FLAGS["small"], "--head-channels=32", "--num-heads=4")
+    assert "--head-channels and --num-heads are both given" in message
+
+
+def test_nested_dicts_are_named_in_a_moment(torch, tmp_path: Path, capsys) -> None:
+    nested: dict[str, Any] = {"weight": torch.zeros(1)}
+    for _ in range(60):
+        nested = {"a": nested, "b": nested}
+    nested["itself"] = nested
+    torch.save(nested, tmp_path / "model.pt")
+    assert "not one flat dict of tensors" in fails(capsys, "adm", tmp_path / "model.pt", tmp_path / "run")
 
 
 def test_without_pytorch_the_extra_is_named(tmp_path: Path) -> None:

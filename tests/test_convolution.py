@@ -79,6 +79,12 @@ def test_gradients_are_those_of_the_plain_form(shape: tuple[int, int, int, int],
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-6 * float(jnp.abs(theirs).max()))
 
 
+@pytest.mark.parametrize("size", [(7, 8), (8, 6)])
+def test_an_image_that_is_not_of_tiles_is_refused(size: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=f"x is {size[0]}x{size[1]}, not of tiles of 2x4"):
+        convolution.convolve(jnp.ones((1, *size, 4)), jnp.ones((3, 3, 4, 4)))
+
+
 def test_a_constant_image_and_kernel_give_the_count_of_the_taps() -> None:
     """9 inside, 6 at an edge and 4 in a corner."""
     y = convolution.convolve(jnp.ones((1, 8, 8, 1)), jnp.ones((3, 3, 1, 1)))[0, :, :, 0]

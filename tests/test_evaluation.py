@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh
 from PIL import Image
 from tiny import tiny_config
 
-from cfd import checkpoint, data, evaluation, features, generate, npz, parallel, results
+from cfd import checkpoint, data, evaluation, features, generate, inception, npz, parallel, results
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*covariance of rank:UserWarning"),
@@ -220,6 +220,22 @@ def test_data_of_other_classes_is_not_measured(
     with pytest.raises(ValueError, match=r"class 9 is '9' in data.split 'train' and 'nine' in eval.test_split 'test'"):
         evaluation.check(tiny_config(), str(run))
     assert not list(run.iterdir())
+
+
+def test_files_that_the_metrics_cannot_use_are_noticed_beforehand(tmp_path: Path) -> None:
+    weights, reference = tmp_path / "inception.npz", tmp_path / "reference.npz"
+    changes = dict(
+        data__channels=3, model__out_channels=3, eval__features="inception", eval__inception_path=str(weights)
+    )
+    npz.write_npz(weights, {"a": np.zeros(3, np.float32)})
+    with pytest.raises(ValueError, match="does not hold InceptionV3"):
+        evaluation.check(tiny_config(**changes), str(tmp_path))
+    npz.write_npz(weights, {"/".join(key): np.zeros(x, np.float32) for key, x in inception.param_shapes().items()})
+    arrays = {"arr_0": np.zeros((4, 8, 8, 3), np.uint8), "mu": np.zeros(2048), "sigma": np.zeros((2048, 2048))}
+    for more, words in (({}, "mu_s is missing"), ({"mu": np.zeros(768)}, r"mu is \(768,\), expected \(2048,\)")):
+        npz.write_npz(reference, arrays | more)
+        with pytest.raises(ValueError, match=words):
+            evaluation.check(tiny_config(**changes, eval__reference=str(reference)), str(tmp_path))
 
 
 def test_a_damaged_feature_classifier_is_made_anew_by_removing_it(digits: data.Dataset, tmp_path: Path) -> None:

@@ -251,12 +251,13 @@ def test_a_missing_or_foreign_classifier_is_noticed_beforehand(tmp_path: Path) -
     config = tiny_config(sample__guidance="classifier")
     with pytest.raises(ValueError, match=r"classifier holds no noisy classifier.*--mode=train_classifier"):
         evaluation.check(config, str(tmp_path))
-    theirs = tiny_config(process__logsnr_max=5.0, data__num_workers=7)
+    theirs = tiny_config(data__image_size=4)
     workdir.write_config(tmp_path / "classifier", describe("classifier", theirs, tuple("0123456789")))
-    with pytest.raises(ValueError, match=r"trained for another run \(process.logsnr_max: 5.0 there, 20.0 here\)"):
+    with pytest.raises(ValueError, match=r"was trained with data.image_size = 4, not 8: move it away"):
         evaluation.check(config, str(tmp_path))
-    ours = tiny_config(process__logsnr_max=5.0, sample__guidance="classifier")
-    evaluation.check(ours, str(tmp_path))
+    theirs = tiny_config(process__logsnr_max=5.0)
+    workdir.write_config(tmp_path / "classifier", describe("classifier", theirs, tuple("0123456789")))
+    evaluation.check(config, str(tmp_path))
 
 
 def test_a_preview_shows_no_weight_that_the_run_does_not_train(run: Path, params: Any) -> None:

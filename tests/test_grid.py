@@ -299,7 +299,11 @@ def test_a_run_without_a_conditional_score_is_sampled_at_minus_one_alone() -> No
 def swept(folder: Path, p_uncond: float, features_hash: str = "f") -> Path:
     """The folder of a run that has been swept at step 3, and again at step 5."""
     folder.mkdir()
-    config = tiny_config(train__p_uncond=p_uncond, eval__weights=(0.0, 4.0))
+    return swept_again(folder, p_uncond, features_hash)
+
+
+def swept_again(folder: Path, p_uncond: float, features_hash: str = "f", **changes: Any) -> Path:
+    config = tiny_config(**dict(train__p_uncond=p_uncond, eval__weights=(0.0, 4.0)) | changes)
     network = features.FeatureNetwork("classifier", features_hash, lambda _: features.Outputs(*[np.zeros((1, 1))] * 3))
     for cell in evaluation.grid(config, 3) + evaluation.grid(config, 5):
         manifest = evaluation.manifest_of(config, cell, "weights", "", "reference", network)
@@ -327,21 +331,59 @@ def test_runs_are_put_side_by_side_as_in_the_paper(tmp_path: Path) -> None:
         evaluation.compare(tiny_config(), str(half), [str(swept(tmp_path / "fifth", 0.2, features_hash="g"))])
     with pytest.raises(ValueError, match="has no sweep"):
         evaluation.compare(tiny_config(), str(half), [str(tmp_path)])
-    manifest = half / "manifests" / f"{results.read_rows(str(half))[-1]['manifest']}.json"
-    manifest.write_text("{}")
-    with pytest.raises(ValueError, match=rf"{manifest.name} is not there, or is damaged: sweep .* again at w = 4"):
+    swept_again(half, 0.5, features_hash="g")
+    with pytest.raises(ValueError, match="different references or feature networks"):
         evaluation.compare(tiny_config(), str(half), [str(tenth)])
+    swept_again(half, 0.5)  # the remedy
+    assert evaluation.compare(tiny_config(), str(half), [str(tenth)]) == text
+    manifest = half / "manifests" / f"{results.read_rows(str(half))[-1]['manifest']}.json"
+    for damaged in (b"{}", b"[1]", b"null", b"\xff\xfe"):
+        manifest.write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"{manifest.name} is not there, or is damaged: sweep .* again at w = 4"):
+            evaluation.compare(tiny_config(), str(half), [str(tenth)])
+    swept_again(half, 0.5)  # the remedy
+    assert evaluation.compare(tiny_config(), str(half), [str(tenth)]) == text
+
+
+def test_a_curve_is_of_one_reference(tmp_path: Path) -> None:
+    """A weight that is swept with another takes the place of all that was swept before, not of one point of it."""
+    folder = swept(tmp_path / "run", 0.1)
+    rows = results.latest(str(folder))
+    assert [(row["step"], row["w"]) for row in rows] == [(3, 0.0), (3, 4.0), (5, 0.0), (5, 4.0)]
+    swept_again(folder, 0.1, eval__weights=(1.0,))  # one more of the same
+    assert [row["w"] for row in results.latest(str(folder)) if row["step"] == 5] == [0.0, 4.0, 1.0]
+    swept_again(folder, 0.1, features_hash="g", eval__weights=(1.0,))
+    assert [row["w"] for row in results.latest(str(folder))] == [1.0, 1.0]
+    assert len(results.read_rows(str(folder))) == 8
 
 
 def test_rows_of_the_other_guidance_are_shown_beside_only_where_all_else_is_equal(tmp_path: Path) -> None:
-    measured = dict.fromkeys(results.MEASURED, 0.5) | {"manifest": "m"}
-    for change in ({}, {"sample__num_steps": 5}, {"eval__seed": 3}):
+    swept(tmp_path / "run", 0.1)
+    rows = []
+    changes: list[dict[str, Any]] = [{}, {"sample__num_steps": 5}, {"eval__seed": 3}, {"sample__clip": False}]
+    for change in changes:
         for guidance in ("classifier", "classifier-free"):
-            for cell in evaluation.grid(tiny_config(sample__guidance=guidance, **change), 5):
-                results.append_row(str(tmp_path), cell | measured)
-    rows = results.read_rows(str(tmp_path))
-    by_classifier, free = rows[:3], rows[3:6]
-    assert evaluation.beside(str(tmp_path), free) == by_classifier
+            before = len(results.read_rows(str(tmp_path / "run")))
+            swept_again(tmp_path / "run", 0.1, sample__guidance=guidance, **change)
+            rows.append(results.read_rows(str(tmp_path / "run"))[before:])
+    by_classifier, free, *_, without_clipping = rows
+    assert evaluation.beside(str(tmp_path / "run"), without_clipping) == rows[-2]
+    assert evaluation.beside(str(tmp_path / "run"), free) == []  # the classifier's were measured again otherwise
+    swept_again(tmp_path / "run", 0.1, sample__guidance="classifier")
+    assert [row["manifest"] for row in evaluation.beside(str(tmp_path / "run"), free)] == [
+        row["manifest"] for row in by_classifier
+    ]
+
+
+def test_the_ends_of_intervals_are_kept_whole() -> None:
+    config = tiny_config(eval__intervals=((-1.23456789, 2.0), (-1.23457, 2.0), (-30.0, 0.0), ()))
+    cells = {cell["interval"]: evaluation.ends(cell) for cell in evaluation.grid(config, 1)}
+    assert cells == {
+        "-1.23456789:2": (-1.23456789, 2.0),
+        "-1.23457:2": (-1.23457, 2.0),
+        "-30:0": (-30.0, 0.0),
+        "": (),
+    }
 
 
 def test_a_row_that_is_measured_again_takes_the_place_of_the_old_one() -> None:

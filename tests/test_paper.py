@@ -45,6 +45,8 @@ def test_a_config_of_the_paper_gets_its_table() -> None:
     assert paper.table_of(imagenet64) is paper.TABLE_1
     assert paper.table_of(imagenet128) is paper.TABLE_2
     assert paper.table_of(tiny_config()) is None
+    imagenet128.eval.features = "classifier"  # its FID is no Inception's
+    assert paper.table_of(imagenet128) is None
     imagenet64.data.image_size = 32
     assert paper.table_of(imagenet64) is None
 

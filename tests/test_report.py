@@ -106,6 +106,21 @@ def test_the_explorer_shows_the_curve_of_most_weights(tmp_path: Path) -> None:
     assert "T = 5" in text and "the longest of the curves below" in text
 
 
+def test_numbers_outlive_their_images(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run", tiny_config(eval__weights=WEIGHTS), list("0123456789"))
+    first, *others = results.read_rows(str(folder))
+    whole = Path(report.report(str(folder))).read_text()
+    Path(samples_path(str(folder), first)).unlink()
+    text = Path(report.report(str(folder))).read_text()
+    assert [state["w"] for state in states_of(text)] == [row["w"] for row in others]
+    after = "<h2>Fidelity and diversity</h2>"
+    assert text.split(after)[1] == whole.split(after)[1]
+    for row in others:
+        Path(samples_path(str(folder), row)).unlink()
+    text = Path(report.report(str(folder))).read_text()
+    assert "const states" not in text and text.split(after)[1] == whole.split(after)[1]
+
+
 def test_the_page_needs_nothing_else(page: tuple[Path, str]) -> None:
     _, text = page
     assert not re.search(r"https?://|url\(|@import|<iframe|<object", text)

@@ -59,7 +59,7 @@ def init(net: UNet, size: int) -> dict:
 @pytest.mark.parametrize("base_channels", [32, 64])
 def test_float32_under_x64(base_channels: int) -> None:
     """Parameters, outputs and gradients, whatever jax_enable_x64 says."""
-    net = UNet(**SMALL | {"base_channels": base_channels})
+    net: Any = UNet(**dict(SMALL, base_channels=base_channels))
     z, logsnr, labels = jnp.zeros((8, 8, 8, 3)), jnp.zeros(8), jnp.zeros(8, jnp.int32)
 
     def loss(params: dict, z: jax.Array) -> jax.Array:
