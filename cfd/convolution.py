@@ -41,11 +41,9 @@ def _few(x: Array, outputs: int) -> bool:
 
 @jax.custom_vjp
 def convolve(x: Float32[Array, "b h w c"], kernel: Float32[Array, "3 3 c k"]) -> Float32[Array, "b h w k"]:
-    """The convolution with padding 1. Raises ValueError if h is odd or w no multiple of 4, and positions are not few."""
+    """The convolution with padding 1. Raises ValueError unless positions are few, or h is a multiple of 2, w of 4."""
     if (x.shape[1] % 2 or x.shape[2] % 4) and not _few(x, kernel.shape[3]):
-        raise ValueError(
-            f"x is {x.shape[1]}x{x.shape[2]}, not of tiles of 2x4: take lax.conv_general_dilated, see `pays`"
-        )
+        raise ValueError(f"x is {x.shape[1]}x{x.shape[2]}, not of tiles of 2x4: take XLA's form where not `pays`")
     return _convolve(x, kernel, False)
 
 
