@@ -211,7 +211,8 @@ def _moments(x: Float[Array, "b n c"]) -> tuple[Float[Array, "b c"], Float[Array
 
 @partial(jax.jit, static_argnums=0)
 def _backward(silu: bool, kept: tuple[Array, ...], g: Array) -> tuple[Array, Array, Array]:
-    x, mean, rstd, gain, shift = kept
+    # Else XLA's CPU compiler would keep the exponentials of `_forward` for here.
+    x, mean, rstd, gain, shift = written(kept)
     barrier = jax.lax.optimization_barrier
 
     def centred_and_gradient(x: Array, g: Array) -> tuple[Array, Array]:

@@ -77,7 +77,7 @@ def flops(fun: Callable, *arguments: Any) -> float:
 
 @functools.cache
 def return_freed_memory() -> None:
-    """From now on, give back to the system what is freed: at once from 8 MB, and all after a compilation of a second.
+    """From now on, give back to the system what is freed: at once from 8 MB, and all after a compilation of 0.2 s.
 
     glibc keeps it for later, up to 64 MB a thread and all that lies between two things in use, but XLA's large arrays
     do not come out of it: 1.6 GB at the peak of a training step of ADM-64. Nothing is done with another C library.
@@ -90,7 +90,7 @@ def return_freed_memory() -> None:
 
 
 def _trim_after(event: str, duration_secs: float, **_: Any) -> None:
-    if duration_secs >= 1.0 and event == "/jax/core/compile/backend_compile_duration":
+    if duration_secs >= 0.2 and event == "/jax/core/compile/backend_compile_duration":
         _trim()
 
 
