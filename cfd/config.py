@@ -57,7 +57,7 @@ ANY = Field(str, lambda _: True, "a string")
 BOOL = Field(bool, lambda _: True, "True or False")
 WEIGHTS = "a tuple of guidance weights, each finite and >= -1 (w = -1 is the unconditional model)"
 FINITE = Field(float, math.isfinite, "a finite number")
-LOGSNR = Field(float, lambda x: -80 <= x <= 80, "a number in [-80, 80], where neither α nor σ is 0 in float32")
+LOGSNR = Field(float, lambda x: -80 <= x <= 80, "a number in [-80, 80]")  # α or σ is 0 in float32 from ±88 on
 INTERVAL = "() or (logsnr_lo, logsnr_hi) with lo <= hi"
 
 NETWORK = {

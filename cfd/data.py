@@ -16,7 +16,7 @@ import math
 import os
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -126,6 +126,16 @@ def from_config(group: Any, split: str) -> Dataset:
     loading = ("flip", "num_workers")
     fields: dict[str, Any] = {key: value for key, value in group.items() if key not in loading} | {"split": split}
     return open_dataset(**fields)
+
+
+def check_classes(there: Sequence[str], whose: str, here: Sequence[str], split: str) -> None:
+    """Raises ValueError unless the classes are the same, in the same order."""
+    for number, (expected, found) in enumerate(zip(there, here, strict=True)):
+        if expected != found:
+            raise ValueError(
+                f"class {number} is {expected!r} in {whose} and {found!r} in {split}: give the data.path and the "
+                "splits of the run's own classes, or rename the folders"
+            )
 
 
 _Source = tuple[Callable[[int], tuple[np.ndarray, int]], Callable[[], np.ndarray], int, tuple[str, ...]]

@@ -66,7 +66,7 @@ def sweep(config: Config, folder: str) -> list[Row]:
     run = load_run(config, folder)
     mesh = parallel.make_mesh(**config.mesh)
     train = data.from_config(config.data, config.data.split)
-    check_classes(run.class_names, f"the run {folder}", train.class_names, f"data.split {config.data.split!r}")
+    data.check_classes(run.class_names, f"the run {folder}", train.class_names, f"data.split {config.data.split!r}")
     features = open_features(config, folder, mesh, train)
     reference_name = reference_hash(config, features, train)
     guide = load_guide(config, folder)
@@ -80,6 +80,10 @@ def sweep(config: Config, folder: str) -> list[Row]:
     held = rows_of(folder, manifests)
     parallel.barrier("sweep cells looked for")
     missing = [pair for name, pair in manifests.items() if name not in held]
+    shown = {row["manifest"] for row in results.latest(folder)}
+    parallel.barrier("sweep cells found")
+    for name in held.keys() - shown if jax.process_index() == 0 else ():  # measured otherwise meanwhile
+        results.append_row(folder, held[name])
     if held:
         print(f"{len(held)} of {len(manifests)} cells are in {folder}/sweep.csv already.", flush=True)
     if missing:
@@ -183,7 +187,7 @@ def check(config: Config, folder: str) -> None:
     if evaluate.features == "classifier":
         splits = config.data.split, evaluate.test_split
         train, held_out = (data.from_config(config.data, split).class_names for split in splits)
-        check_classes(train, f"data.split {splits[0]!r}", held_out, f"eval.test_split {splits[1]!r}")
+        data.check_classes(train, f"data.split {splits[0]!r}", held_out, f"eval.test_split {splits[1]!r}")
     elif not os.path.isfile(evaluate.inception_path):
         raise ValueError(
             f"config.eval.inception_path is {evaluate.inception_path!r}, which is no file; make it with "
@@ -207,16 +211,6 @@ def check(config: Config, folder: str) -> None:
                 )
     check_weights(config, evaluate.weights)
     check_guide(config, folder)
-
-
-def check_classes(there: Sequence[str], whose: str, here: Sequence[str], split: str) -> None:
-    """Raises ValueError unless the classes are the same, in the same order."""
-    for number, (expected, found) in enumerate(zip(there, here, strict=True)):
-        if expected != found:
-            raise ValueError(
-                f"class {number} is {expected!r} in {whose} and {found!r} in {split}: give the data.path and the "
-                "splits of the run's own classes, or rename the folders"
-            )
 
 
 def open_features(config: Config, folder: str, mesh: Mesh, train: data.Dataset) -> FeatureNetwork:

@@ -151,7 +151,7 @@ def preview(
 ) -> Callable[[int, Any], np.ndarray | None]:
     """(step, EMA parameters) -> the grid of `config.sample`'s classes, seeds and weights, also in samples/.
 
-    None if the run was asked to stop meanwhile, which is looked at after each batch. Where `sample.guidance` is by a
+    None if the run was asked to stop between two batches. Where `sample.guidance` is by a
     classifier, which is trained apart, the one column is w = 0.
     """
     weights = config.sample.w if config.sample.guidance == "classifier-free" else (0.0,)
@@ -166,7 +166,7 @@ def preview(
         batches = []
         for batch in draw(params, request):
             batches.append(batch)
-            if preemption.requested():
+            if sum(map(len, batches)) < len(request.index) and preemption.requested():
                 return None
         images = np.concatenate(batches)
         path = os.path.join(folder, "samples", f"step_{step:07d}.png")
@@ -243,13 +243,7 @@ def check_guide(config: Config, folder: str) -> None:
             f"config.sample.guidance is 'classifier', and {place} holds no noisy classifier: train it with "
             "--mode=train_classifier"
         )
-    trained = workdir.read_config(place)["config"]["data"]
-    for name in ("image_size", "channels", "num_classes"):
-        if trained[name] != config.data[name]:
-            raise ValueError(
-                f"the noisy classifier in {place} was trained with data.{name} = {trained[name]}, not "
-                f"{config.data[name]}: move it away, and train another with --mode=train_classifier"
-            )
+    workdir.check_images(place, config.data)
 
 
 def check_weights(config: Config, weights: Sequence[int | float]) -> None:

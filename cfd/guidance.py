@@ -29,11 +29,16 @@ def drop_labels(
     """Each label replaced by ∅ with probability p_uncond, independently: Algorithm 1, line 3.
 
     `labels` and `null` are as in `guided_sample`: int32 [B] and NULL_LABEL, or a pytree (text embeddings) and its ∅.
-    Raises ValueError if p_uncond is a number outside [0, 1], or if null is not of one label's structure and shape.
+    Raises ValueError if p_uncond is a number outside [0, 1], if labels share no batch axis, or, unless p_uncond is a
+    Python 0, as `nulls_like` does.
     """
-    if isinstance(p_uncond, (int, float)) and not 0.0 <= p_uncond <= 1.0:
+    number = isinstance(p_uncond, (int, float))
+    if number and not 0.0 <= p_uncond <= 1.0:
         raise ValueError(f"p_uncond is {p_uncond}; it is a probability: give a value in [0, 1]")
-    dropped = jax.random.bernoulli(key, p_uncond, (batch_size(labels),))
+    batch, labels = batch_size(labels), jax.tree.map(jnp.asarray, labels)
+    if number and p_uncond == 0:
+        return labels
+    dropped = jax.random.bernoulli(key, p_uncond, (batch,))
     return jax.tree.map(
         lambda c, n: jnp.where(dropped.reshape(-1, *[1] * (c.ndim - 1)), n, c), labels, nulls_like(labels, null)
     )
@@ -47,7 +52,7 @@ def nulls_like(labels: PyTree, null: PyTree) -> PyTree:
     if jax.tree.structure(null) != jax.tree.structure(labels):
         raise ValueError(f"null is {null!r}; it must have the structure of labels, {jax.tree.structure(labels)}")
 
-    def repeated(n: Any, c: Any) -> Array:
+    def repeated(n: Any, c: Array) -> Array:
         if jnp.shape(n) != c.shape[1:]:
             raise ValueError(f"null has shape {jnp.shape(n)}; it must be that of one label, {c.shape[1:]}")
         if c.dtype.kind in "ub" and not isinstance(n, Tracer) and np.any(np.asarray(n) < 0):

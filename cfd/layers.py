@@ -154,8 +154,8 @@ def _mixed(q: Float[Array, "*n t d"], k: Float[Array, "*n s d"], v: Float[Array,
     """softmax(k qᵀ) over s, times v."""
     scores = jnp.matmul(k, q.mT, preferred_element_type=jnp.float32)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-2, keepdims=True))).astype(v.dtype)
-    # Rows of ones below v, so that the product also adds up the weights. A product with the transpose of what lies in
-    # memory, as they would be, takes longer.
+    # Rows of ones below v, so that the product also adds up the weights. Written, as XLA's CPU compiler would take v as
+    # it lies in memory, and its product with a transposed array is slower.
     rows = written(jnp.concatenate([v.mT, jnp.ones((*v.shape[:-2], 8, v.shape[-2]), v.dtype)], axis=-2))
     mixed = jnp.matmul(rows, weights, preferred_element_type=jnp.float32)
     return (mixed[..., :-8, :] / mixed[..., -1:, :]).astype(v.dtype)

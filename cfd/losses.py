@@ -26,8 +26,8 @@ def eps_loss(
     """E ‖ε_θ(z_λ, c) − ε‖², the mean over batch and dimensions: Eq. 5 and Algorithm 1, Ho and Salimans.
 
     `eps_fn(z, logsnr, labels) -> eps` sees `null` where the label was dropped. x [B, ...] is data in [−1, 1]; labels
-    and null are as in `guided_sample`. Raises ValueError if p_uncond is a number outside [0, 1], if null is not of one
-    label's structure and shape, or if eps_fn does not return the shape of z.
+    and null are as in `guided_sample`. Raises ValueError as `drop_labels` does, and if eps_fn does not return the shape
+    of z.
     """
     key_u, key_eps, key_drop = jax.random.split(key, 3)
     labels = drop_labels(key_drop, labels, p_uncond, null)

@@ -186,13 +186,13 @@ def precision_recall(
         )
     if reference_radii is None:
         reference_radii = squared_radii(reference, k)
-    return within(samples, reference, reference_radii), within(reference, samples, squared_radii(samples, k))
+    return within(samples, reference, reference_radii), within(reference, samples, squared_radii(samples, k, "samples"))
 
 
-def squared_radii(x: Rows, k: int = 3) -> Float[np.ndarray, " n"]:
+def squared_radii(x: Rows, k: int = 3, what: str = "references") -> Float[np.ndarray, " n"]:
     """The squared distance from each row to its k-th neighbour, itself not counted. Raises ValueError for few rows."""
     if len(x) <= k:
-        raise ValueError(f"k = {k} neighbours need more than {k} references and {k} samples: {len(x)} are there")
+        raise ValueError(f"k = {k} neighbours need more than {k} {what}, and there are {len(x)}")
     blocks = candidates(x, x, np.zeros(len(x)), k + 1 + SPARE_CANDIDATES)
     return np.concatenate([np.partition(squared, k, axis=1)[:, k] for squared, _ in blocks])
 

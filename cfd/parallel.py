@@ -20,13 +20,17 @@ TIMEOUTS = {
 }
 """Of `jax.distributed.initialize`: the environment variable that sets each, and the seconds where it is not set."""
 
+ALONE = {"CFD_NUM_PROCESSES": "1", "CFD_PROCESS_ID": "0"}
+"""What the environment may say of the only process."""
+
 
 def init_distributed() -> None:
     """Join the other processes of the job, if the environment says that there are any.
 
     CFD_COORDINATOR (host:port), CFD_NUM_PROCESSES and CFD_PROCESS_ID say it, or CFD_COORDINATOR=auto, or SLURM, or GKE;
     the last three leave it to JAX, whose coordinator then listens on all addresses of its host: a private network is
-    needed. A given host:port is the only address that is listened on. Raises ValueError for what is no number.
+    needed. A given host:port is the only address that is listened on. Raises ValueError for what is no number, and for
+    other processes without a coordinator.
     """
     address = os.environ.get("CFD_COORDINATOR")
     arguments: dict[str, Any] = {name: _from_environment(*timeout) for name, timeout in TIMEOUTS.items()}
@@ -45,8 +49,11 @@ def init_distributed() -> None:
         or len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1
     ):
         who = "Joining the other processes of the cluster"
-    elif given := [name for name in ("CFD_NUM_PROCESSES", "CFD_PROCESS_ID") if name in os.environ]:
-        raise ValueError(f"{given[0]} is set without CFD_COORDINATOR (host:port): set it, or unset all CFD_*")
+    elif any(os.environ.get(name, alone) not in ("", alone) for name, alone in ALONE.items()):
+        raise ValueError(
+            "CFD_NUM_PROCESSES or CFD_PROCESS_ID says that there are other processes, and CFD_COORDINATOR (host:port) "
+            "is not set: set it, or unset all CFD_*"
+        )
     else:
         return
     # Said beforehand: when the time is over, JAX ends the process by SIGABRT, and no exception is raised.

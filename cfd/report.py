@@ -116,7 +116,7 @@ def explorer(folder: str, line: list[Row], class_names: Sequence[str], one_of_ma
     keys = ("num_steps", "sampler", "v", "guidance", "interval")
     settings = ", ".join(f"{results.SYMBOLS.get(key, key)} = {results.shown(key, first[key])}" for key in keys)
     return EXPLORER.format(
-        note=html.escape(settings + (", the longest of the curves below" if one_of_many else "")),
+        note=html.escape(settings + (", of the curves below the longest with images" if one_of_many else "")),
         last=len(line) - 1,
         w=f"{first['w']:g}",
         text=html.escape(states[0]["text"]),

@@ -85,23 +85,22 @@ def measured_with(folder: str, row: Row) -> str | None:
     manifest = read_manifest(folder, row["manifest"])
     if manifest is None:
         return None
-    sampling = manifest["sampling"] | {"guidance": "", "w": 0.0}
+    sampling = manifest.get("sampling", {}) | {"guidance": "", "w": 0.0}
     return manifest_name(manifest | {"cfd": "", "classifier": {}, "sampling": sampling})
 
 
 def latest(folder: str) -> list[Row]:
-    """The rows of sweep.csv without those that a later one takes the place of.
-
-    That is a row of the same settings, or a curve measured otherwise, such as with another reference.
-    """
-    kept: dict[tuple, dict[float, Row]] = {}
-    measured: dict[tuple, str] = {}
-    for row in read_rows(folder):
-        curve, how = tuple(row[key] for key in SETTINGS if key != "w"), measured_with(folder, row)
-        if how is not None and measured.setdefault(curve, how) != how:
-            kept[curve], measured[curve] = {}, how
-        kept.setdefault(curve, {})[row["w"]] = row
-    return [row for by_weight in kept.values() for row in by_weight.values()]
+    """The rows of sweep.csv that go together: of a curve, those measured as its last row was, such as with its
+    reference; of rows of the same settings, the last."""
+    rows = [(row, tuple(row[key] for key in SETTINGS if key != "w")) for row in read_rows(folder)]
+    measured = [measured_with(folder, row) for row, _ in rows]
+    last = {curve: how for (_, curve), how in zip(rows, measured, strict=True) if how is not None}
+    kept = {
+        (curve, row["w"]): row
+        for (row, curve), how in zip(rows, measured, strict=True)
+        if how in (None, last.get(curve))
+    }
+    return list(kept.values())
 
 
 def _value(key: str, text: str) -> str | int | float | None:

@@ -122,7 +122,8 @@ def schedule(num_steps: int, logsnr_min: Any = -20.0, logsnr_max: Any = 20.0) ->
     """λ_1 = logsnr_min < … < λ_T = logsnr_max, where the network is evaluated: u uniformly spaced, Section 2."""
     u = 1.0 - jnp.arange(num_steps, dtype=jnp.float32) / max(num_steps - 1, 1)
     # The ends to the bit: rounded, the last may lie outside of an Interval that ends at logsnr_max.
-    return cosine_logsnr(u, logsnr_min, logsnr_max).at[-1].set(logsnr_max).at[0].set(logsnr_min)
+    first, last = jnp.asarray(logsnr_min, jnp.float32), jnp.asarray(logsnr_max, jnp.float32)
+    return cosine_logsnr(u, first, last).at[-1].set(last).at[0].set(first)
 
 
 def _check_numbers(num_steps: Any, logsnr_min: Any, logsnr_max: Any, w: Any) -> None:
@@ -139,8 +140,8 @@ def _check_numbers(num_steps: Any, logsnr_min: Any, logsnr_max: Any, w: Any) -> 
         raise ValueError(f"num_steps is {num_steps}; it counts network evaluations: give an integer num_steps >= 1")
     if numbers(logsnr_min, logsnr_max) and not -80.0 <= logsnr_min < logsnr_max <= 80.0:
         raise ValueError(
-            f"logsnr_min is {logsnr_min} and logsnr_max {logsnr_max}: give logsnr_min < logsnr_max, both in [-80, 80], "
-            "outside of which α or σ is 0 in float32"
+            f"logsnr_min is {logsnr_min} and logsnr_max {logsnr_max}: give logsnr_min < logsnr_max, both in [-80, 80]: "
+            "in float32, α or σ is 0 not far outside"
         )
     if numbers(w) and not math.isfinite(w):
         raise ValueError(f"w is {w}; give a finite guidance weight")
@@ -164,7 +165,8 @@ def _guided(
     eps_fn: EpsFn, labels: PyTree, null: PyTree, w: Any, batch: int, doubled: bool
 ) -> Callable[[Array, Array], Array]:
     """(z, λ) -> ε̃, with one or two evaluations of the network."""
-    nulls = nulls_like(labels, null)
+    unguided = isinstance(w, (int, float)) and w == 0
+    nulls = labels if unguided else nulls_like(labels, null)
 
     def evaluate(z: Array, logsnr: Array, labels: PyTree) -> Array:
         eps = eps_fn(z, jnp.broadcast_to(logsnr, z.shape[:1]), labels)
@@ -193,7 +195,7 @@ def _guided(
         )
     if callable(w):
         return lambda z, logsnr: both(z, logsnr, w(logsnr))
-    if isinstance(w, (int, float)) and w == 0:
+    if unguided:
         return one
     return lambda z, logsnr: both(z, logsnr, w)
 

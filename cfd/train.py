@@ -133,7 +133,7 @@ def joined(update: Callable[..., Any], state: TrainState, loss: Array, grads: An
             return part
         arrays = jax.tree.leaves(part)
         vectors = [x for x in arrays if x.ndim == 1]
-        return [written(jnp.concatenate([jnp.zeros(0), *vectors])), *(x for x in arrays if x.ndim != 1)]
+        return [written(jnp.concatenate([jnp.zeros(0, jnp.float32), *vectors])), *(x for x in arrays if x.ndim != 1)]
 
     def take_apart(part: Any) -> Any:
         if not isinstance(part, list):
@@ -175,7 +175,7 @@ def _loss_and_grads(
         one = value_and_grad(at[0], params, at[1]["image"], at[1]["label"])
         return jax.tree.map(lambda t, g: t + g / num_microbatches, total, one), None
 
-    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
     return jax.lax.scan(add, zero, (keys, split))[0]
 
 
@@ -208,7 +208,7 @@ def global_norm(tree: Any) -> Array:
     def square_rows(x: Array) -> Array:
         if x.size < 2**16 or x.size % 8:
             return jax.lax.square(x)
-        return sum(map(jax.lax.square, x.reshape(8, -1)), start=jnp.zeros(()))
+        return sum(map(jax.lax.square, x.reshape(8, -1)), start=jnp.zeros((), jnp.float32))
 
     def norm(leaves: list[Array], square: Callable[[Array], Array]) -> Array:
         squares: dict[Any, Array] = {}
@@ -274,7 +274,9 @@ def train_classifier(config: Config, folder: str, *, allow_fresh_start: bool = F
     mesh = parallel.make_mesh(**config.mesh)
     dataset = data.from_config(config.data, config.data.split)
     if os.path.exists(os.path.join(folder, workdir.CONFIG)):  # of the diffusion model that it is to guide
-        workdir.check_config(folder, describe("diffusion", config, dataset.class_names))
+        workdir.check_images(folder, config.data)
+        names = workdir.read_config(folder)["class_names"]
+        data.check_classes(names, f"the run {folder}", dataset.class_names, f"data.split {config.data.split!r}")
     net = Classifier(**config.classifier)
     shape = (1, config.data.image_size, config.data.image_size, config.data.channels)
 
@@ -322,9 +324,10 @@ def fit(
     """Build, restore, then batch, step, log, save and draw until `settings.num_steps`.
 
     `settings` is a config's `train` group and `loading` its `data` group; `draw(step, ema)` makes a picture every
-    `sample_every_steps`, or None if it was asked to stop; its step is saved before. Raises ValueError where a run is
-    resumed on another number of images, FloatingPointError after `nonfinite_limit` non-finite steps in a row, and
-    `preemption.Stopped` when asked to stop; after the last two the same call resumes from the newest checkpoint.
+    `sample_every_steps`, or None if it was asked to stop; its step is saved before, and a picture that a stop or an
+    error cut short is not drawn again. Raises ValueError where a run is resumed on another number of images,
+    FloatingPointError after `nonfinite_limit` non-finite steps in a row, and `preemption.Stopped` when asked to stop;
+    after the last two the same call resumes from the newest checkpoint.
 
     Goodput is the share of the wall time since the call that went into steps, the first of which, with its compilation,
     is not counted: what building, restoring, waiting for data, drawing and saving leave.

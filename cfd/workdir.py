@@ -161,6 +161,17 @@ def check_config(workdir: str | os.PathLike[str], config_json: Mapping[str, Any]
     return old
 
 
+def check_images(workdir: str | os.PathLike[str], data: Any) -> None:
+    """Raises ValueError unless the run there has images of the size, channels and classes that `config.data` says."""
+    there = read_config(workdir)["config"]["data"]
+    for name in ("image_size", "channels", "num_classes"):
+        if there[name] != data[name]:
+            raise ValueError(
+                f"{os.fspath(workdir)} was trained with data.{name} = {there[name]}, not {data[name]}: give the config "
+                "of its run, or move it away and train it again"
+            )
+
+
 def _some(differences: list[str]) -> str:
     return "; ".join(differences[:4]) + (f" and {len(differences) - 4} more" if len(differences) > 4 else "")
 

@@ -234,7 +234,7 @@ def test_a_preview_is_the_same_grid(run: Path, params: Any) -> None:
         np.testing.assert_array_equal(np.asarray(image), pixels)
 
 
-def test_a_preview_draws_no_more_rows_than_it_shows_and_stops_after_a_batch(
+def test_a_preview_draws_no_more_rows_than_it_shows_and_stops_between_batches(
     run: Path, params: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes, real = [], generate.make_draw
@@ -242,9 +242,11 @@ def test_a_preview_draws_no_more_rows_than_it_shows_and_stops_after_a_batch(
     for devices, batch_size, rows in ((1, 16, 4), (8, 16, 8), (1, 2, 2)):
         generate.preview(tiny_config(sample__batch_size=batch_size), mesh_of(devices), str(run), tuple("0123456789"))
         assert sizes[-1] == rows
-    draw = generate.preview(tiny_config(sample__batch_size=2), mesh_of(1), str(run), tuple("0123456789"))
     monkeypatch.setattr(preemption, "requested", lambda: True)
+    draw = generate.preview(tiny_config(sample__batch_size=2), mesh_of(1), str(run), tuple("0123456789"))
     assert draw(12, params) is None and not (run / "samples").exists()
+    draw = generate.preview(tiny_config(), mesh_of(1), str(run), tuple("0123456789"))
+    assert draw(12, params) is not None, "a picture that is whole"
 
 
 def test_a_missing_or_foreign_classifier_is_noticed_beforehand(tmp_path: Path) -> None:
@@ -253,7 +255,7 @@ def test_a_missing_or_foreign_classifier_is_noticed_beforehand(tmp_path: Path) -
         evaluation.check(config, str(tmp_path))
     theirs = tiny_config(data__image_size=4)
     workdir.write_config(tmp_path / "classifier", describe("classifier", theirs, tuple("0123456789")))
-    with pytest.raises(ValueError, match=r"was trained with data.image_size = 4, not 8: move it away"):
+    with pytest.raises(ValueError, match=r"classifier was trained with data.image_size = 4, not 8"):
         evaluation.check(config, str(tmp_path))
     theirs = tiny_config(process__logsnr_max=5.0)
     workdir.write_config(tmp_path / "classifier", describe("classifier", theirs, tuple("0123456789")))

@@ -121,7 +121,9 @@ def test_a_grid_is_resumed_at_any_cell(
     assert (tmp_path / "sweep.png").exists()
 
 
-def test_a_row_is_used_again_only_with_its_manifest(untrained: list[Any], tmp_path: Path) -> None:
+def test_a_row_is_used_again_only_with_its_manifest(
+    untrained: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = tiny_config(eval__weights=(2.0,), sample__num_steps=2)
     (row,) = evaluation.sweep(config, str(tmp_path))
     assert row["fid_name"] == "FID-20" and row["labels"] == "balanced" and row["sfid"] is None
@@ -140,7 +142,8 @@ def test_a_row_is_used_again_only_with_its_manifest(untrained: list[Any], tmp_pa
     assert evaluation.sweep(config, str(tmp_path)) == [row]
     assert len(results.read_rows(str(tmp_path))) == 1, "nothing was measured again"
 
-    untrained[0] = untrained[0] | {"a": jnp.float32(0.8)}
+    first = untrained[0]
+    untrained[0] = first | {"a": jnp.float32(0.8)}
     (other,) = evaluation.sweep(config, str(tmp_path))
     assert other["manifest"] != row["manifest"] and other["fid"] != row["fid"]
     assert len(results.read_rows(str(tmp_path))) == 2, "other weights are another row"
@@ -149,6 +152,11 @@ def test_a_row_is_used_again_only_with_its_manifest(untrained: list[Any], tmp_pa
     other_path.write_text(other_path.read_text().replace('"w": 2.0', '"w": 3.0'))
     assert evaluation.sweep(config, str(tmp_path)) == [other]
     assert len(results.read_rows(str(tmp_path))) == 3, "a manifest that says something else is not this row's"
+
+    untrained[0] = first
+    monkeypatch.setattr(evaluation, "measure_cells", lambda *_: pytest.fail("it was measured again"))
+    assert results.latest(str(tmp_path)) == [other]
+    assert evaluation.sweep(config, str(tmp_path)) == results.latest(str(tmp_path)) == [row]
 
 
 def test_random_labels_are_drawn_from_the_seed(untrained: list[Any], tmp_path: Path) -> None:
@@ -309,8 +317,10 @@ def swept_again(folder: Path, p_uncond: float, features_hash: str = "f", **chang
         manifest = evaluation.manifest_of(config, cell, "weights", "", "reference", network)
         fid = 10 * p_uncond + cell["w"] + 50 * (cell["step"] == 3)
         measured = dict.fromkeys(results.MEASURED, 0.5) | {"fid": fid, "is": 20 - cell["w"]}
+        name = results.manifest_name(manifest)
         results.write_manifest(str(folder), manifest)
-        results.append_row(str(folder), cell | measured | {"manifest": results.manifest_name(manifest)})
+        if name not in {row["manifest"] for row in results.latest(str(folder))}:  # as a sweep does
+            results.append_row(str(folder), cell | measured | {"manifest": name})
     return folder
 
 
@@ -336,10 +346,13 @@ def test_runs_are_put_side_by_side_as_in_the_paper(tmp_path: Path) -> None:
         evaluation.compare(tiny_config(), str(half), [str(tenth)])
     swept_again(half, 0.5)  # the remedy
     assert evaluation.compare(tiny_config(), str(half), [str(tenth)]) == text
-    manifest = half / "manifests" / f"{results.read_rows(str(half))[-1]['manifest']}.json"
+    last = results.latest(str(half))[-1]
+    manifest = half / "manifests" / f"{last['manifest']}.json"
     for damaged in (b"{}", b"[1]", b"null", b"\xff\xfe"):
         manifest.write_bytes(damaged)
-        with pytest.raises(ValueError, match=rf"{manifest.name} is not there, or is damaged: sweep .* again at w = 4"):
+        with pytest.raises(
+            ValueError, match=rf"{manifest.name} is not there, or is damaged: sweep .* again at w = {last['w']:g}"
+        ):
             evaluation.compare(tiny_config(), str(half), [str(tenth)])
     swept_again(half, 0.5)  # the remedy
     assert evaluation.compare(tiny_config(), str(half), [str(tenth)]) == text
@@ -355,10 +368,12 @@ def test_a_curve_is_of_one_reference(tmp_path: Path) -> None:
     swept_again(folder, 0.1, features_hash="g", eval__weights=(1.0,))
     assert [row["w"] for row in results.latest(str(folder))] == [1.0, 1.0]
     assert len(results.read_rows(str(folder))) == 8
+    swept_again(folder, 0.1, eval__weights=(1.0, 2.0))  # what was swept at first is back
+    assert sorted(row["w"] for row in results.latest(str(folder)) if row["step"] == 5) == [0.0, 1.0, 2.0, 4.0]
 
 
 def test_rows_of_the_other_guidance_are_shown_beside_only_where_all_else_is_equal(tmp_path: Path) -> None:
-    swept(tmp_path / "run", 0.1)
+    (tmp_path / "run").mkdir()
     rows = []
     changes: list[dict[str, Any]] = [{}, {"sample__num_steps": 5}, {"eval__seed": 3}, {"sample__clip": False}]
     for change in changes:

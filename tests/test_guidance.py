@@ -55,6 +55,17 @@ def test_a_probability_outside_0_to_1_is_refused(p_uncond):
         drop_labels(jax.random.key(0), jnp.zeros(3, jnp.int32), p_uncond)
 
 
+def test_numpy_labels_are_labels():
+    dropped = drop_labels(jax.random.key(0), np.arange(5), 0.5)
+    np.testing.assert_array_equal(dropped, drop_labels(jax.random.key(0), jnp.arange(5), 0.5))
+    assert dropped.dtype == jnp.int32
+
+
+def test_labels_that_are_never_dropped_need_no_null():
+    for labels in (jnp.ones((3, 4)), jnp.arange(3, dtype=jnp.uint8)):
+        np.testing.assert_array_equal(drop_labels(jax.random.key(0), labels, 0.0), labels)
+
+
 def test_a_label_of_many_numbers_is_dropped_whole():
     """As an index is that looks it up: a pytree of embeddings with its own ∅."""
     labels = jnp.arange(1000, dtype=jnp.int32)

@@ -146,7 +146,7 @@ def test_bad_features_are_refused(reference):
             call(broken[:0])
     with pytest.raises(ValueError, match="cannot be merged"):
         metrics.merge(metrics.moments(reference), metrics.moments(reference[:, :5]))
-    with pytest.raises(ValueError, match="more than 3 references and 3 samples: 3 are there"):
+    with pytest.raises(ValueError, match="k = 3 neighbours need more than 3 samples, and there are 3"):
         metrics.precision_recall(reference, reference[:3])
     with pytest.raises(ValueError, match="48 reference and 5 sample features"):
         metrics.precision_recall(reference, reference[:, :5])

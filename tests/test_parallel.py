@@ -79,6 +79,10 @@ def test_no_other_process_is_looked_for_without_being_told(monkeypatch: pytest.M
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: pytest.fail("it was"))
     parallel.init_distributed()
+    for count, number in (("1", "0"), ("", "")):
+        monkeypatch.setenv("CFD_NUM_PROCESSES", count)
+        monkeypatch.setenv("CFD_PROCESS_ID", number)
+        parallel.init_distributed()
 
 
 @pytest.mark.parametrize(
@@ -105,13 +109,15 @@ def test_an_environment_that_is_half_set_is_refused(
         parallel.init_distributed()
 
 
-@pytest.mark.parametrize("name", ["CFD_NUM_PROCESSES", "CFD_PROCESS_ID"])
-def test_an_environment_without_its_coordinator_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+@pytest.mark.parametrize("name, value", [("CFD_NUM_PROCESSES", "2"), ("CFD_PROCESS_ID", "1")])
+def test_an_environment_without_its_coordinator_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
     """The process would train by itself otherwise, as the only one."""
     for other in ("CFD_COORDINATOR", "CFD_NUM_PROCESSES", "CFD_PROCESS_ID"):
         monkeypatch.delenv(other, raising=False)
-    monkeypatch.setenv(name, "1")
-    with pytest.raises(ValueError, match=f"{name} is set without CFD_COORDINATOR"):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"CFD_COORDINATOR \(host:port\) is not set"):
         parallel.init_distributed()
 
 

@@ -103,7 +103,7 @@ def test_the_explorer_shows_the_curve_of_most_weights(tmp_path: Path) -> None:
     Path(samples_path(str(folder), results.read_rows(str(folder))[0])).unlink()
     text = Path(report.report(str(folder))).read_text()
     assert [state["w"] for state in states_of(text)] == list(WEIGHTS)
-    assert "T = 5" in text and "the longest of the curves below" in text
+    assert "T = 5" in text and "of the curves below the longest with images" in text
 
 
 def test_numbers_outlive_their_images(tmp_path: Path) -> None:

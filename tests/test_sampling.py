@@ -430,6 +430,16 @@ def test_labels_may_be_embeddings():
     assert np.all(np.abs(images - exact.images).max(axis=1) <= exact.rounding)
 
 
+def test_without_guidance_embeddings_need_no_null():
+    def eps_fn(z, logsnr, text):
+        return network(z, logsnr, text[:, 0].astype(jnp.int32))
+
+    text = jnp.stack([LABELS.astype(jnp.float32)] * 4, axis=1)
+    images = sampler_of(eps_fn, null=jnp.zeros(4))(image_keys(8), text, jnp.float32(0.0))
+    plain = guided_sample(image_keys(8), eps_fn, text, (3,), num_steps=8)
+    np.testing.assert_allclose(plain, images, rtol=1e-5, atol=1e-6)
+
+
 def test_numpy_labels_and_weights_are_arrays():
     def eps_fn(z, logsnr, labels):
         assert isinstance(labels, jax.Array) and labels.dtype == jnp.int32

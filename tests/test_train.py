@@ -359,12 +359,21 @@ def test_the_rate_is_that_of_the_steps_since_the_line_before(tmp_path: Path, mon
     assert len({rate for _, rate in lines(tmp_path, "images_per_second")}) == 1
 
 
-def test_a_noisy_classifier_is_of_the_run_in_whose_folder_it_is(tmp_path: Path) -> None:
+def test_a_noisy_classifier_is_of_the_run_in_whose_folder_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     workdir.write_config(tmp_path, describe("diffusion", tiny_config(), tuple("0123456789")))
     (tmp_path / "checkpoints" / "1").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"is another run's: process.logsnr_max: 20.0 there, 5.0 here"):
-        cfd.train.train_classifier(tiny_config(process__logsnr_max=5.0), str(tmp_path))
+    with pytest.raises(ValueError, match=r"was trained with data.image_size = 8, not 4"):
+        cfd.train.train_classifier(tiny_config(data__image_size=4), str(tmp_path))
     assert not (tmp_path / "classifier").exists()
+    names = ("zero", *"123456789")
+    workdir.write_config(tmp_path / "other", describe("diffusion", tiny_config(), names))
+    with pytest.raises(ValueError, match=r"class 0 is 'zero' in the run .* and '0' in data.split 'train'"):
+        cfd.train.train_classifier(tiny_config(), str(tmp_path / "other"))
+    # Its own settings are its own.
+    monkeypatch.setattr(cfd.train, "fit", lambda *_, **__: None)
+    cfd.train.train_classifier(tiny_config(classifier_train__learning_rate=1.0, train__p_uncond=0.5), str(tmp_path))
 
 
 def test_each_network_is_trained_with_its_own_settings_on_the_training_images(
@@ -482,6 +491,24 @@ def test_a_signal_saves_the_step_it_came_at(straight: Path, tmp_path: Path, numb
     same_run(tmp_path, straight)
 
 
+@pytest.mark.parametrize("crash", [1, 5])
+def test_an_error_in_the_loop_loses_only_steps_after_the_last_checkpoint(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crash: int
+) -> None:
+    calls = itertools.count(1)
+
+    def fail() -> bool:
+        if next(calls) == crash:
+            raise RuntimeError("out of memory")
+        return False
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
+        patch.setattr(preemption, "requested", fail)
+        run(tmp_path)
+    run(tmp_path)
+    same_run(tmp_path, straight)
+
+
 @pytest.mark.parametrize("crash", [1, 5, 6])
 def test_an_error_in_drawing_loses_no_step(straight: Path, tmp_path: Path, crash: int) -> None:
     def fail(step: int, ema: Any) -> np.ndarray:
@@ -502,6 +529,24 @@ def test_a_run_stops_in_drawing(straight: Path, tmp_path: Path, step: int) -> No
     assert saved(tmp_path)[0] == step
     run(tmp_path)
     same_run(tmp_path, straight)
+
+
+def test_float32_under_x64() -> None:
+    optimizer = make_optimizer(tiny_config().train)
+    settings = dict(optimizer=optimizer, ema_decay=0.9, ema_warmup=False, num_microbatches=2, replicated=True)
+    params = {"kernel": jnp.zeros((8, 4)), "bias": jnp.zeros(4), "gain": jnp.zeros(4)}
+
+    def loss_fn(key: Any, params: Any, x: Any, labels: Any) -> Any:
+        return global_norm(params) + jnp.mean(x)
+
+    batch = {"image": jnp.zeros((4, 8, 8, 1)), "label": jnp.zeros(4, jnp.int32)}
+    with jax.enable_x64(True):
+        state = jax.eval_shape(lambda key: initial_state(lambda _: params, optimizer, key), jax.random.key(0))
+        for join_vectors in (False, True):
+            step: Any = partial(train_step, loss_fn=loss_fn, join_vectors=join_vectors, **settings)
+            after, metrics = jax.eval_shape(step, state, batch, jax.random.key(0))
+            assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, state)
+            assert metrics["loss"].dtype == jnp.float32
 
 
 def test_nothing_is_compiled_where_nothing_is_left_to_train(
