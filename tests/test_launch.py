@@ -241,7 +241,8 @@ def test_slurm_requeues_a_job_that_runs_out_of_time(tmp_path: Path) -> None:
     env = with_fakes(tmp_path, "scontrol") | {"SLURM_JOB_ID": "17"}
     srun = tmp_path / "bin" / "srun"
     traps = "trap 'echo \"saved; the same command resumes.\"; exit 0' USR1\ntrap 'echo killed; exit 137' TERM"
-    srun.write_text(f"#!/usr/bin/env bash\n{traps}\necho ready\nsleep 30 & wait $!\n")
+    # The sleep outlives the signal: it may not hold the pipe, whose end is waited for.
+    srun.write_text(f"#!/usr/bin/env bash\n{traps}\necho ready\nsleep 60 >/dev/null 2>&1 & wait $!\n")
     srun.chmod(0o755)
     script = str(ROOT / "launch" / "slurm.sh")
     with subprocess.Popen(["bash", script, "c", "w"], env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
