@@ -8,6 +8,7 @@ mode alone, as their own are written out: `jax.jvp` of the network is a TypeErro
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -229,10 +230,12 @@ def _backward(silu: bool, kept: tuple[Array, ...], g: Array) -> tuple[Array, Arr
         return x, g, _channel_means(g_in), _channel_means(g_in * centred, fold=True)
 
     def means(x: Array, g: Array) -> tuple[Array, ...]:
-        # The barriers keep apart what is computed three times: XLA's GPU compiler would write it once, in float32.
-        along_one = _means_of_blocks(centred_and_gradient(x, g)[1])
-        centred, g_in = centred_and_gradient(*barrier((x, g)))
-        return barrier((x, g, along_one, _means_of_blocks(g_in * centred)))
+        def along(x: Array, g: Array) -> tuple[Array, Array]:
+            centred, g_in = centred_and_gradient(x, g)
+            return g_in, g_in * centred
+
+        # The barrier keeps apart what is computed again below: XLA's GPU compiler would write it once, in float32.
+        return barrier((x, g, *_means_by_eight(along, x, g)))
 
     x, g, along_one, along_x = jax.lax.platform_dependent(x, g, cpu=means_on_cpu, default=means)
     centred, g_in = centred_and_gradient(x, g)
@@ -261,15 +264,19 @@ def _channel_means(x: Float[Array, "b n c"], fold: bool = False) -> Float[Array,
     return jax.lax.platform_dependent(x, cpu=product, default=partial(jnp.mean, axis=1))
 
 
-def _means_of_blocks(x: Float[Array, "b n c"]) -> Float[Array, "b c"]:
-    """Means over positions, by way of up to eight blocks of them.
+def _means_by_eight(
+    make: Callable[..., tuple[Array, ...]], *arrays: Float[Array, "b n c"]
+) -> tuple[Float[Array, "b c"], ...]:
+    """Means over positions of the arrays that `make` computes from parts of `arrays`, each of which is read once.
 
-    A reduction to that many rows XLA's GPU compiler also fuses with what makes x, if no other reads it. Otherwise it
-    writes x to memory, in float32.
+    Sums of eight are written, and then added: XLA's GPU compiler is slow at a reduction whose terms take long to make.
     """
-    b, n, c = x.shape
-    blocks = math.gcd(8, n)
-    return x.reshape(b * blocks, n // blocks, c).mean(axis=1).reshape(b, blocks, c).mean(axis=1)
+    b, n, c = arrays[0].shape
+    parts = [jnp.split(x, math.gcd(8, n), axis=1) for x in arrays]
+    sums = (sum(terms, start=jnp.zeros((), jnp.float32)) for terms in zip(*map(make, *parts), strict=True))
+    # In two axes, else XLA would transpose them for the reduction.
+    sums = jax.lax.optimization_barrier(tuple(x.reshape(-1, c) for x in sums))
+    return tuple(x.reshape(b, -1, c).sum(axis=1) / n for x in sums)
 
 
 @jax.jit
