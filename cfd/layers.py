@@ -75,12 +75,13 @@ jointly.defvjp(lambda tree: (tree, None), lambda _, g: (written(g),))
 
 
 def stored(x: Array) -> Array:
-    """x, in memory once and in its dtype; not on a CPU.
+    """x, in memory once and in its dtype; on a GPU.
 
     XLA's GPU compiler would join what is concatenated in each operation that reads it, and keep what a 16-bit array is
     rounded from for those that compute in float32.
     """
-    return jax.lax.platform_dependent(x, cpu=lambda x: x, default=jax.lax.optimization_barrier)
+    barrier = jax.lax.optimization_barrier
+    return jax.lax.platform_dependent(x, cuda=barrier, rocm=barrier, default=lambda x: x)
 
 
 def convolve(x: Float[Array, "b h w c"], kernel: Float[Array, "... c k"], stride: int) -> Float[Array, "b h2 w2 k"]:
@@ -214,7 +215,6 @@ def _moments(x: Float[Array, "b n c"]) -> tuple[Float[Array, "b c"], Float[Array
 def _backward(silu: bool, kept: tuple[Array, ...], g: Array) -> tuple[Array, Array, Array]:
     # Else XLA's CPU compiler would keep the exponentials of `_forward` for here.
     x, mean, rstd, gain, shift = written(kept)
-    barrier = jax.lax.optimization_barrier
 
     def centred_and_gradient(x: Array, g: Array) -> tuple[Array, Array]:
         centred = x.astype(jnp.float32) - mean[:, None]
@@ -225,19 +225,25 @@ def _backward(silu: bool, kept: tuple[Array, ...], g: Array) -> tuple[Array, Arr
             g = g * sigmoid * (1.0 + y * (1.0 - sigmoid))
         return centred, g
 
-    def means_on_cpu(x: Array, g: Array) -> tuple[Array, ...]:
+    def terms(x: Array, g: Array) -> tuple[Array, Array]:
         centred, g_in = centred_and_gradient(x, g)
-        return x, g, _channel_means(g_in), _channel_means(g_in * centred, fold=True)
+        return g_in, g_in * centred
+
+    def means_on_cpu(x: Array, g: Array) -> tuple[Array, ...]:
+        along_one, along_x = terms(x, g)
+        return x, g, _channel_means(along_one), _channel_means(along_x, fold=True)
+
+    def means_on_gpu(x: Array, g: Array) -> tuple[Array, ...]:
+        # The barrier keeps apart what is computed again below: XLA's GPU compiler would write it once, in float32.
+        return jax.lax.optimization_barrier((x, g, *_means_by_eight(terms, x, g)))
 
     def means(x: Array, g: Array) -> tuple[Array, ...]:
-        def along(x: Array, g: Array) -> tuple[Array, Array]:
-            centred, g_in = centred_and_gradient(x, g)
-            return g_in, g_in * centred
+        along_one, along_x = terms(x, g)
+        return x, g, along_one.mean(axis=1), along_x.mean(axis=1)
 
-        # The barrier keeps apart what is computed again below: XLA's GPU compiler would write it once, in float32.
-        return barrier((x, g, *_means_by_eight(along, x, g)))
-
-    x, g, along_one, along_x = jax.lax.platform_dependent(x, g, cpu=means_on_cpu, default=means)
+    x, g, along_one, along_x = jax.lax.platform_dependent(
+        x, g, cpu=means_on_cpu, cuda=means_on_gpu, rocm=means_on_gpu, default=means
+    )
     centred, g_in = centred_and_gradient(x, g)
     along_x = along_x * rstd
     constant, slope = rstd * _group_mean(gain * along_one), rstd * rstd * _group_mean(gain * along_x)

@@ -1,6 +1,6 @@
 """The layers against float64 NumPy and against their plain forms, gradients included.
 
-In their forms for a CPU and in those for other devices; cuDNN's attention needs a GPU.
+In their forms for a CPU, for a GPU and for other devices; cuDNN's attention needs a GPU.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ from cfd.layers import Conv, add_bias, attention, group_norm
 Inputs = tuple[Array, Array, Array]
 
 
-@pytest.fixture(params=["cpu", "default"], autouse=True)
+@pytest.fixture(params=["cpu", "cuda", "default"], autouse=True)
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def chosen(*arguments: Any, **forms: Callable[..., Any]) -> Any:
         return forms.get(request.param, forms["default"])(*arguments)
