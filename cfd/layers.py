@@ -229,7 +229,7 @@ def _backward(silu: bool, kept: tuple[Array, ...], g: Array) -> tuple[Array, Arr
         centred, g_in = centred_and_gradient(x, g)
         return g_in, g_in * centred
 
-    def means_on_cpu(x: Array, g: Array) -> tuple[Array, ...]:
+    def means(x: Array, g: Array) -> tuple[Array, ...]:
         along_one, along_x = terms(x, g)
         return x, g, _channel_means(along_one), _channel_means(along_x, fold=True)
 
@@ -237,13 +237,7 @@ def _backward(silu: bool, kept: tuple[Array, ...], g: Array) -> tuple[Array, Arr
         # The barrier keeps apart what is computed again below: XLA's GPU compiler would write it once, in float32.
         return jax.lax.optimization_barrier((x, g, *_means_by_eight(terms, x, g)))
 
-    def means(x: Array, g: Array) -> tuple[Array, ...]:
-        along_one, along_x = terms(x, g)
-        return x, g, along_one.mean(axis=1), along_x.mean(axis=1)
-
-    x, g, along_one, along_x = jax.lax.platform_dependent(
-        x, g, cpu=means_on_cpu, cuda=means_on_gpu, rocm=means_on_gpu, default=means
-    )
+    x, g, along_one, along_x = jax.lax.platform_dependent(x, g, cuda=means_on_gpu, rocm=means_on_gpu, default=means)
     centred, g_in = centred_and_gradient(x, g)
     along_x = along_x * rstd
     constant, slope = rstd * _group_mean(gain * along_one), rstd * rstd * _group_mean(gain * along_x)
