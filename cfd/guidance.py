@@ -1,7 +1,7 @@
-"""Guidance: the null label, the label dropout that trains it, the mix of two scores; and guidance by a classifier.
+"""Guidance: the null label, the label dropout that trains it, and the mix of two scores; also guidance by a classifier.
 
 Ho and Salimans, Classifier-Free Diffusion Guidance (arXiv:2207.12598), Sections 3.2 and 3.1. w is the paper's weight:
-w = 0 is the conditional model, w = −1 the unconditional one. (A `guidance_scale` s elsewhere is s = 1 + w.)
+w = 0 is the conditional model and w = −1 the unconditional one. Other code has a `guidance_scale` s = 1 + w.
 """
 
 from collections.abc import Callable
@@ -26,11 +26,11 @@ def drop_labels(
     p_uncond: Float[Array, ""] | float,
     null: PyTree = NULL_LABEL,
 ) -> PyTree:
-    """Each label replaced by ∅ with probability p_uncond, independently: Algorithm 1, line 3.
+    """The labels, each replaced by ∅ with probability p_uncond, independently: Algorithm 1, line 3.
 
     `labels` and `null` are as in `guided_sample`: int32 [B] and NULL_LABEL, or a pytree (text embeddings) and its ∅.
-    Raises ValueError if p_uncond is a number outside [0, 1], if labels share no batch axis, or, unless p_uncond is a
-    Python 0, as `nulls_like` does.
+    Raises ValueError if p_uncond is a number outside [0, 1] or if labels share no batch axis. Unless p_uncond is a
+    Python 0, also raises ValueError as `nulls_like` does.
     """
     number = isinstance(p_uncond, (int, float))
     if number and not 0.0 <= p_uncond <= 1.0:
@@ -45,9 +45,10 @@ def drop_labels(
 
 
 def nulls_like(labels: PyTree, null: PyTree) -> PyTree:
-    """∅ in the place of every label: `null`, which has no batch axis, as often as there are labels.
+    """One ∅ per label: `null`, which has no batch axis, repeated along the batch axis of `labels`.
 
-    Raises ValueError if it is not of one label's structure and shape, or below 0 where labels are unsigned.
+    Raises ValueError if `null` does not have the structure and shape of one label, or if it is negative and labels are
+    unsigned.
     """
     if jax.tree.structure(null) != jax.tree.structure(labels):
         raise ValueError(f"null is {null!r}; it must have the structure of labels, {jax.tree.structure(labels)}")
@@ -56,14 +57,14 @@ def nulls_like(labels: PyTree, null: PyTree) -> PyTree:
         if jnp.shape(n) != c.shape[1:]:
             raise ValueError(f"null has shape {jnp.shape(n)}; it must be that of one label, {c.shape[1:]}")
         if c.dtype.kind in "ub" and not isinstance(n, Tracer) and np.any(np.asarray(n) < 0):
-            raise ValueError(f"null is {n!r}, which labels of dtype {c.dtype} cannot be: give labels as int32")
+            raise ValueError(f"null is {n!r}, which labels of dtype {c.dtype} cannot represent: give labels as int32")
         return jnp.broadcast_to(jnp.asarray(n, c.dtype), c.shape)
 
     return jax.tree.map(repeated, null, labels)
 
 
 def batch_size(labels: PyTree) -> int:
-    """The length of the batch axis of a pytree of arrays. Raises ValueError if they do not share one."""
+    """The length B of the batch axis of a pytree of arrays [B, ...]. Raises ValueError if they do not share one."""
     leading = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(labels)}
     if len(leading) != 1 or leading == {()}:
         raise ValueError(
@@ -76,16 +77,16 @@ def batch_size(labels: PyTree) -> int:
 def guide(
     eps_cond: Float[Array, "..."], eps_uncond: Float[Array, "..."], w: Float[Array, "*b"] | float
 ) -> Float[Array, "..."]:
-    """ε̃ = (1 + w) ε(z, c) − w ε(z): Eq. 6. w is a scalar or [B]. Exact at w = 0 and at w = −1."""
+    """ε̃ = (1 + w) ε(z, c) − w ε(z): Eq. 6. w is a scalar or [B]. The result is exact at w = 0 and at w = −1."""
     w = per_example(w, eps_cond)
     return (1.0 + w) * eps_cond - w * eps_uncond
 
 
 class Interval(NamedTuple):
-    """Guidance of weight w while logsnr_lo <= λ <= logsnr_hi, and none outside.
+    """Guidance of weight w for logsnr_lo <= λ <= logsnr_hi, and no guidance outside.
 
-    Kynkäänniemi et al., Applying Guidance in a Limited Interval (arXiv:2404.07724). All three are traced: new
-    values never recompile. Outside the interval the sampler makes one network evaluation a step, not two.
+    Kynkäänniemi et al., Applying Guidance in a Limited Interval (arXiv:2404.07724). All three fields are traced: new
+    values never recompile. Outside the interval, the sampler evaluates the network once per step instead of twice.
     """
 
     w: Float[Array, "*b"] | float
@@ -99,11 +100,14 @@ def classifier_guidance(
     """The eps_fn of ε̃ = ε(z, c) − w σ ∇_z log p(c | z): Section 3.1; with `ddim()`, Algorithm 2 of arXiv:2105.05233.
 
     `classifier_fn(z, logsnr) -> logits [B, K]`. w is a number, an array (scalar or [B]), a function of λ [B] that
-    returns either, or an `Interval`. Where it is 0 for all images, the classifier is not evaluated. Label ∅ is not
-    guided. The result is an eps_fn like any other: give it to `guided_sample`, whose own w is then classifier-free
-    guidance. To guide an unconditional model, give its ε for every label:
-    `lambda z, logsnr, c: eps_fn(z, logsnr, 0 * c - 1)`. Raises ValueError, when called, if w has another shape or is an
-    `Interval` that holds no λ.
+    returns either, or an `Interval`. The classifier is not evaluated at steps where w is 0 for all images. Images with
+    the label ∅ are not guided.
+
+    The result is an eps_fn like any other. Pass it to `guided_sample`, whose own w then adds classifier-free guidance.
+    To guide an unconditional model, ignore the label:
+    `lambda z, logsnr, c: eps_fn(z, logsnr, 0 * c - 1)`.
+
+    The returned function raises ValueError if w has another shape, or is an `Interval` that contains no λ.
     """
     if isinstance(w, (int, float)) and w == 0:
         return eps_fn
@@ -123,20 +127,22 @@ def shift_mean(
     labels: Int[Array, "b"],
     w: Any,
 ) -> Callable[[Array, Array, Array, Array], tuple[Array, Array]]:
-    """The step rule whose mean is shifted by w Σ ∇_z log p(c | z): Algorithm 1 of arXiv:2105.05233.
+    """The step rule `sampler` with its mean shifted by w Σ ∇_z log p(c | z): Algorithm 1 of arXiv:2105.05233.
 
-    `sampler` is `ancestral(v)`, of variance Σ; arguments and w as in `classifier_guidance`. The shift comes after x̃ is
-    clipped. `classifier_guidance` shifts the same mean by (1 − e^{λ−λ'}) (α'/α) σ² w ∇, which is larger by α'/α at
-    v = 1, by (α/α') e^{λ'−λ} at v = 0, and the same in the limit of small steps.
+    `sampler` is `ancestral(v)` and Σ its variance. The other arguments are as in `classifier_guidance`. The shift is
+    applied after x̃ is clipped. `classifier_guidance` shifts the same mean by (1 − e^{λ−λ'}) (α'/α) σ² w ∇. That shift
+    is larger by α'/α at v = 1 and by (α/α') e^{λ'−λ} at v = 0. The two agree in the limit of small steps.
+
+    Raises ValueError if `sampler` is not a step rule that adds noise.
     """
 
     if not callable(sampler):
-        raise ValueError(f"sampler is {sampler!r}; it must be a step rule that draws noise: give ancestral(v)")
+        raise ValueError(f"sampler is {sampler!r}; it must be a step rule that adds noise: give ancestral(v)")
 
     def step(z: Array, x: Array, logsnr: Array, logsnr_next: Array) -> tuple[Array, Array]:
         mean, std = sampler(z, x, logsnr, logsnr_next)
         if std is None:
-            raise ValueError("the sampler draws no noise, so there is no Σ to shift by: use classifier_guidance")
+            raise ValueError("the sampler adds no noise, so there is no Σ to shift by: use classifier_guidance")
         logsnr = jnp.broadcast_to(logsnr, labels.shape)
         return mean + jnp.square(std) * _weighted_gradient(classifier_fn, w, z, logsnr, labels), std
 
@@ -149,7 +155,7 @@ def class_gradient(
     logsnr: Float[Array, "b"],
     labels: Int[Array, "b"],
 ) -> Float[Array, "b ..."]:
-    """∇_z log p(c | z), of z's shape; 0 where the label is ∅."""
+    """∇_z log p(c | z), with the shape of z. It is 0 for images whose label is ∅."""
 
     def log_p(z: Array) -> Array:
         log_probs = jax.nn.log_softmax(classifier_fn(z, logsnr))
@@ -166,7 +172,7 @@ def _weighted_gradient(
     logsnr: Float[Array, "b"],
     labels: Int[Array, "b"],
 ) -> Float[Array, "b ..."]:
-    """w ∇_z log p(c | z); the classifier is not evaluated where all weights are 0."""
+    """w ∇_z log p(c | z). The classifier is not evaluated if all weights are 0."""
     weight = _weight_at(w, logsnr)
     gradient = jax.lax.cond(
         jnp.any(weight != 0), lambda: class_gradient(classifier_fn, z, logsnr, labels), lambda: jnp.zeros_like(z)
@@ -175,10 +181,10 @@ def _weighted_gradient(
 
 
 def check_interval(interval: Interval) -> None:
-    """Raises ValueError if it holds no λ; ends that are traced are not looked at."""
+    """Raises ValueError if the interval contains no λ. Traced ends are not checked."""
     numbers = all(isinstance(end, (int, float)) for end in interval[1:])
     if numbers and not interval.logsnr_lo <= interval.logsnr_hi:
-        raise ValueError(f"w is {interval}, which holds no λ: give logsnr_lo <= logsnr_hi")
+        raise ValueError(f"w is {interval}, which contains no λ: give logsnr_lo <= logsnr_hi")
 
 
 def _weight_at(w: Any, logsnr: Float[Array, "b"]) -> Float[Array, "b"]:
@@ -187,21 +193,21 @@ def _weight_at(w: Any, logsnr: Float[Array, "b"]) -> Float[Array, "b"]:
         w = jnp.where((logsnr >= w.logsnr_lo) & (logsnr <= w.logsnr_hi), w.w, 0.0)
     weight = jnp.asarray(w(logsnr) if callable(w) else w, jnp.float32)
     if weight.shape not in ((), logsnr.shape):
-        raise ValueError(f"w has shape {weight.shape}; give a scalar or one weight an image, shape {logsnr.shape}")
+        raise ValueError(f"w has shape {weight.shape}; give a scalar or one weight per image, shape {logsnr.shape}")
     return jnp.broadcast_to(weight, logsnr.shape)
 
 
 def without_null(eps_fn: Callable[[Array, Array, Array], Array]) -> Callable[[Array, Array, Array], Array]:
-    """`eps_fn` of a model that was never trained without a label (p_uncond = 0), such as ADM's: it refuses ∅.
+    """`eps_fn`, guarded against the label ∅, for a model that was never trained without a label (p_uncond = 0).
 
-    Raises ValueError where the labels are known when it is called; labels that `jit` traces are not, and a row of ∅
-    then comes out as NaN: never an image from an embedding that was not trained.
+    ADM's published models are of this kind. The guarded function raises ValueError if a concrete label is ∅. Under
+    `jit`, labels are not known; rows of ∅ then come out as NaN instead of an image from an untrained embedding.
     """
 
     def guarded(z: Array, logsnr: Array, labels: Array) -> Array:
         if not isinstance(labels, Tracer) and np.any(np.asarray(labels) < 0):
             raise ValueError(
-                "this model was trained with a label always on (p_uncond = 0): it has no unconditional score; sample "
+                "this model was always trained with a label (p_uncond = 0), so it has no unconditional score: sample "
                 "with a plain w = 0, or use classifier_guidance"
             )
         eps = eps_fn(z, logsnr, labels)

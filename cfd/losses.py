@@ -23,11 +23,12 @@ def eps_loss(
     logsnr_min: float = -20.0,
     logsnr_max: float = 20.0,
 ) -> Float[Array, ""]:
-    """E ‖ε_θ(z_λ, c) − ε‖², the mean over batch and dimensions: Eq. 5 and Algorithm 1, Ho and Salimans.
+    """E ‖ε_θ(z_λ, c) − ε‖², averaged over batch and dimensions: Eq. 5 and Algorithm 1, Ho and Salimans.
 
-    `eps_fn(z, logsnr, labels) -> eps` sees `null` where the label was dropped. x [B, ...] is data in [−1, 1]; labels
-    and null are as in `guided_sample`. Raises ValueError as `drop_labels` does, and if eps_fn does not return the shape
-    of z.
+    x [B, ...] is data in [−1, 1]. `labels` and `null` are as in `guided_sample`. `eps_fn(z, logsnr, labels) -> eps`
+    receives `null` for each label that was dropped, with probability p_uncond.
+
+    Raises ValueError as `drop_labels` does, and if eps_fn returns another shape than that of z.
     """
     key_u, key_eps, key_drop = jax.random.split(key, 3)
     labels = drop_labels(key_drop, labels, p_uncond, null)

@@ -1,12 +1,12 @@
 """Sampling with classifier-free guidance: Algorithm 2 of Ho and Salimans (arXiv:2207.12598).
 
-Light to import: jax, and nothing of the trainer, the data pipeline or the checkpoints.
+Importing this module is cheap: it pulls in jax, and nothing of the trainer, the data pipeline or the checkpoints.
 """
 
 import math
 import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,46 +14,13 @@ from jax import Array
 from jaxtyping import Float, Key, PyTree, UInt32
 
 from cfd.guidance import NULL_LABEL, Interval, batch_size, check_interval, guide, nulls_like
-from cfd.process import alpha_sigma, cosine_logsnr, eps_from_x, posterior, x_from_eps
+from cfd.process import cosine_logsnr, x_from_eps
+from cfd.steps import SecondOrder, StepRule, ancestral, ddim, dpm_solver
 
 EpsFn = Callable[[Array, Array, Any], Array]
 """(z [B, ...], logsnr [B], labels [B]) -> eps [B, ...]."""
 
-StepRule = Callable[[Array, Array, Array, Array], tuple[Array, Array | None]]
-"""(z, x, logsnr, logsnr_next) -> mean and standard deviation of z at λ' > λ; None where the step draws no noise."""
-
-
-def ancestral(v: Float[Array, "*v"] | float = 0.3) -> StepRule:
-    """The paper's sampler: z' ~ q(z' | z, x), its variance interpolated by v in [0, 1] (or [B]), Eqs. 3 and 4."""
-    if isinstance(v, (int, float)) and not 0.0 <= v <= 1.0:
-        raise ValueError(f"v is {v}; it interpolates between two variances: give a value in [0, 1]")
-    return lambda z, x, logsnr, logsnr_next: posterior(z, x, logsnr, logsnr_next, v)
-
-
-def ddim() -> StepRule:
-    """The deterministic sampler z' = α' x + σ' ε: Song et al. (arXiv:2010.02502), Eq. 12 with σ_t = 0."""
-
-    def step(z: Array, x: Array, logsnr: Array, logsnr_next: Array) -> tuple[Array, None]:
-        alpha, sigma = alpha_sigma(logsnr_next)
-        return alpha * x + sigma * eps_from_x(z, x, logsnr), None
-
-    return step
-
-
-class SecondOrder(NamedTuple):
-    """`rule` with x̃ extrapolated in λ to the middle of the step, from this evaluation and the one before.
-
-    `SecondOrder(ddim())` is DPM-Solver++(2M), `SecondOrder(ancestral(0.0))` its SDE form: Lu et al. (arXiv:2211.01095).
-    (Their λ is half of this one; only its ratios occur.) The first step has no evaluation before it, and the last is
-    too long in λ to extrapolate: both are of first order.
-    """
-
-    rule: StepRule
-
-
-def dpm_solver() -> SecondOrder:
-    """The deterministic sampler for few steps, DPM-Solver++(2M): Lu et al. (arXiv:2211.01095), Algorithm 2."""
-    return SecondOrder(ddim())
+__all__ = ["EpsFn", "SecondOrder", "StepRule", "ancestral", "ddim", "dpm_solver", "guided_sample", "schedule"]
 
 
 def guided_sample(
@@ -71,25 +38,31 @@ def guided_sample(
     clip: bool = True,
     doubled: bool = False,
 ) -> Float[Array, "b ..."]:
-    """Draw one image a label with guidance weight w: Algorithm 2, Ho and Salimans. Pure: jit, vmap or shard_map it.
+    """Draw one image per label with guidance weight w: Algorithm 2, Ho and Salimans. Pure: jit, vmap or shard_map it.
 
     Args:
-      key: one PRNG key, from which image i takes `fold_in(key, i)`, or [B] keys, one an image. (In `shard_map` and
-        `pmap` i is the row on its own device: from one replicated key all devices draw the same noise. There the key,
-        labels or w must vary over every axis that eps_fn's result does; a mesh for `jit` has Auto axes.)
+      key: one PRNG key, from which image i takes `fold_in(key, i)`, or [B] keys, one per image. Inside `shard_map` and
+        `pmap`, i is the row on its own device: with one replicated key, all devices draw the same noise. There, the
+        key, the labels or w must vary over every mesh axis over which the result of eps_fn varies. A mesh for `jit`
+        needs Auto axes.
       eps_fn: `(z, logsnr, labels) -> eps`.
       labels: int32 [B], or any pytree of arrays with a leading batch axis.
-      shape: the shape of one image, without the batch.
+      shape: the shape of one image, without the batch axis.
       w: the guidance weight of Eq. 6: a number, an array (scalar or [B]), a function of λ that returns either, or
-        an `Interval`. Traced: a new value never recompiles. A Python 0 costs one evaluation a step, not two.
-      null: what stands for ∅, of the structure and shape of one label; another class guides away from that class.
+        an `Interval`. It is traced: a new value never recompiles. A Python 0 costs one network evaluation per step
+        instead of two.
+      null: the label ∅ of the unconditional score, with the structure and shape of one label. Another class in its
+        place guides away from that class.
       num_steps: T, the number of steps from λ_1 = logsnr_min to λ_T = logsnr_max.
       sampler: the step rule: `ancestral(v)`, `ddim()`, or `dpm_solver()`.
       logsnr_min, logsnr_max: the first and the last λ, in [−80, 80].
       clip: clip x̃ to [−1, 1] at every step.
-      doubled: evaluate both scores in one batch of 2B instead of two of B: the same images up to rounding.
+      doubled: evaluate both scores in one batch of 2B instead of two batches of B. The images are the same up to
+        rounding.
 
-    Returns float32 [B, *shape]. Raises ValueError on bad numbers and on arguments whose shapes do not agree.
+    Returns: float32 [B, *shape].
+
+    Raises: ValueError on numbers out of range and on arguments whose shapes do not agree.
     """
     _check_numbers(num_steps, logsnr_min, logsnr_max, w)
     batch = batch_size(labels)
@@ -98,7 +71,7 @@ def guided_sample(
     guided_eps = _guided(eps_fn, labels, null, w, batch, doubled)
 
     logsnr = schedule(num_steps, logsnr_min, logsnr_max)
-    # The last λ' is never reached; a step of zero length there would make the gradients of some rules NaN.
+    # The last λ' is never reached. A step of zero length there would make the gradients of some rules NaN.
     logsnr_next = jnp.concatenate([logsnr[1:], logsnr[-1:] + 1.0])
     rule, reach = _extrapolation(sampler, logsnr, logsnr_next)
 
@@ -119,15 +92,15 @@ def guided_sample(
 
 
 def schedule(num_steps: int, logsnr_min: Any = -20.0, logsnr_max: Any = 20.0) -> Float[Array, "t"]:
-    """λ_1 = logsnr_min < … < λ_T = logsnr_max, where the network is evaluated: u uniformly spaced, Section 2."""
+    """The grid λ_1 = logsnr_min < … < λ_T = logsnr_max, [T], with uniformly spaced u: Section 2."""
     u = 1.0 - jnp.arange(num_steps, dtype=jnp.float32) / max(num_steps - 1, 1)
-    # The ends to the bit: rounded, the last may lie outside of an Interval that ends at logsnr_max.
+    # The ends are set to the bit. Rounded, the last could lie outside an Interval that ends at logsnr_max.
     first, last = jnp.asarray(logsnr_min, jnp.float32), jnp.asarray(logsnr_max, jnp.float32)
     return cosine_logsnr(u, first, last).at[-1].set(last).at[0].set(first)
 
 
 def _check_numbers(num_steps: Any, logsnr_min: Any, logsnr_max: Any, w: Any) -> None:
-    """Raises ValueError on numbers that would give NaN or no guidance; arrays and what is traced are not looked at."""
+    """Raises ValueError for numbers that would give NaN or no guidance. Arrays and traced values are not checked."""
 
     def numbers(*values: Any) -> bool:
         return all(isinstance(value, (int, float)) for value in values)
@@ -137,11 +110,11 @@ def _check_numbers(num_steps: Any, logsnr_min: Any, logsnr_max: Any, w: Any) -> 
     except TypeError:
         enough = False
     if not enough:
-        raise ValueError(f"num_steps is {num_steps}; it counts network evaluations: give an integer num_steps >= 1")
+        raise ValueError(f"num_steps is {num_steps}; it counts steps: give an integer num_steps >= 1")
     if numbers(logsnr_min, logsnr_max) and not -80.0 <= logsnr_min < logsnr_max <= 80.0:
         raise ValueError(
-            f"logsnr_min is {logsnr_min} and logsnr_max {logsnr_max}: give logsnr_min < logsnr_max, both in [-80, 80]: "
-            "in float32, α or σ is 0 not far outside"
+            f"logsnr_min is {logsnr_min} and logsnr_max {logsnr_max}: give logsnr_min < logsnr_max, both in [-80, 80], "
+            "because α or σ becomes 0 in float32 not far outside"
         )
     if numbers(w) and not math.isfinite(w):
         raise ValueError(f"w is {w}; give a finite guidance weight")
@@ -150,11 +123,14 @@ def _check_numbers(num_steps: Any, logsnr_min: Any, logsnr_max: Any, w: Any) -> 
 
 
 def _extrapolation(sampler: Any, logsnr: Array, logsnr_next: Array) -> tuple[Any, Array | None]:
-    """The step rule, and how far x̃ goes on, in parts of its way since the evaluation before: [T], or None for not."""
+    """The step rule and the factors [T] by which x̃ is extrapolated; None for a first-order rule.
+
+    The factor multiplies the change of x̃ since the previous evaluation.
+    """
     second_order = isinstance(sampler, SecondOrder)
     rule = sampler.rule if second_order else sampler
     if not callable(rule) or rule in (ancestral, ddim, dpm_solver):
-        raise ValueError(f"sampler is {sampler!r}; give a step rule, called, such as ancestral(v) or ddim()")
+        raise ValueError(f"sampler is {sampler!r}; give a step rule, such as the result of ancestral(v) or ddim()")
     if not second_order:
         return rule, None
     t, gap = jnp.arange(1, len(logsnr) + 1), logsnr_next - logsnr
@@ -164,7 +140,7 @@ def _extrapolation(sampler: Any, logsnr: Array, logsnr_next: Array) -> tuple[Any
 def _guided(
     eps_fn: EpsFn, labels: PyTree, null: PyTree, w: Any, batch: int, doubled: bool
 ) -> Callable[[Array, Array], Array]:
-    """(z, λ) -> ε̃, with one or two evaluations of the network."""
+    """The function (z, λ) -> ε̃, which evaluates the network once or twice."""
     unguided = isinstance(w, (int, float)) and w == 0
     nulls = labels if unguided else nulls_like(labels, null)
 
@@ -180,10 +156,10 @@ def _guided(
     def both(z: Array, logsnr: Array, weight: Any) -> Array:
         weight = jnp.asarray(weight, jnp.float32)
         if weight.shape not in ((), (batch,)):
-            raise ValueError(f"w has shape {weight.shape}; give a scalar or one weight a label, shape ({batch},)")
+            raise ValueError(f"w has shape {weight.shape}; give a scalar or one weight per label, shape ({batch},)")
         if not doubled:
             return guide(evaluate(z, logsnr, labels), evaluate(z, logsnr, nulls), weight)
-        # The two of a pair lie side by side, so that a sharded batch keeps both on one device.
+        # The two rows of a pair are adjacent, so that a sharded batch keeps both on one device.
         z_pairs, label_pairs = jax.tree.map(_interleave, (z, labels), (z, nulls))
         eps = evaluate(z_pairs, logsnr, label_pairs).reshape(batch, 2, *z.shape[1:])
         return guide(eps[:, 0], eps[:, 1], weight)
@@ -201,25 +177,28 @@ def _guided(
 
 
 def _interleave(a: Array, b: Array) -> Array:
-    """[B, ...] and [B, ...] -> [2B, ...]: a_0, b_0, a_1, b_1, ..."""
+    """The rows of two arrays [B, ...] in turn, [2B, ...]: a_0, b_0, a_1, b_1, ..."""
     return jnp.stack([a, b], axis=1).reshape(2 * a.shape[0], *a.shape[1:])
 
 
 def _varying_like(z: Array, *inputs: PyTree) -> Array:
-    """z, but in a caller's `shard_map` of a type that varies over the devices as the inputs do: a loop's carry must
-    begin with the type that it ends with, and the noise of a replicated key does not vary."""
+    """z, marked inside a caller's `shard_map` as varying over the same mesh axes as the inputs.
+
+    `scan` requires the carry to have the same type on entry and exit, and noise drawn from a replicated key does not
+    vary over devices.
+    """
     for x in jax.tree.leaves(inputs):
         z = z if callable(x) else jnp.where(True, z, jnp.sum(x).astype(z.dtype))
     return z
 
 
 def _image_keys(key: Array, batch: int) -> Array:
-    """[B] keys, one an image; one key gives image i `fold_in(key, i)`."""
+    """Keys [B], one per image. From a single key, image i takes `fold_in(key, i)`."""
     if isinstance(key, int):
         raise ValueError(f"key is {key}; give a PRNG key, jax.random.key({key})")
     shape = key.shape if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key.shape[:-1]
     if shape == ():
         return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
     if shape != (batch,):
-        raise ValueError(f"key has batch shape {shape} for {batch} labels; give one key or one a label")
+        raise ValueError(f"key has batch shape {shape} for {batch} labels; give one key, or one per label")
     return key

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from formula import uniform
 
-from cfd.adm_import import Hidden, Network, adm_network, adm_params
+from cfd.convert.adm_network import Hidden, Network, adm_network
+from cfd.convert.adm_weights import adm_params
 
 
 def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:

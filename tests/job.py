@@ -1,14 +1,13 @@
-"""`python -m cfd.main` with a network of two layers and made-up images, so that it starts in seconds; and with faults.
+"""`python -m cfd.main` with a network of two layers, made-up images and, on request, faults; it starts in seconds.
 
-Everything else is the real command: its flags, its loop, its checkpoints and its signals. The environment says more:
-JOB_STEP_SECONDS   what each step takes on top
-JOB_CORES          how many cores to run on
-JOB_HANG           "main:S" or "loader:S": the main thread, or the one that loads data, sleeps for ever at step S;
+Everything else is the real command: its flags, its loop, its checkpoints and its signals. Environment variables:
+JOB_STEP_SECONDS   seconds added to each step
+JOB_CORES          number of cores to run on
+JOB_HANG           "main:S" or "loader:S": the main thread or the data-loading thread sleeps for ever at step S;
                    "error:S": the main thread raises an error
-JOB_HANG_PROCESS   the number of the process that does
-JOB_NOTES          the folder of steps.jsonl, where it is not the run's
-Each step, save and start of a loop adds a line to steps.jsonl, which, other than metrics.jsonl, keeps the steps that
-are done again.
+JOB_HANG_PROCESS   the number of the process with the fault
+JOB_NOTES          the folder of steps.jsonl, if it is not the run's
+Each step, save and start of a loop adds a line to steps.jsonl. Unlike metrics.jsonl, it keeps steps that are repeated.
 """
 
 import json
@@ -26,14 +25,15 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-import cfd.checkpoint
-import cfd.data
-import cfd.generate
 import cfd.main
-import cfd.preemption
-import cfd.train
-import cfd.workdir
+import cfd.modes.fit
+import cfd.modes.settings
+import cfd.modes.train
+from cfd.data.sources import Dataset
+from cfd.devices import preemption
 from cfd.losses import eps_loss
+from cfd.modes.sampler import Network
+from cfd.runs import checkpoint, log
 
 SIZE, WIDTH, CLASSES, EXAMPLES = 8, 128, 10, 100
 
@@ -69,7 +69,7 @@ def hangs(where: str, step: int) -> bool:
     return place == where and step == int(at) and here
 
 
-def from_config(group: Any, split: str) -> cfd.data.Dataset:
+def open_split(config: Any, split: str) -> Dataset:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (EXAMPLES, SIZE, SIZE, 1), np.uint8)
     labels = np.arange(EXAMPLES, dtype=np.int32) % CLASSES
@@ -81,7 +81,7 @@ def from_config(group: Any, split: str) -> cfd.data.Dataset:
         return images[i], int(labels[i])
 
     names = tuple(f"class {c}" for c in range(CLASSES))
-    return cfd.data.Dataset(read, lambda: labels, EXAMPLES, SIZE, 1, names, "raise")
+    return Dataset(read, lambda: labels, EXAMPLES, SIZE, 1, names, "raise")
 
 
 def note(**values: Any) -> None:
@@ -147,11 +147,11 @@ def timed(save: Any) -> Any:
 
 
 if __name__ == "__main__":
-    cfd.train.diffusion = diffusion
-    cfd.generate.eps_of_params = lambda config: eps_of_params
-    cfd.data.from_config = from_config
-    cfd.data.batches = hanging(cfd.data.batches)
-    cfd.preemption.requested = slowed(cfd.preemption.requested)
-    cfd.workdir.write_metrics = noted(cfd.workdir.write_metrics)
-    cfd.checkpoint.save = timed(cfd.checkpoint.save)
+    cfd.modes.train.diffusion = diffusion
+    cfd.modes.settings.network_of = lambda config: Network(eps_of_params, (SIZE, SIZE, 1))
+    cfd.modes.settings.open_split = open_split
+    cfd.modes.fit.batches = hanging(cfd.modes.fit.batches)
+    preemption.requested = slowed(preemption.requested)
+    log.write_metrics = noted(log.write_metrics)
+    checkpoint.save = timed(checkpoint.save)
     app.run(cfd.main.main, flags_parser=cfd.main.parse_flags)

@@ -1,4 +1,4 @@
-"""Class-conditional Gaussians x | c ~ N(m_c, s_c² I), whose ε under the VP process is exact. Label −1 is ∅."""
+"""Exact ε under the VP process for class-conditional Gaussians x | c ~ N(m_c, s_c² I). Label −1 is ∅."""
 
 from collections.abc import Callable
 
@@ -20,7 +20,7 @@ def gaussian_eps(means: ArrayLike, stds: ArrayLike) -> Callable[[Array, Array, A
 
 
 def mixture_eps(means: ArrayLike, stds: ArrayLike) -> Callable[[Array, Array, Array], Array]:
-    """As `gaussian_eps` for labels 0 .. C−1; label −1 is the mixture of the C classes with equal weights."""
+    """`gaussian_eps` for labels 0 .. C−1; label −1 is the mixture of the C classes with equal weights."""
     m, s = jnp.asarray(means, jnp.float32), jnp.asarray(stds, jnp.float32)
     conditional = gaussian_eps(means, stds)
 
@@ -34,7 +34,7 @@ def mixture_eps(means: ArrayLike, stds: ArrayLike) -> Callable[[Array, Array, Ar
 
 
 def log_densities(z: Array, logsnr: Array, means: Array, stds: Array) -> Array:
-    """log q(z | c) of z [B, d] for every class, [B, C], without the constant −d/2 log 2π."""
+    """log q(z | c) for every class, [B, C], of z [B, d], without the constant −d/2 log 2π."""
     alpha, _ = _alpha_sigma(logsnr)
     variance = _variance(logsnr[:, None], stds[None])
     squared = jnp.sum(jnp.square(z[:, None] - alpha[:, None, None] * means[None]), axis=-1)

@@ -1,15 +1,17 @@
-"""Every bad field is refused by name, with its value and what was expected; every config of configs/ is accepted."""
+"""A config is completed by its defaults, and every bad field is refused by name, with its value and a remedy."""
 
+import ast
 import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tiny import FIELDS, ROOT, read_config, tiny_config
+from ml_collections import ConfigDict
+from tiny import ROOT, read_config, tiny_config
 
-from cfd import config as cfd_config
-from cfd.config import describe, validate
+from cfd.config import DEFAULTS, FIELDS, accepts, check_name, complete, listing, with_classes, with_defaults
+from cfd.runs.workdir import flatten
 
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 
@@ -21,7 +23,8 @@ BAD = [
     ("data.source", "cifar"),
     ("data.image_size", 0),
     ("data.channels", 2),
-    ("data.num_classes", 0),
+    ("data.num_classes", -1),
+    ("data.num_classes", 2.0),
     ("data.flip", 1),
     ("data.in_memory", 1),
     ("data.num_workers", -1),
@@ -33,6 +36,8 @@ BAD = [
     ("model.dropout", 1.0),
     ("model.dropout", math.nan),
     ("model.dtype", "float16"),
+    ("model.num_classes", -1),
+    ("model.out_channels", -1),
     ("process.logsnr_min", -math.inf),
     ("process.logsnr_min", -100.0),
     ("process.logsnr_max", "20"),
@@ -74,9 +79,14 @@ BAD = [
 ]
 
 
+def unlocked() -> Any:
+    """A tiny config that a test may change."""
+    return tiny_config().copy_and_resolve_references().unlock()
+
+
 def changed(name: str, value: Any) -> Any:
-    """The tiny config with one field that holds what ConfigDict itself might refuse."""
-    config = tiny_config().copy_and_resolve_references().unlock()
+    """The tiny config with one field changed, also to a value that ConfigDict itself might refuse."""
+    config = unlocked()
     group, _, field = name.rpartition(".")
     with config.ignore_type():
         (config[group] if group else config)[field] = value
@@ -86,7 +96,7 @@ def changed(name: str, value: Any) -> Any:
 @pytest.mark.parametrize(("name", "value"), BAD)
 def test_a_bad_value_is_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(ValueError) as error:
-        validate(changed(name, value))
+        complete(changed(name, value))
     message = str(error.value)
     assert message.startswith(f"config.{name} is {value!r}; expected ") and "\n" not in message
 
@@ -115,47 +125,127 @@ def test_a_bad_value_is_refused_by_name(name: str, value: Any) -> None:
         ({"eval.features": "inception", "eval.inception_path": "a.npz"}, ("RGB", "data.channels is 1", "'classifier'")),
     ],
 )
-def test_fields_that_do_not_fit_together_are_refused(changes: dict[str, Any], words: tuple[str, ...]) -> None:
-    config = tiny_config().copy_and_resolve_references().unlock()
+def test_fields_that_contradict_each_other_are_refused(changes: dict[str, Any], words: tuple[str, ...]) -> None:
+    config = unlocked()
     for name, value in changes.items():
         group, _, field = name.rpartition(".")
         config[group][field] = value
     with pytest.raises(ValueError) as error:
-        validate(config)
+        complete(config)
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
-def test_unknown_and_missing_fields_are_named_with_their_neighbours() -> None:
+def test_an_unknown_field_or_group_is_named_with_its_neighbours() -> None:
     for group, field in (("train", "lr"), ("model", "depth")):
-        config = tiny_config().copy_and_resolve_references().unlock()
+        config = unlocked()
         config[group][field] = 1
         with pytest.raises(ValueError, match=rf"config\.{group}\.{field} is not a field; the group has .*, "):
-            validate(config)
-    config = tiny_config().copy_and_resolve_references().unlock()
-    del config.train.ema_decay
-    with pytest.raises(ValueError, match=r"config\.train\.ema_decay is missing.*a number in \[0, 1\)"):
-        validate(config)
-    config = tiny_config().copy_and_resolve_references().unlock()
+            complete(config)
+    config = unlocked()
     config.trian = dict(num_steps=1)
     with pytest.raises(ValueError, match=r"config\.trian\.num_steps is not a field; .*no group 'trian'.*'train'"):
-        validate(config)
-    config = tiny_config().copy_and_resolve_references().unlock()
-    with config.ignore_type():
-        config.train = 3
-    with pytest.raises(ValueError, match=r"config\.train"):
-        validate(config)
+        complete(config)
+    with pytest.raises(ValueError, match=r"config\.batch is not a field; the group has seed"):
+        complete(ConfigDict(dict(batch=1)))
+
+
+@pytest.mark.parametrize("value", [3, None, "100"])
+def test_a_value_in_the_place_of_a_group_is_refused(value: Any) -> None:
+    for config in (changed("train", value), ConfigDict(dict(train=value))):
+        with pytest.raises(ValueError, match=r"config\.train is a group, not a field; the group has num_steps, "):
+            complete(config)
+    with pytest.raises(ValueError, match=r"config\.train\.num_steps\.more is not a field"):
+        complete(ConfigDict(dict(train=dict(num_steps=dict(more=1)))))
+
+
+def test_every_default_satisfies_its_own_condition_and_every_field_has_a_meaning() -> None:
+    for name, field in FIELDS.items():
+        assert accepts(field.check, field.default), name
+        assert type(field.default) is field.check.type, name
+        assert field.meaning and field.check.words, name
+        check_name(name)
+    assert {name: field.default for name, field in FIELDS.items()} == DEFAULTS
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_the_configs_are_valid_and_write_out_every_field(path: Path) -> None:
-    config = read_config(path)
-    validate(config)
-    assert {name for name, _ in cfd_config._leaves(config, "")} == cfd_config.FIELDS.keys()
+def test_a_config_is_completed_by_the_defaults_alone(path: Path) -> None:
+    stated = flatten(read_config(path).to_dict())
+    config = complete(read_config(path))
+    assert flatten(config.to_dict()) == DEFAULTS | stated
+    assert stated.keys() < DEFAULTS.keys()
+    assert with_defaults(read_config(path)).to_dict() == config.to_dict()
+
+
+def test_completing_a_whole_config_changes_nothing() -> None:
+    config = tiny_config()
+    assert flatten(config.to_dict()).keys() == DEFAULTS.keys()
+    for again in (complete(config), with_classes(config, 10), complete(complete(config))):
+        assert again.to_dict() == config.to_dict()
+    assert complete(ConfigDict(config.to_dict())).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_leaving_out_a_field_or_stating_its_default_is_the_same(path: Path) -> None:
+    """A config that states every field names the same run as one that states only what differs."""
+    whole = complete(read_config(path))
+    only_differences: dict[str, Any] = {}
+    for name, value in flatten(whole.to_dict()).items():
+        if value != DEFAULTS[name]:
+            group, _, field = name.rpartition(".")
+            only_differences.setdefault(group, {})[field] = value
+    assert complete(ConfigDict(only_differences)).to_dict() == whole.to_dict()
+
+
+def test_a_complete_config_is_a_locked_copy() -> None:
+    stated = ConfigDict(dict(train=dict(num_steps=3)))
+    config = complete(stated)
+    assert stated.to_dict() == dict(train=dict(num_steps=3))
+    for group in (config, config.train):
+        with pytest.raises(AttributeError):
+            group.lr = 1
+    stated.train.num_steps = 4
+    assert config.train.num_steps == 3
+
+
+@pytest.mark.parametrize("stated", [(), ("data",), ("model",), ("data", "model", "classifier")])
+def test_the_number_of_classes_and_channels_follow_from_the_data(stated: tuple[str, ...]) -> None:
+    config = complete(ConfigDict({group: dict(num_classes=7) for group in stated} | {"sample": dict(classes=(0, 6))}))
+    before = config.to_dict()
+    filled = with_classes(config, 7)
+    assert [filled[group].num_classes for group in ("data", "model", "classifier")] == [7, 7, 7]
+    assert filled.model.out_channels == filled.data.channels == 3
+    assert config.to_dict() == before
+    followed = {f"{group}.num_classes" for group in ("data", "model", "classifier")} | {"model.out_channels"}
+    rest = [
+        {name: value for name, value in flatten(whole.to_dict()).items() if name not in followed}
+        for whole in (filled, config)
+    ]
+    assert rest[0] == rest[1]
+    with pytest.raises(AttributeError):
+        filled.train.lr = 1
+
+
+@pytest.mark.parametrize("group", ["data", "model", "classifier"])
+def test_another_number_of_classes_than_that_of_the_data_is_refused(group: str) -> None:
+    config = complete(ConfigDict({group: dict(num_classes=7)}))
+    words = rf"config\.{group}\.num_classes is 7, and the number of classes of the data is 8: set both .* leave "
+    with pytest.raises(ValueError, match=words):
+        with_classes(config, 8)
+
+
+def test_a_class_that_the_data_does_not_have_is_refused() -> None:
+    config = complete(ConfigDict(dict(sample=dict(classes=(3, 8)))))
+    assert with_classes(config, 9).sample.classes == (3, 8)
+    with pytest.raises(ValueError, match=r"config\.sample\.classes has 8; classes are 0 to 7"):
+        with_classes(config, 8)
 
 
 def test_values_at_the_edges_are_accepted() -> None:
     for name, value in (
         ("seed", 2**32 - 1),
+        ("data.num_classes", 0),
+        ("model.num_classes", 0),
+        ("model.out_channels", 0),
         ("train.p_uncond", 0),
         ("train.p_uncond", 1.0),
         ("train.warmup_steps", 0),
@@ -167,15 +257,22 @@ def test_values_at_the_edges_are_accepted() -> None:
         ("eval.weights", ()),
         ("mesh.data", -1),
     ):
-        validate(changed(name, value))
+        complete(changed(name, value))
     with pytest.raises(ValueError):  # a NumPy number would not survive config.json
-        validate(changed("train.num_steps", np.int64(5)))
+        complete(changed("train.num_steps", np.int64(5)))
 
 
-def test_the_tiny_config_is_valid_and_described_in_json() -> None:
-    config = tiny_config()
-    validate(config)
-    content = describe("diffusion", config, ("a", "b"))
-    assert content["kind"] == "diffusion" and content["class_names"] == ["a", "b"]
-    assert content["config"]["train"]["num_steps"] == FIELDS["train.num_steps"]
-    assert "unconditional" in content["conventions"]["w"]
+def test_the_listing_has_a_line_per_field_with_its_value_meaning_and_default() -> None:
+    config = tiny_config(train__learning_rate=0.5, data__path="a folder # of images", sample__sampler="ddim")
+    values = flatten(config.to_dict())
+    lines = listing(config).splitlines()
+    assert [line.split(" = ")[0] for line in lines if line] == list(FIELDS)
+    assert lines.count("") == len(config) - 1, "a blank line between groups"
+    for line in filter(None, lines):
+        name, _, rest = line.partition(" = ")
+        value, _, comment = rest.rpartition("  # ")
+        assert ast.literal_eval(value.strip()) == values[name]
+        default = FIELDS[name].default
+        assert comment.startswith(FIELDS[name].meaning)
+        assert comment.endswith(f" (default {default!r})") == (values[name] != default)
+    assert "one of ancestral, ddim, dpm_solver (default 'ancestral')" in listing(config)

@@ -17,13 +17,13 @@ def strict_promotion():
 
 
 @pytest.mark.parametrize("p_uncond", [0.1, 0.2, 0.5])
-def test_labels_drop_at_the_asked_rate(p_uncond):
+def test_labels_are_dropped_with_probability_p_uncond(p_uncond):
     n = 100_000
     dropped = drop_labels(jax.random.key(0), jnp.zeros(n, jnp.int32), p_uncond) == NULL_LABEL
     assert abs(float(np.mean(dropped)) - p_uncond) < 5 * math.sqrt(p_uncond * (1 - p_uncond) / n)
 
 
-def test_labels_drop_independently_of_each_other():
+def test_labels_are_dropped_independently_of_each_other():
     """The joint distribution of neighbours over many keys is the product of the marginals."""
     n, p = 20_000, 0.3
     keys = jax.random.split(jax.random.key(1), n)
@@ -66,8 +66,8 @@ def test_labels_that_are_never_dropped_need_no_null():
         np.testing.assert_array_equal(drop_labels(jax.random.key(0), labels, 0.0), labels)
 
 
-def test_a_label_of_many_numbers_is_dropped_whole():
-    """As an index is that looks it up: a pytree of embeddings with its own ∅."""
+def test_a_label_of_several_arrays_is_dropped_as_a_whole():
+    """A pytree of embeddings with its own ∅ is dropped in the same rows as the indices that would look it up."""
     labels = jnp.arange(1000, dtype=jnp.int32)
     dropped = drop_labels(jax.random.key(3), labels, 0.5) == NULL_LABEL
     text = {"tokens": jnp.ones((1000, 5, 2)), "length": labels}
@@ -83,7 +83,11 @@ def test_a_label_of_many_numbers_is_dropped_whole():
 @pytest.mark.parametrize(
     ("labels", "null", "words"),
     [
-        (np.arange(3, dtype=np.uint8), NULL_LABEL, "null is -1, which labels of dtype uint8 cannot be.*as int32"),
+        (
+            np.arange(3, dtype=np.uint8),
+            NULL_LABEL,
+            "null is -1, which labels of dtype uint8 cannot represent.*as int32",
+        ),
         (np.array([True, False]), NULL_LABEL, "labels of dtype bool"),
         (np.ones((3, 4)), NULL_LABEL, r"null has shape \(\); it must be that of one label, \(4,\)"),
         (np.ones((3, 4)), np.zeros((3, 4)), r"null has shape \(3, 4\)"),
@@ -124,7 +128,7 @@ def test_guide_extrapolates_the_line_from_uncond_through_cond():
         np.testing.assert_allclose(guided - cond, w * (cond - uncond), rtol=0, atol=2e-5 * (1 + abs(w)))
 
 
-def test_guide_is_linear_in_the_scores_and_equal_scores_stay():
+def test_guide_is_linear_in_the_scores_and_keeps_equal_scores():
     cond, uncond = scores()
     two = jnp.float32(2)
     np.testing.assert_array_equal(guide(two * cond, two * uncond, 0.7), two * guide(cond, uncond, 0.7))

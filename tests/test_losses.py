@@ -52,7 +52,7 @@ def test_a_perfect_predictor_has_no_loss():
         assert float(eps_loss(jax.random.key(1), lambda z, s, _: eps_from_x(z, x, s), x, LABELS)) < 1e-5
 
 
-def test_predicting_nothing_loses_the_variance_of_the_noise():
+def test_predicting_0_loses_the_variance_of_the_noise():
     loss = eps_loss(jax.random.key(2), lambda z, *_: jnp.zeros_like(z), column(1.0), LABELS)
     assert abs(float(loss) - 1) < 5 * math.sqrt(2 / N)
 
@@ -66,7 +66,7 @@ def test_the_loss_is_the_mean_over_batch_and_dimensions():
 
 
 def test_noise_levels_are_uniform_in_u():
-    """Every λ maps back to u, and the empirical distribution of u stays within the DKW bound of the uniform one."""
+    """λ maps back to u, whose empirical distribution is within the DKW bound of the uniform distribution."""
     _, logsnr, _ = seen_by_the_network(jax.random.key(4), column(0.0), logsnr_min=-7.0)
     b = math.atan(math.exp(-10.0))
     a = math.atan(math.exp(3.5)) - b
@@ -88,7 +88,7 @@ def test_z_has_the_moments_of_the_process():
 
 
 @pytest.mark.parametrize("p_uncond", [0.0, 0.1, 0.5, 1.0])
-def test_dropped_labels_reach_the_network_at_the_asked_rate(p_uncond):
+def test_labels_reach_the_network_dropped_with_probability_p_uncond(p_uncond):
     z, logsnr, given = seen_by_the_network(jax.random.key(6), column(0.0), p_uncond=p_uncond)
     dropped = given == NULL_LABEL
     np.testing.assert_array_equal(given[~dropped], LABELS[~dropped])
@@ -99,7 +99,7 @@ def test_dropped_labels_reach_the_network_at_the_asked_rate(p_uncond):
 
 
 def test_labels_may_be_embeddings():
-    """Rows of a table with its own ∅ lose what the labels do that would look them up."""
+    """Rows of a table with its own ∅ give the same loss as the labels that would look them up."""
     table = jnp.float32([[0.5, 1.0], [-1.0, 2.0], [0.1, -3.0]])
 
     def eps_fn(z, logsnr, rows):
@@ -110,10 +110,11 @@ def test_labels_may_be_embeddings():
     assert eps_loss(key, eps_fn, x, table[LABELS % 2], null=table[-1], p_uncond=0.5) == by_label
 
 
-def test_gaussian_predictors_lose_what_quadrature_says():
-    """For x ~ N(m, s²) and ε̂ = E[ε | z], E(ε − ε̂)² = α² s² / (α² s² + σ²) at each λ: the integral over u.
+def test_the_loss_of_gaussian_predictors_is_that_of_quadrature():
+    """For x ~ N(m, s²) and ε̂ = E[ε | z], the loss is the integral over u of E(ε − ε̂)² = α² s² / (α² s² + σ²).
 
-    Dropped rows see the Bayes predictor of a Gaussian of standard deviation 3, which errs by a known excess.
+    Rows with a dropped label get the Bayes predictor of a Gaussian of standard deviation 3, whose excess error is
+    known.
     """
     m, s, wrong, n = 0.3, 0.5, 3.0, 400_000
 
@@ -147,7 +148,7 @@ def test_gaussian_predictors_lose_what_quadrature_says():
 
 
 def test_gradient_of_a_linear_predictor():
-    """The loss of ε̂ = θ z is a parabola in θ: its derivative is the central difference, exactly."""
+    """The loss of ε̂ = θ z is a parabola in θ, so its derivative equals the central difference."""
 
     @jax.jit
     def loss(theta):
@@ -170,7 +171,7 @@ def test_a_key_is_reproducible_under_jit():
 
 
 def test_eight_devices_equal_one():
-    """A caller's own pmap and shard_map: the mean over the devices of each one's loss, and its gradient."""
+    """In a caller's own pmap and shard_map, the loss and its gradient are the means of those of the devices."""
     x, labels = jnp.linspace(-1.0, 1.0, 8 * 3 * 5).reshape(8, 3, 5), jnp.arange(24, dtype=jnp.int32).reshape(8, 3)
     keys = jax.random.split(jax.random.key(14), 8)
 

@@ -1,4 +1,4 @@
-"""The command line: the whole job once, and every mistake answered by a line or two, with nothing overwritten."""
+"""The command line: the whole job once; every mistake is reported in a line or two, and nothing is overwritten."""
 
 import json
 import multiprocessing
@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 from tiny import ROOT, flags_of, tiny_config
 
-from cfd import npz, results, workdir
-from cfd.config import describe
+from cfd.config import FIELDS
+from cfd.runs import manifest, npz, results, workdir
 
 DIGITS = f"--config={ROOT}/configs/digits.py"
 
@@ -28,7 +28,7 @@ class Finished(NamedTuple):
 
 
 def start(arguments: list[str], output: str, folder: str) -> None:
-    """`python -m cfd.main`, in a process that has imported what it imports."""
+    """`python -m cfd.main` in a process that has already imported its modules."""
     os.chdir(folder)
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT), number)
@@ -53,11 +53,11 @@ class Command(NamedTuple):
         process = self.context.Process(target=start, args=(arguments, str(output), str(self.folder)))
         process.start()
         process.join(100)
-        assert process.exitcode is not None, "it still runs"
+        assert process.exitcode is not None, "the process is still running"
         return Finished(process.exitcode, *(output.with_suffix(f".{name}").read_text() for name in ("out", "err")))
 
     def fails(self, *arguments: str) -> str:
-        """What it says, in a line or two."""
+        """The error that it prints, in a line or two. Nothing in the folder may change."""
         before = contents(self.folder)
         code, out, err = self(*arguments)
         assert code == 1 and out == "", (code, out, err)
@@ -67,14 +67,14 @@ class Command(NamedTuple):
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
-    """Every file but the locks, whose owner is the last that came."""
+    """The content of every file except the locks, in which each start writes its name."""
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != workdir.LOCK}
 
 
 @pytest.fixture
 def command(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cfd.evaluation", "cfd.report", "cfd.train"])
+    context.set_forkserver_preload(["cfd.modes.sweep", "cfd.modes.report", "cfd.modes.train"])
     yield Command(tmp_path, tmp_path_factory.mktemp("outputs"), context)
 
 
@@ -84,6 +84,7 @@ def command(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         (["--config.train.lr=1"], ("config.train.lr is not a field", "learning_rate")),
         (["--config.train.num_steps=0"], ("config.train.num_steps is 0", "an integer >= 1")),
         (["--config.train.num_steps=ten"], ("train.num_steps", "ten")),
+        (["--config.train=3"], ("config.train is a group, not a field", "learning_rate")),
         (["--config.sample.w=(0.0,-2.0)"], ("config.sample.w is (0.0, -2.0)", ">= -1")),
         (["--config.train.p_uncond=nan"], ("config.train.p_uncond is nan", ">= 0 and <= 1")),
         (["--config.sample.classes=(3,10)"], ("config.sample.classes has 10", "0 to 9")),
@@ -103,7 +104,7 @@ def command(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_a_mistake_is_answered_by_a_line(command: Command, arguments: list[str], words: tuple[str, ...]) -> None:
+def test_a_mistake_is_reported_in_a_line(command: Command, arguments: list[str], words: tuple[str, ...]) -> None:
     error = command.fails(DIGITS, *arguments)
     assert all(word in error for word in words), error
 
@@ -121,21 +122,63 @@ def test_the_config_itself_can_be_the_mistake(command: Command) -> None:
     ):
         broken.write_text(text)
         error = command.fails(f"--config={broken}")
-        assert f"{broken} is no config (" in error and words in error and "such as configs/digits.py" in error
+        assert f"{broken} is no config (" in error and words in error
+        assert "or the name of a config of the package, such as digits" in error
+    wrong = command.folder / "wrong.py"
+    wrong.write_text("from ml_collections import ConfigDict\ndef get_config():\n  return ConfigDict(dict(sed=0))\n")
+    assert "config.sed is not a field; the group has seed" in command.fails(f"--config={wrong}")
+
+
+def test_an_unknown_name_of_a_config_is_refused_with_the_names_to_choose_from(command: Command) -> None:
+    error = command.fails("--config=imagenet")
+    assert "--config=imagenet names no config; choose one of cifar10, digits, imagenet128, imagenet64" in error
+
+
+def listed(command: Command, *arguments: str) -> dict[str, str]:
+    """The value of each field that `--mode=config` prints. It must leave the folder as it is."""
+    before = sorted(command.folder.rglob("*"))
+    code, out, err = command(*arguments, "--mode=config")
+    assert (code, err) == (0, ""), err
+    assert sorted(command.folder.rglob("*")) == before
+    lines = (line.partition("  # ")[0].partition(" = ") for line in out.splitlines() if line)
+    return {name: value.strip() for name, _, value in lines}
+
+
+def test_the_mode_config_prints_the_whole_config_and_needs_no_run(command: Command) -> None:
+    values = listed(command, DIGITS)
+    assert values.keys() == FIELDS.keys()
+    assert values["data.source"] == "'digits'" and values["train.num_steps"] == "800" and values["sample.v"] == "0.3"
+    changed = listed(command, DIGITS, "--config.train.num_steps=7", "--config.classifier.dropout=0.5")
+    assert changed == values | {"train.num_steps": "7", "classifier.dropout": "0.5"}
+    assert "config.train.num_steps is 0" in command.fails(DIGITS, "--config.train.num_steps=0", "--mode=config")
+
+
+def test_a_name_stands_for_a_config_of_the_package(command: Command) -> None:
+    assert listed(command, "--config=digits") == listed(command, DIGITS)
+    (command.folder / "digits").mkdir()  # a name is never a file
+    (command.folder / "digits.py").write_text("raise ValueError\n")
+    assert listed(command, "--config=digits") == listed(command, DIGITS)
+    assert "runs/digits holds no run" in command.fails("--config=digits", "--mode=sample")
+
+
+def test_a_config_needs_to_state_only_what_differs(command: Command) -> None:
     short = command.folder / "short.py"
-    short.write_text("from ml_collections import ConfigDict\ndef get_config():\n  return ConfigDict(dict(seed=0))\n")
-    assert "is missing; every field is written out" in command.fails(f"--config={short}")
+    short.write_text("from ml_collections import ConfigDict\ndef get_config():\n  return ConfigDict(dict(seed=3))\n")
+    values = listed(command, f"--config={short}", "--config.sample.w=(0.5,)")
+    expected = {name: repr(field.default) for name, field in FIELDS.items()}
+    assert values == expected | {"seed": "3", "sample.w": "(0.5,)"}
 
 
 @pytest.fixture
 def run(command: Command) -> Command:
-    """A run's folder, runs/digits, that has not saved a checkpoint."""
+    """runs/digits is the folder of a run that has no checkpoint yet."""
     names = tuple("0123456789")
-    workdir.write_config(command.folder / "runs" / "digits", describe("diffusion", tiny_config(), names))
+    content = workdir.describe("diffusion", tiny_config().to_dict(), names)
+    workdir.write_config(command.folder / "runs" / "digits", content)
     return command
 
 
-def test_a_folder_of_another_run_is_left_alone(run: Command) -> None:
+def test_the_folder_of_another_run_is_not_changed(run: Command) -> None:
     (run.folder / "runs" / "digits" / "checkpoints" / "2").mkdir(parents=True)
     for mode in ("train", "sample", "sweep"):
         error = run.fails(DIGITS, *flags_of(train__learning_rate=0.5), f"--mode={mode}")
@@ -147,16 +190,16 @@ def test_a_run_without_a_checkpoint_says_that_it_has_none(run: Command) -> None:
         assert "has no step; its steps are []" in run.fails(DIGITS, *flags_of(), f"--mode={mode}")
 
 
-def test_the_folders_to_compare_may_begin_with_the_home(run: Command) -> None:
+def test_the_folders_to_compare_may_begin_with_a_tilde(run: Command) -> None:
     folder = str(run.folder / "runs" / "digits")
-    manifest = {"reference": {"sha256": ""}, "features": {"sha256": ""}}
-    results.write_manifest(folder, manifest)
-    results.append_row(folder, dict.fromkeys(results.COLUMNS, 1) | {"manifest": results.manifest_name(manifest)})
+    made = {"reference": {"sha256": ""}, "features": {"sha256": ""}}
+    manifest.write_manifest(folder, made)
+    results.append_row(folder, dict.fromkeys(results.COLUMNS, 1) | {"manifest": manifest.manifest_name(made)})
     error = run.fails(DIGITS, *flags_of(), "--mode=compare", "--runs=~/no/such/run")
     assert f"{os.path.expanduser('~')}/no/such/run has no sweep.csv" in error
 
 
-def test_a_sweep_of_nothing_says_so(run: Command) -> None:
+def test_a_sweep_without_weights_is_refused(run: Command) -> None:
     error = run.fails(DIGITS, *flags_of(eval__weights=()), "--mode=sweep")
     assert "config.eval.weights is ()" in error and "--config.eval.weights=" in error
 
@@ -168,7 +211,7 @@ def test_a_folder_in_use_is_refused(run: Command) -> None:
 
 
 @pytest.mark.parametrize("needed", ["eval__reference", "eval__inception_path"])
-def test_what_a_sweep_will_need_is_looked_for_before_training(command: Command, needed: str) -> None:
+def test_the_files_that_a_sweep_needs_are_checked_before_training(command: Command, needed: str) -> None:
     colour = dict(data__channels=3, model__out_channels=3, eval__features="inception")
     changes = colour if needed == "eval__inception_path" else {}
     error = command.fails(DIGITS, *flags_of(**changes, **{needed: "no.npz"}))
@@ -180,7 +223,7 @@ def test_what_a_sweep_will_need_is_looked_for_before_training(command: Command, 
 
 
 def test_the_whole_job(tmp_path: Path) -> None:
-    """Trains, sweeps and samples with the real network and data; the same command again has nothing left to do."""
+    """Train, sweep and sample with the real network and data; the same command again has nothing left to do."""
     changes = dict(train__num_steps=24, train__checkpoint_every_steps=12, train__sample_every_steps=12)
     base = [sys.executable, "-m", "cfd.main", DIGITS, "--workdir=run", *flags_of(**changes, eval__weights=(0.0, 2.0))]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -195,7 +238,9 @@ def test_the_whole_job(tmp_path: Path) -> None:
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == list(range(1, 25))
     losses = [line["loss"] for line in log]
-    assert abs(losses[0] - 1.0) < 0.15 and np.mean(losses[-5:]) < 0.9 * losses[0]  # ε has variance 1, a new net gives 0
+    assert (
+        abs(losses[0] - 1.0) < 0.15 and np.mean(losses[-5:]) < 0.9 * losses[0]
+    )  # ε has variance 1, and a new network returns 0
     rows = results.read_rows(str(folder))
     assert [(row["w"], row["num_samples"], row["features"]) for row in rows] == [
         (0.0, 20, "classifier"),

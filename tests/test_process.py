@@ -1,4 +1,4 @@
-"""The process against mpmath and Bayes' rule, at every noise level down to λ = ±20, in float32."""
+"""The process in float32 against mpmath and Bayes' rule, at every noise level from λ = −20 to 20."""
 
 import jax
 import jax.numpy as jnp
@@ -99,7 +99,7 @@ def test_diffuse_against_float64():
 
 
 def test_round_trips_lose_only_the_rounding_of_z():
-    """x = (z − σ ε)/α returns x to the rounding of z divided by α, and ε to that divided by σ."""
+    """(z − σ ε)/α recovers x to the rounding error of z divided by α; (z − α x)/σ recovers ε to that error over σ."""
     x, eps = np.random.default_rng(0).normal(size=(2, 81, 5)).astype(np.float32)
     x, eps = jnp.asarray(x), jnp.asarray(eps)
     logsnr = jnp.asarray(LOGSNRS)
@@ -123,7 +123,7 @@ def test_posterior_is_bayes_rule(logsnr, logsnr_next):
 @pytest.mark.parametrize(("logsnr", "logsnr_next"), PAIRS)
 @pytest.mark.parametrize("v", [0.0, 0.3, 1.0])
 def test_posterior_variance_interpolates_in_the_exponent(logsnr, logsnr_next, v):
-    """Between the variance of q(z' | z, x) at v = 0 and that of the forward step q(z | z') at v = 1."""
+    """The variance is that of q(z' | z, x) at v = 0 and that of the forward step q(z | z') at v = 1."""
     lo, hi = float(np.float32(logsnr)), float(np.float32(logsnr_next))
     _, backward, forward = exact_bayes(0.0, 0.0, lo, hi)
     _, std = posterior(jnp.zeros(2), jnp.zeros(2), jnp.float32(lo), jnp.float32(hi), v)
@@ -145,7 +145,7 @@ def test_two_steps_are_one_step(first, middle, last):
 
 
 def test_posterior_keeps_the_marginal():
-    """z ~ q(z | x) then z' ~ q(z' | z, x) is z' ~ q(z' | x): mean α' x and variance σ'²."""
+    """If z ~ q(z | x) and z' ~ q(z' | z, x), then z' ~ q(z' | x), with mean α' x and variance σ'²."""
     x = jnp.float32(0.8)
     for lo, hi in PAIRS:
         alpha, sigma = alpha_sigma(lo)
@@ -156,7 +156,7 @@ def test_posterior_keeps_the_marginal():
         np.testing.assert_allclose(jnp.square(slope * sigma) + jnp.square(std), jnp.square(sigma_next), rtol=2e-5)
 
 
-def test_posterior_of_no_step_stays_and_of_a_full_step_is_x():
+def test_posterior_of_a_step_of_zero_length_is_z_and_of_a_full_step_is_x():
     z, x = jnp.float32([1.5, -0.2]), jnp.float32([0.3, 0.6])
     mean, std = posterior(z, x, jnp.float32(2), jnp.float32(2), 0.3)
     np.testing.assert_array_equal(mean, z)
@@ -167,8 +167,8 @@ def test_posterior_of_no_step_stays_and_of_a_full_step_is_x():
 
 
 @pytest.mark.parametrize("shape", [(4,), (4, 3), (4, 2, 3, 1)])
-def test_one_logsnr_or_one_a_row(shape):
-    """A scalar λ is the same λ for every row; [B] gives each row its own."""
+def test_one_logsnr_for_all_rows_or_one_per_row(shape):
+    """A scalar λ applies to every row; λ of shape [B] gives each row its own."""
     z, x = jnp.asarray(np.random.default_rng(1).normal(size=(2, *shape)), jnp.float32)
     lo, hi = jnp.float32([-20, -1, 0, 19]), jnp.float32([-19, 0, 20, 20])
 

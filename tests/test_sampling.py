@@ -1,4 +1,4 @@
-"""Algorithm 2 against exact linear-Gaussian recursions in float64, and what it costs in network evaluations."""
+"""Algorithm 2 against exact linear-Gaussian recursions in float64, and its cost in network evaluations."""
 
 import functools
 import itertools
@@ -33,7 +33,7 @@ linear = gaussian_eps(MEANS, STDS)
 
 
 def network(z, logsnr, labels):
-    """A network that is neither linear nor elementwise, with label −1 the zero row of its table."""
+    """A network that is neither linear nor elementwise; label −1 selects the zero row of its table."""
     table = jnp.sin(jnp.arange(4 * 6.0)).reshape(4, 6).at[-1].set(0.0)
     mix = jnp.cos(jnp.arange(18.0)).reshape(3, 6)
     hidden = jax.nn.silu(z @ mix + table[labels] + 0.1 * logsnr[:, None])
@@ -44,7 +44,7 @@ class Exact(NamedTuple):
     images: np.ndarray  # [B, d], from the given noise
     mean: np.ndarray  # [B, d], over the noise
     variance: np.ndarray  # [B]
-    rounding: np.ndarray  # [B], a bound on what float32 can add
+    rounding: np.ndarray  # [B], a bound on the rounding error of float32
 
 
 def exact_gaussian_samples(
@@ -52,9 +52,9 @@ def exact_gaussian_samples(
 ) -> Exact:
     """Algorithm 2 in float64 from the paper's Eqs. 1 to 6, with ε of `gaussian_eps`; v = None is DDIM.
 
-    noise [B, >= num_steps, d]: the first is z_1, number t the noise of step t. Without clipping z is affine in them, so
-    the mean and the variance follow exactly, and so does the growth of the roundings. w is a function of λ, giving [B].
-    Second order: D of arXiv:2211.01095, Algorithm 2, line 7, but in the first step and in the last.
+    noise [B, >= num_steps, d] holds z_1 and then the noise of each step. Without clipping, z is affine in the noise, so
+    the mean, the variance and the growth of the rounding error follow exactly. w is a function of λ that returns [B].
+    With `second_order`, x̃ is D of arXiv:2211.01095, Algorithm 2, line 7, except in the first step and the last.
     """
     b = math.atan(math.exp(-logsnr_max / 2))
     a = math.atan(math.exp(-logsnr_min / 2)) - b
@@ -62,7 +62,7 @@ def exact_gaussian_samples(
     logsnr = [-2 * math.log(math.tan(a * value + b)) for value in u]
 
     z, mean, parts = noise[:, 0], np.zeros_like(noise[:, 0]), np.zeros(noise.shape[:2])
-    parts[:, 0] = 1  # how much of every noise is in z
+    parts[:, 0] = 1  # coefficient of each noise in z
     rounding = x_error = np.zeros(len(noise))
     x_before = x_mean_before = x_parts_before = 0.0
     for t in range(num_steps):
@@ -72,7 +72,7 @@ def exact_gaussian_samples(
         x_slope = (1 - sigma * ((1 + weight) * slope_c - weight * slope_0)) / alpha
         x_offset = -sigma / alpha * ((1 + weight)[:, None] * offset_c - weight[:, None] * offset_0)
         x = x_slope[:, None] * z + x_offset
-        # The terms whose difference, divided by α, is x, each rounded a few times.
+        # x is the difference of these terms divided by α. Each term is rounded a few times.
         terms = 1 + sigma * (np.abs(1 + weight) * slope_c + np.abs(weight) * slope_0)
         terms = terms * (np.abs(z).max(axis=1) + alpha)
         x_rounding = 2 * ROUNDING * terms / alpha
@@ -90,7 +90,7 @@ def exact_gaussian_samples(
             kept = math.exp(logsnr[t] - logsnr[t + 1])
             from_z, from_x = kept * alpha_next / alpha, (1 - kept) * alpha_next
             std = math.sqrt(((1 - kept) * sigma_next**2) ** (1 - v) * ((1 - kept) * sigma**2) ** v)
-        extra = 0.0  # 1 / (2 r), r the last gap in λ over this one
+        extra = 0.0  # 1 / (2 r); r is the ratio of the previous gap in λ to this one
         if second_order and 0 < t < num_steps - 2:
             extra = 0.5 * (logsnr[t + 1] - logsnr[t]) / (logsnr[t] - logsnr[t - 1])
         x_mean, x_parts = x_slope[:, None] * mean + x_offset, x_slope[:, None] * parts
@@ -112,7 +112,7 @@ def exact_alpha_sigma(logsnr):
 
 
 def eps_line(alpha, sigma, label):
-    """ε(z, label) = slope z + offset: slope [B] or scalar, offset [B, d] or [d]."""
+    """(slope, offset) of ε(z, label) = slope z + offset; slope is [B] or a scalar, offset is [B, d] or [d]."""
     slope = np.asarray(sigma / (alpha**2 * STDS[label] ** 2 + sigma**2))
     return slope, -slope[..., None] * alpha * MEANS[label]
 
@@ -123,7 +123,7 @@ def constant(w):
 
 @functools.cache
 def noise_of_images(count=8, num_steps=16):
-    """The noise of the images of KEY, [B, T, 3] in float64: number t of image i from fold_in(fold_in(KEY, i), t)."""
+    """The noise of the images of KEY, [B, T, 3] in float64; step t of image i uses fold_in(fold_in(KEY, i), t)."""
 
     @jax.vmap
     def draw(key):
@@ -145,7 +145,7 @@ def sampler_of(eps_fn, **kwargs):
 
 
 def traces_and_evaluations():
-    """An eps_fn that counts how often it is traced and how often it runs."""
+    """(counts, eps_fn): counts how often eps_fn is traced and how often it runs."""
     counts = {"traced": 0, "evaluated": 0}
 
     def ran():
@@ -159,7 +159,7 @@ def traces_and_evaluations():
     return counts, eps_fn
 
 
-# Shared by many tests: a compiled program for each shape of w.
+# Shared by many tests; each compiles one program per shape of w.
 sample, sample_doubled = sampler_of(network), sampler_of(network, doubled=True)
 conditional = jax.jit(lambda keys, labels: guided_sample(keys, network, labels, (3,), num_steps=8))
 
@@ -168,7 +168,7 @@ conditional = jax.jit(lambda keys, labels: guided_sample(keys, network, labels, 
 
 
 def test_the_scores_are_the_gradients_of_the_densities():
-    """ε = −σ ∇_z log q(z | c), and of log q(z) for ∅, by automatic differentiation."""
+    """ε = −σ ∇_z log q(z | c) for a class and −σ ∇_z log q(z) for ∅, by automatic differentiation."""
     means, stds = jnp.float32(MEANS), jnp.float32(STDS)
     z = jnp.float32(np.random.default_rng(0).normal(size=(12, 3)))
     logsnr, labels = jnp.linspace(-8, 8, 12), jnp.arange(12, dtype=jnp.int32) % 4 - 1
@@ -190,7 +190,7 @@ def test_the_scores_are_the_gradients_of_the_densities():
     ("rule", "num_steps"), [*itertools.product(["ancestral", "ddim"], [2, 16, 64]), ("ancestral", 1)]
 )
 def test_guided_gaussians_follow_the_exact_recursion(rule, num_steps, second_order):
-    """For every class, w and v: each image to the rounding of float32, and the moments over independent images."""
+    """For every class, w and v, compare each image to float32 rounding, and the moments over independent images."""
     count = 1000
     w, classes = np.tile(WEIGHTS, 2 * count), np.tile(np.repeat([0, 1], len(WEIGHTS)), count)
     noise = noise_of_images(len(w), 64)
@@ -208,7 +208,7 @@ def test_guided_gaussians_follow_the_exact_recursion(rule, num_steps, second_ord
         error = np.abs(images - exact.images).max(axis=1)
         assert np.all(error <= exact.rounding), (v, (error / exact.rounding).max())
 
-        if num_steps >= 16:  # In fewer steps the spread of the images is below the rounding of x at λ = −20.
+        if num_steps >= 16:  # With fewer steps, the spread of the images is below the rounding error of x at λ = −20.
             images, mean, std = images.reshape(count, 10, 3), exact.mean[:10], exact.variance[:10] ** 0.5
             assert np.all(np.median(exact.rounding.reshape(count, 10), axis=0) < 0.05 * std + 1e-4)
             assert np.all(np.abs(images.mean(axis=0) - mean) < 5 * std[:, None] / math.sqrt(count))
@@ -217,16 +217,17 @@ def test_guided_gaussians_follow_the_exact_recursion(rule, num_steps, second_ord
 
 
 def test_many_steps_reach_the_data():
-    """Unguided, DDIM tends to the probability flow, which carries the noise n of z_1 to m + s n."""
+    """Without guidance, DDIM converges to the probability flow, which maps the noise n of z_1 to m + s n."""
     images = sampler_of(linear, num_steps=1000, sampler=ddim(), clip=False)(image_keys(8), LABELS, 0.0)
     noise = noise_of_images()[:, 0]
     np.testing.assert_allclose(images, MEANS[LABELS] + STDS[LABELS, None] * noise, atol=0.01)
 
 
 def test_dpm_solver_is_of_second_order():
-    """Four times the steps leave DDIM a quarter of its distance to the probability flow, and this less than a seventh.
+    """Four times the steps divide the distance to the probability flow by 4 for DDIM, by more than 7 for dpm_solver.
 
-    (Not a sixteenth: next to both ends of the schedule, gaps in λ do not shrink with T.) Its 16 steps beat DDIM's 48.
+    The second factor is not 16, because gaps in λ at both ends of the schedule do not shrink with T. With 16 steps,
+    dpm_solver is closer than DDIM with 48.
     """
     exact = MEANS[LABELS] + STDS[LABELS, None] * noise_of_images()[:, 0]
 
@@ -253,7 +254,7 @@ def test_other_ends_of_the_schedule_another_null_and_clipping():
 
 
 def test_the_schedule_rises_and_the_last_evaluation_returns_its_x():
-    """A network that sees x = c at λ_T decides the image, whatever it said before."""
+    """A network that implies x = 0.25 at λ_T determines the image, whatever it returned before."""
     seen = []
 
     def eps_fn(z, logsnr, labels):
@@ -272,13 +273,13 @@ def test_the_schedule_rises_and_the_last_evaluation_returns_its_x():
 
 @pytest.mark.parametrize("num_steps", [2, 9, 64, 256, 1000])
 @pytest.mark.parametrize("ends", [(-20.0, 20.0), (-6.0, 4.0), (-8.0, 9.0)])
-def test_the_schedule_ends_where_it_is_told_to(num_steps, ends):
-    """Exactly, under jit too: an interval that ends there holds the evaluation there."""
+def test_the_schedule_has_exactly_the_ends_that_are_given(num_steps, ends):
+    """This also holds under jit, so an Interval that ends at logsnr_max contains the last evaluation."""
     logsnr = jax.jit(schedule, static_argnums=(0, 1, 2))(num_steps, *ends)
     assert (logsnr[0], logsnr[-1]) == ends and np.all(np.diff(logsnr) > 0)
 
 
-def test_a_variance_an_image():
+def test_v_may_differ_per_image():
     v = jnp.linspace(0.0, 1.0, 8)
     rules = [ancestral(v), *map(ancestral, v)]
     together, *alone = (sampler_of(network, sampler=rule)(image_keys(8), LABELS, 1.0) for rule in rules)
@@ -286,7 +287,7 @@ def test_a_variance_an_image():
 
 
 def test_guidance_moves_the_mass_of_a_mixture_away_from_the_other_classes():
-    """Fig. 2 of the paper: three Gaussians in the plane; for every class p(c | x) of the samples rises with w."""
+    """Fig. 2 of the paper, three Gaussians in the plane: for every class, p(c | x) of the samples rises with w."""
     angles = 2 * np.pi * np.arange(3) / 3
     means = jnp.asarray(0.5 * np.stack([np.cos(angles), np.sin(angles)], axis=1), jnp.float32)
     stds, labels = jnp.full(3, 0.35), jnp.arange(600, dtype=jnp.int32) % 3
@@ -310,7 +311,7 @@ def test_guidance_moves_the_mass_of_a_mixture_away_from_the_other_classes():
 
 @pytest.mark.parametrize("guided", [sample, sample_doubled], ids=["two passes", "doubled"])
 def test_w_0_is_the_conditional_and_minus_1_the_unconditional_sampler(guided):
-    """To the bit, though w is traced."""
+    """The images are equal to the bit, although w is traced."""
     keys = image_keys(8)
     np.testing.assert_array_equal(guided(keys, LABELS, np.zeros(8, np.float32)), conditional(keys, LABELS))
     np.testing.assert_array_equal(guided(keys, LABELS, np.full(8, -1, np.float32)), conditional(keys, UNLABELLED))
@@ -338,7 +339,7 @@ def test_fourteen_weights_compile_once():
     assert len({image.tobytes() for image in images}) == 14
 
 
-def test_a_python_0_makes_one_evaluation_a_step():
+def test_a_python_0_costs_one_evaluation_per_step():
     counts, eps_fn = traces_and_evaluations()
     jax.jit(lambda: guided_sample(KEY, eps_fn, LABELS, (3,), w=0, num_steps=5))().block_until_ready()
     jax.effects_barrier()
@@ -350,7 +351,7 @@ def test_a_python_0_makes_one_evaluation_a_step():
     [(0, True, [8]), (0.0, False, [8]), (0.5, False, [8, 8]), (-1, False, [8, 8]), (0.5, True, [16])],
 )
 def test_evaluations_in_the_loop(w, doubled, batches):
-    """Two batches of B, or one of 2B when doubled."""
+    """Guidance evaluates two batches of B, or one of 2B if doubled."""
     seen = []
 
     def eps_fn(z, logsnr, labels):
@@ -371,7 +372,7 @@ def test_w_may_be_a_function_of_logsnr():
     assert np.all(np.abs(images - exact.images).max(axis=1) <= exact.rounding)
 
 
-def test_an_interval_makes_the_second_evaluation_inside_only():
+def test_an_interval_costs_the_second_evaluation_only_inside():
     counts, eps_fn = traces_and_evaluations()
     limited = sampler_of(eps_fn, num_steps=16)
     u, b = 1 - np.arange(16) / 15, math.atan(math.exp(-10.0))
@@ -401,8 +402,8 @@ def test_one_doubled_batch_equals_two_passes():
 # Keys, labels and ∅
 
 
-def test_an_image_is_its_key_and_not_its_batch():
-    """One key for all is tested by every exact recursion, whose noise is that of fold_in(KEY, i)."""
+def test_an_image_depends_on_its_key_and_not_on_its_batch():
+    """The exact recursions test the case of one key, because their noise is that of fold_in(KEY, i)."""
     keys, order = image_keys(8), np.array([5, 2, 7, 0, 1, 6, 3, 4])
     together = np.asarray(sample(keys, LABELS, 1.5))
     assert len(np.unique(together[:, 0])) == 8
@@ -416,7 +417,7 @@ def test_raw_keys_are_keys():
 
 
 def test_labels_may_be_embeddings():
-    """Rows of a table, given as a pytree with its own ∅, make the images of the labels that would look them up."""
+    """Rows of a table, given as a pytree with its own ∅, give the images of the labels that would look them up."""
     means, stds = jnp.asarray(MEANS, jnp.float32), jnp.asarray(STDS, jnp.float32)
 
     def eps_fn(z, logsnr, text):
@@ -477,7 +478,7 @@ def test_vmap_over_keys():
 
 
 def test_gradients_are_those_of_the_recursion():
-    """d(sum of the images) / d(w, v, λ_max) in reverse mode: the central differences of the float64 recursion."""
+    """d(sum of the images) / d(w, v, λ_max) in reverse mode equals central differences of the float64 recursion."""
 
     def total(w, v, logsnr_max):
         sampler = {"sampler": ancestral(v), "logsnr_max": logsnr_max}
@@ -495,7 +496,7 @@ def test_gradients_are_those_of_the_recursion():
 
 
 def test_eight_devices_equal_one():
-    """A caller's own pmap and shard_map, one image a device, and jit over sharded arguments."""
+    """In a caller's own pmap and shard_map with one image per device, and in jit with sharded arguments."""
     keys = image_keys(8)
     expected = sample(keys, LABELS, 0.7)
 
@@ -516,7 +517,7 @@ def test_eight_devices_equal_one():
 @pytest.mark.parametrize("sampler", [ancestral(0.3), dpm_solver()], ids=["ancestral", "dpm_solver"])
 @pytest.mark.parametrize("specs", [(P(), P("data"), P()), (P(), P(), P("data"))], ids=["labels", "w"])
 def test_a_replicated_key_in_shard_map(specs, sampler):
-    """What is divided among the devices is the labels alone, or w alone: each draws as it would without the others."""
+    """If only the labels, or only w, are divided over the devices, each device samples as it would alone."""
 
     @jax.jit
     def four(key, labels, w):
@@ -554,7 +555,7 @@ def test_a_bfloat16_network_gives_float32_images():
 
 
 class jaxtyping_off:
-    """Calls as users make them: the shape checks of the test suite would refuse these arguments first."""
+    """Within it, calls are as in user code; otherwise the suite's shape checks would refuse these arguments first."""
 
     def __enter__(self):
         jaxtyping.config.update("jaxtyping_disable", True)
@@ -584,13 +585,13 @@ class jaxtyping_off:
         ({"labels": {"a": jnp.zeros(2), "b": jnp.zeros(3)}}, r"labels have leading shapes \[\(2,\), \(3,\)\]"),
         ({"key": jax.random.split(KEY, 3)}, r"key has batch shape \(3,\) for 8 labels"),
         ({"key": 0}, r"key is 0.*jax\.random\.key\(0\)"),
-        ({"sampler": "ddim"}, r"sampler is 'ddim'.*such as ancestral\(v\)"),
-        ({"sampler": ddim}, r"sampler is <function ddim.*give a step rule, called"),
+        ({"sampler": "ddim"}, r"sampler is 'ddim'.*such as the result of ancestral\(v\) or ddim\(\)"),
+        ({"sampler": ddim}, r"sampler is <function ddim.*give a step rule, such as the result of"),
         ({"sampler": SecondOrder(dpm_solver())}, "sampler is SecondOrder.*give a step rule"),  # pyright: ignore
         ({"null": {"text": jnp.zeros(4)}}, "null is .*must have the structure of labels"),
         ({"labels": {"text": jnp.zeros((8, 4))}}, "null is -1.*must have the structure of labels"),
         ({"labels": jnp.zeros((8, 4))}, r"null has shape \(\).*one label, \(4,\)"),
-        ({"labels": LABELS.astype(jnp.uint8)}, "null is -1, which labels of dtype uint8 cannot be.*int32"),
+        ({"labels": LABELS.astype(jnp.uint8)}, "null is -1, which labels of dtype uint8 cannot represent.*int32"),
         ({"eps_fn": lambda z, *_: z[:, :1]}, r"eps_fn returned shape \(8, 1\).*\(8, 3\)"),
     ],
 )
@@ -613,6 +614,6 @@ def test_the_import_is_light():
     assert result.stdout.strip() == "[]"
 
 
-def test_the_shift_of_a_mean_takes_a_step_rule():
+def test_shift_mean_takes_a_step_rule():
     with jaxtyping_off(), pytest.raises(ValueError, match=r"sampler is SecondOrder.*give ancestral\(v\)"):
         shift_mean(dpm_solver(), lambda z, logsnr: z, LABELS, 1.0)  # pyright: ignore[reportArgumentType]

@@ -1,4 +1,4 @@
-"""T26: nothing in the package executes what it reads, or unpacks it where it says. T27: nothing is downloaded."""
+"""No code of the project executes what it reads, unpacks archives to the paths that they name, or downloads files."""
 
 import ast
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ FORBIDDEN_ATTRIBUTES = {"unsafe_load", "full_load", "UnsafeLoader", "FullLoader"
 
 
 def unsafe(source: str) -> Iterator[str]:
-    """ "line: reason" for every use of what runs, or may run, the content of a file."""
+    """ "line: reason" for every construct that executes, or may execute, the content of a file."""
     for node in ast.walk(ast.parse(source)):
         for reason in _reasons(node):
             yield f"{getattr(node, 'lineno', 0)}: {reason}"

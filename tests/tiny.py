@@ -1,16 +1,18 @@
-"""The digits config made so small that a run of it takes seconds."""
+"""The digits config, reduced so that a run takes seconds."""
 
 import importlib.util
 from pathlib import Path
 from typing import Any
 
+from cfd.config import complete, with_classes, with_defaults
+
 ROOT = Path(__file__).parents[1]
 QUICK = {"xla_backend_optimization_level": 0}
-"""Compiler options: half the time to compile, for a program that runs once."""
+"""Compiler options that halve the compile time, for programs that run once."""
 
 
 def read_config(path: Path) -> Any:
-    """The config of a file of configs/."""
+    """The config of a file, as it stands there."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -38,15 +40,15 @@ FIELDS: dict[str, Any] = {
 
 
 def tiny_config(**changes: Any) -> Any:
-    """configs/digits.py with FIELDS, and `changes` on top: `train__num_steps=3` is train.num_steps."""
-    config = read_config(ROOT / "configs" / "digits.py")
+    """configs/digits.py with FIELDS and then `changes` applied: `train__num_steps=3` sets train.num_steps."""
+    config = with_defaults(read_config(ROOT / "configs" / "digits.py"))
     for name, value in (FIELDS | {name.replace("__", "."): value for name, value in changes.items()}).items():
         group, _, field = name.rpartition(".")
         (config[group] if group else config)[field] = value
-    return config.lock()
+    return with_classes(complete(config), config.data.num_classes or 10)
 
 
 def flags_of(**changes: Any) -> list[str]:
-    """The same as command-line flags of `python -m cfd.main --config=configs/digits.py`."""
+    """The same changes as command-line flags of `python -m cfd.main --config=configs/digits.py`."""
     fields = FIELDS | {name.replace("__", "."): value for name, value in changes.items()}
     return [f"--config.{name}={value}" for name, value in fields.items()]

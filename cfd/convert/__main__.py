@@ -1,0 +1,51 @@
+"""Converts the weights of other programs into the formats of this package.
+
+    python -m cfd.convert adm FILE OUT         a U-Net or noisy classifier of openai/guided-diffusion -> a run folder
+    python -m cfd.convert inception FILE OUT   InceptionV3 of pytorch-fid or torch-fidelity -> an .npz of parameters
+
+Both need PyTorch, which nothing else in this package needs: `pip install "cfd[convert]"`.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from cfd.convert.adm import convert_adm
+from cfd.convert.adm_network import Hidden
+from cfd.convert.inception import convert_inception
+from cfd.runs.checkpoint import CheckpointError
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the command line. It reports what is wrong with a file in one line, without a traceback."""
+    parser = argparse.ArgumentParser(prog="python -m cfd.convert", description=(__doc__ or "").partition("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    adm = commands.add_parser("adm", help="a U-Net or noisy classifier of openai/guided-diffusion")
+    adm.add_argument("--kind", choices=("diffusion", "classifier"), help="refuse a file that holds the other kind")
+    adm.add_argument("--keep-variance", action="store_true", help="keep the outputs of the learned variance")
+    hidden = adm.add_argument_group(
+        "properties that tensors do not show; needed for models other than the published ones"
+    )
+    hidden.add_argument("--image-size", type=int, help="height and width in pixels")
+    hidden.add_argument("--head-channels", type=int, help="num_head_channels")
+    hidden.add_argument("--num-heads", type=int, help="num_heads, if num_head_channels is not given")
+    hidden.add_argument("--attention-order", choices=("new", "legacy"), help="new: with use_new_attention_order")
+    hidden.add_argument("--schedule", choices=("cosine", "linear"), help="noise_schedule")
+    hidden.add_argument("--num-res-blocks", type=int, help="residual blocks per level of a classifier")
+    inception = commands.add_parser("inception", help="InceptionV3 of pytorch-fid or torch-fidelity")
+    for command in (adm, inception):
+        command.add_argument("FILE")
+        command.add_argument("OUT")
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "inception":
+            convert_inception(args.FILE, args.OUT)
+        else:
+            flags = Hidden(*(getattr(args, name) for name in Hidden._fields))
+            convert_adm(args.FILE, args.OUT, kind=args.kind, hidden=flags, keep_variance=args.keep_variance)
+    except (ValueError, OSError, ModuleNotFoundError, CheckpointError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

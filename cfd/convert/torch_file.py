@@ -1,0 +1,128 @@
+"""Reads PyTorch's files without running the code that a pickle can carry, and says what other files are.
+
+This is the only module that needs PyTorch, and only when `read_torch` is called.
+"""
+
+import pickle
+import warnings
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Shaped
+
+ADM_UNET = "a U-Net of ADM"
+ADM_CLASSIFIER = "a noisy classifier of ADM"
+INCEPTION = "InceptionV3: convert it with `python -m cfd.convert inception`"
+
+# Files of other projects are the likeliest mistake, and a user knows the project better than the names of its tensors.
+OTHERS = {
+    "model.diffusion_model.": "a latent-diffusion checkpoint, whose U-Net works on an autoencoder's latents",
+    "first_stage_model.": "a latent-diffusion checkpoint, whose U-Net works on an autoencoder's latents",
+    "transformer_blocks.": "a latent-diffusion U-Net with cross-attention",
+    "down_blocks.": "a diffusers U-Net",
+    "adaLN_modulation.": "a diffusion transformer (DiT)",
+    "param_groups": "the state of an optimizer",
+    "branch3x3dbl_1.conv.weight": INCEPTION,
+    "layer1.0.conv1.weight": "a ResNet",
+    "map_layer0.": "a network of EDM",
+}
+"""{part of a tensor's name: the network that has such a tensor}."""
+
+
+def read_torch(path: str | Path) -> dict[str, Shaped[np.ndarray, "..."]]:
+    """The state dict of a PyTorch file. No code in the file is ever run.
+
+    Floating-point tensors become float32. A zip file is mapped into memory rather than read. Raises ValueError for
+    anything but one flat dict of tensors, with a message that says what the file is; ValueError for a PyTorch before
+    2.10; and ModuleNotFoundError if PyTorch is not installed.
+    """
+    try:
+        import torch  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError('reading PyTorch files needs PyTorch: pip install "cfd[convert]"') from None
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
+        raise ValueError(
+            f"PyTorch {torch.__version__} runs code that a file can carry (CVE-2025-32434, CVE-2026-24747): "
+            'pip install "cfd[convert]" brings 2.10 or later'
+        )
+    path = Path(path)
+    is_zip = _check_container(path)
+    try:
+        # PyTorch warns about pickles of other versions, which the errors below report.
+        with warnings.catch_warnings(action="ignore"):
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{path} is refused: its pickle asks to run code on loading, or is damaged. Give a file that holds a plain "
+            "dict of tensors (torch.save(model.state_dict(), FILE) writes one)"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
+        raise ValueError(f"{path} is damaged or no PyTorch file: {str(e).splitlines()[0][:200]}") from None
+    if not isinstance(state, dict) or not state or not all(isinstance(x, torch.Tensor) for x in state.values()):
+        raise ValueError(f"{path} is not one flat dict of tensors. It holds {identify(_names(state))}")
+    strided = all(x.layout == torch.strided for x in state.values())
+    if not strided or sum(x.nbytes for x in state.values()) > path.stat().st_size:
+        raise ValueError(
+            f"{path} is refused: its tensors are sparse, or repeat their bytes to more than the file holds"
+        )
+    state = {str(name): x.detach() for name, x in state.items()}
+    return {name: x.float().numpy() if x.is_floating_point() else x.numpy() for name, x in state.items()}
+
+
+def _check_container(path: Path) -> bool:
+    """Whether the file is a zip, PyTorch's present format; False: a pickle, its older format.
+
+    Raises ValueError if the first bytes show that the file is neither.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file")
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        head = file.read(64)
+    if head.startswith(b"version https://git-lfs"):
+        raise ValueError(
+            f"{path} is a git-LFS pointer of {size} bytes, not the weights: fetch them with `git lfs pull`"
+        )
+    if head.lstrip()[:1] == b"<":
+        raise ValueError(f"{path} is a web page, not weights: download the file itself")
+    if head[8:10] == b'{"':
+        raise ValueError(f"{path} is a safetensors file: give the PyTorch checkpoint of the original release")
+    if head.startswith(b"PK"):
+        if not zipfile.is_zipfile(path):
+            raise ValueError(f"{path} is a truncated PyTorch zip, of which {size} bytes are here: download it again")
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+        if not any(entry.filename.endswith("data.pkl") for entry in entries):
+            raise ValueError(f"{path} is a zip archive without PyTorch's data.pkl; its first file is {entries[:1]}")
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError(f"{path} is refused: its entries are compressed, but PyTorch never compresses them")
+        return True
+    if not head.startswith(b"\x80"):
+        raise ValueError(f"{path} is no PyTorch file: it begins with {head[:16]!r}")
+    return False
+
+
+def _names(state: Any) -> list[str]:
+    """The keys of nested dicts, the outer ones first. A dict that occurs several times is listed once."""
+    names: list[str] = []
+    seen: set[int] = set()
+    waiting = [state]
+    for value in waiting:  # the loop appends to the list
+        if isinstance(value, dict) and id(value) not in seen:
+            seen.add(id(value))
+            names += map(str, value)
+            waiting += value.values()
+    return names
+
+
+def identify(names: Sequence[str]) -> str:
+    """The network whose tensors have these names, in words. ADM_UNET, ADM_CLASSIFIER and INCEPTION can be converted."""
+    for part, network in OTHERS.items():
+        if any(part in name for name in names):
+            return network
+    if {"time_embed.0.weight", "input_blocks.0.0.weight"} <= set(names):
+        return ADM_UNET if any(n.startswith("output_blocks.") for n in names) else ADM_CLASSIFIER
+    return f"{len(names)} names unknown here, the first are {list(names)[:2]}"

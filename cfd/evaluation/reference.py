@@ -1,0 +1,214 @@
+"""The reference set of the metrics: statistics of the data set, which are cached, or those of OpenAI's `.npz` files.
+
+An `.npz` of OpenAI's evaluator holds `mu`, `sigma`, `mu_s` and `sigma_s`, the statistics of InceptionV3's features over
+the whole set. It also holds some of the set's images, `arr_0`; their features serve precision and recall. If a file
+holds `arr_0` alone, the statistics are computed from these images.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, UInt8
+from tqdm import tqdm
+
+from cfd.data.batches import load_arrays
+from cfd.data.sources import Dataset
+from cfd.devices import parallel, preemption
+from cfd.evaluation import metrics
+from cfd.evaluation.features import FeatureNetwork
+from cfd.runs import npz
+
+NEIGHBOUR_ROWS = 10_000
+"""The number of reference images for precision and recall, as in ADM's evaluator."""
+STATISTICS = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
+"""The statistics in a file of OpenAI's evaluator, and their shapes."""
+FINGERPRINT_IMAGES = 16
+"""The number of images of a data set whose pixels enter `reference_hash`."""
+BLOCK_BYTES = 2**25
+
+
+class Reference(NamedTuple):
+    """Mean and covariance of both feature layers, and the pool features of at most NEIGHBOUR_ROWS images.
+
+    `mu_s` and `sigma_s` are None if the feature network has no spatial layer.
+    """
+
+    mu: Float[np.ndarray, " d"]
+    sigma: Float[np.ndarray, "d d"]
+    mu_s: Float[np.ndarray, " s"] | None
+    sigma_s: Float[np.ndarray, "s s"] | None
+    features: Float[np.ndarray, "n d"]
+
+
+def reference_hash(features: FeatureNetwork, dataset: Dataset, *, path: str, data: dict[str, Any]) -> str:
+    """The SHA-256, in hexadecimal, of everything that determines the reference statistics.
+
+    It covers the weights of the feature network and the reference itself: the content of the file `path` or, if `path`
+    is "", the data set. The data set enters by `data` (its settings, the `data` group of a config), its size, and some
+    of its images. Settings that do not affect the images, such as where they are stored, are left out.
+    """
+    digest = hashlib.sha256(features.weights_hash.encode())
+    if path:
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+    irrelevant = ("path", "num_workers", "in_memory", "flip")
+    settings = {key: value for key, value in data.items() if key not in irrelevant}
+    settings |= {"num_examples": len(dataset), "neighbour_rows": NEIGHBOUR_ROWS}
+    digest.update(json.dumps(settings, sort_keys=True).encode())
+    some = np.flatnonzero(evenly_spaced(len(dataset), FINGERPRINT_IMAGES))
+    for array in load_arrays(dataset, some):
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def open_reference(
+    folder: str,
+    features: FeatureNetwork,
+    dataset: Dataset,
+    name: str,
+    *,
+    path: str,
+    image_shape: tuple[int, int, int],
+    num_workers: int,
+) -> Reference:
+    """The statistics in the file `path` or, if `path` is "", those of `dataset`.
+
+    They are cached in features/reference_<name>.npz of the run's folder; `name` comes from `reference_hash`.
+    `image_shape` is (H, W, C), and `num_workers` threads decode the images of `dataset`. Warns if the set is too small
+    for a covariance of full rank. Raises ValueError as `check_reference` does, and `preemption.Stopped` on request.
+    """
+    cache = os.path.join(folder, "features", f"reference_{name[:12]}.npz")
+    found = os.path.exists(cache)
+    parallel.barrier("reference looked for")
+    if found:
+        arrays = npz.read_npz(cache)
+        return Reference(arrays["mu"], arrays["sigma"], arrays.get("mu_s"), arrays.get("sigma_s"), arrays["features"])
+    if path:
+        reference = read_reference(path, image_shape, features)
+    else:
+        reference = measure(image_blocks(dataset, num_workers), len(dataset), features)
+    if jax.process_index() == 0:
+        os.makedirs(os.path.dirname(cache), exist_ok=True)
+        npz.write_npz(cache, {key: array for key, array in reference._asdict().items() if array is not None})
+    parallel.barrier("reference")
+    return reference
+
+
+def read_reference(path: str, image_shape: tuple[int, int, int], features: FeatureNetwork) -> Reference:
+    """The statistics of an `.npz` in the layout of OpenAI's evaluator, computed from its images if it holds none.
+
+    Raises ValueError as `check_reference` does.
+    """
+    headers = check_reference(path, image_shape, features.name)
+    count, rows = headers["arr_0"].shape[0], block_rows(image_shape)
+    blocks = with_progress(npz.npz_batches(path, "arr_0", rows), count)
+    if "mu" not in headers:
+        return measure(blocks, count, features)
+    chosen = evenly_spaced(count, NEIGHBOUR_ROWS)
+    pool = [
+        features.extract(block[chosen[first : first + rows]]).pool
+        for first, block in zip(range(0, count, rows), blocks, strict=True)
+    ]
+    return Reference(**npz.read_npz(path, tuple(STATISTICS)), features=np.concatenate(pool))
+
+
+def check_reference(path: str, image_shape: tuple[int, int, int], features_name: str) -> dict[str, npz.Header]:
+    """The headers of a reference `.npz`, whose arrays are not read.
+
+    Raises ValueError if the file has no images `arr_0`, if these are not uint8 images of `image_shape`, or if it has
+    statistics that are not of the feature network `features_name` or not those of OpenAI's evaluator.
+    """
+    headers = npz.npz_headers(path)
+    if "arr_0" not in headers:
+        raise ValueError(
+            f"{path} holds {sorted(headers)} and no images arr_0, which precision and recall need: give a file that "
+            "has them"
+        )
+    images = headers["arr_0"]
+    if images.shape[1:] != image_shape or images.dtype != np.uint8:
+        raise ValueError(
+            f"{path} holds {images.dtype} images of shape {images.shape[1:]}, but the config is for uint8 images of "
+            f"shape {image_shape}: give a reference of the config's own resolution"
+        )
+    if "mu" not in headers:
+        return headers
+    if features_name != "inception":
+        raise ValueError(
+            f"{path} holds statistics of InceptionV3, but eval.features is {features_name!r}: set eval.features to "
+            "'inception', or eval.reference to ''"
+        )
+    for name, expected in STATISTICS.items():
+        found = headers[name].shape if name in headers else "missing"
+        if found != expected:
+            raise ValueError(
+                f"{path}: {name} is {found}, expected {expected}: give a file with the statistics of OpenAI's "
+                "evaluator, or one with images arr_0 alone"
+            )
+    return headers
+
+
+def measure(images: Iterable[UInt8[np.ndarray, "n h w c"]], count: int, features: FeatureNetwork) -> Reference:
+    """The statistics of about `count` images that come in blocks. No block stays in memory.
+
+    `count` includes bad images, which the blocks leave out. Warns if the set is too small for a covariance
+    of full rank. Raises ValueError if there is no image.
+    """
+    chosen = evenly_spaced(count, NEIGHBOUR_ROWS)
+    pool = spatial = None
+    chosen_features, first = [], 0
+    for block in images:
+        if len(block) == 0:  # every image of the block is bad and was skipped
+            continue
+        outputs = features.extract(block)
+        pool, spatial = metrics.add(pool, outputs.pool), metrics.add(spatial, outputs.spatial)
+        chosen_features.append(outputs.pool[chosen[first : first + len(block)]])
+        first += len(block)
+    if pool is None:
+        raise ValueError("the reference set holds no image that can be read: check the data, or set eval.reference")
+    metrics.check_rank(pool.count, len(pool.mean))
+    mu_s, sigma_s = (None, None) if spatial is None else metrics.mean_and_cov(spatial)
+    return Reference(*metrics.mean_and_cov(pool), mu_s, sigma_s, np.concatenate(chosen_features))
+
+
+def evenly_spaced(count: int, wanted: int) -> Bool[np.ndarray, " count"]:
+    """A mask that chooses `wanted` of `count` rows, or all if there are fewer.
+
+    The chosen rows are evenly spaced. If the rows are sorted by class, classes of equal size get equal numbers.
+    """
+    chosen = np.zeros(count, bool)
+    chosen[np.arange(min(wanted, count)) * count // max(min(wanted, count), 1)] = True
+    return chosen
+
+
+def image_blocks(dataset: Dataset, num_workers: int) -> Iterator[UInt8[np.ndarray, "n h w c"]]:
+    """The images of a whole data set, in order, in blocks; see `with_progress`."""
+    rows = block_rows((dataset.image_size, dataset.image_size, dataset.channels))
+    blocks = (
+        load_arrays(dataset, np.arange(first, min(first + rows, len(dataset))), num_workers=num_workers)[0]
+        for first in range(0, len(dataset), rows)
+    )
+    return with_progress(blocks, len(dataset))
+
+
+def with_progress(blocks: Iterable[np.ndarray], count: int) -> Iterator[np.ndarray]:
+    """The same blocks of images, with a progress bar over `count` images.
+
+    After each block, tells the watchdog that the process is alive, and raises `preemption.Stopped` on request.
+    """
+    with tqdm(total=count, desc="reference statistics", unit="image", unit_scale=True, disable=None) as bar:
+        for block in blocks:
+            yield block
+            bar.update(len(block))
+            if preemption.requested():
+                raise preemption.Stopped("Stopped in the sweep, while computing the reference statistics")
+
+
+def block_rows(image_shape: tuple[int, int, int]) -> int:
+    """The number of images per block: at most 1000, and at most BLOCK_BYTES in all."""
+    return max(1, min(1000, BLOCK_BYTES // int(np.prod(image_shape))))

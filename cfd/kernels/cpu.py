@@ -1,0 +1,108 @@
+"""Forms of the layers for a CPU: sums over positions as matrix products, attention, and barriers for XLA:CPU.
+
+Sums over positions are matrix products with ones, many times faster than XLA's reductions. The softmax of attention
+runs over an axis that is not the last. XLA:CPU is XLA's compiler for CPUs. The functions that choose by platform may be
+called on any: `materialize_on_cpu`, `barrier_gradients`, `channel_means`, `group_means`, `add_bias_gradient`.
+"""
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+
+def materialize_on_cpu(arrays: Any) -> Any:
+    """`arrays` unchanged. On a CPU, a barrier: XLA writes all of them to memory before any of them is used.
+
+    Layers apply this to incoming and outgoing gradients. Otherwise XLA:CPU defers kernel gradients, keeps their inputs
+    alive, and recomputes any gradient that has several consumers.
+    """
+    return jax.lax.platform_dependent(arrays, cpu=jax.lax.optimization_barrier, default=lambda a: a)
+
+
+@jax.custom_vjp
+def barrier_gradients(tree: Any) -> Any:
+    """`tree` unchanged. Its gradients pass through `materialize_on_cpu`, all of them together."""
+    return tree
+
+
+barrier_gradients.defvjp(lambda tree: (tree, None), lambda _, g: (materialize_on_cpu(g),))
+
+
+@partial(jax.jit, static_argnames="fold")
+def channel_means(x: Float[Array, "b n c"], fold: bool = False) -> Float[Array, "b c"]:
+    """Means over positions. On a CPU, a product with ones, which XLA does several times faster than a reduction.
+
+    With `fold`, the CPU's form first adds up to eight blocks of positions. XLA:CPU does so in the loop that computes x,
+    and does not write x itself to memory.
+    """
+
+    def product(x: Array) -> Array:
+        if fold:
+            blocks = math.gcd(8, x.shape[1])
+            x = sum(jnp.split(x, blocks, axis=1), start=jnp.zeros((), jnp.float32)) / blocks
+        return jnp.matmul(jnp.full((x.shape[0], 1, x.shape[1]), 1.0 / x.shape[1]), x)[:, 0]
+
+    return jax.lax.platform_dependent(x, cpu=product, default=partial(jnp.mean, axis=1))
+
+
+@partial(jax.jit, static_argnames="num_groups")
+def group_means(x: Float[Array, "b c"], num_groups: int) -> Float[Array, "b c"]:
+    """The mean over the channels of each group, repeated for every channel of the group."""
+    size = x.shape[1] // num_groups
+    # Without the barrier, XLA:CPU repeats groups into channels inside the loop that reads them, and cannot vectorise
+    # that loop.
+    return materialize_on_cpu(jnp.repeat(x.reshape(-1, num_groups, size).mean(axis=2), size, axis=1))
+
+
+def moments(x: Float[Array, "b n c"], num_groups: int) -> tuple[Float[Array, "b c"], Float[Array, "b c"]]:
+    """The mean and the variance of each channel's group, from two passes over x: mean, then squared differences."""
+    x = x.astype(jnp.float32)
+    mean = group_means(channel_means(x), num_groups)
+    return mean, group_means(channel_means(jnp.square(x - mean[:, None]), fold=True), num_groups)
+
+
+def add_bias_gradient(_: None, g: Float[Array, "b h w c"]) -> tuple[Float[Array, "b h w c"], Float[Array, "c"]]:
+    """The gradients of x + bias, given that of the sum: g for x; for the bias, g summed over images and positions.
+
+    The sum is float32. It is built from `channel_means`, and is therefore a matrix product on a CPU.
+    """
+    b, height, width, channels = g.shape
+    g = materialize_on_cpu(g)
+    means = channel_means(g.reshape(b, height * width, channels).astype(jnp.float32))
+    return g, height * width * means.sum(axis=0)
+
+
+def attention(
+    q: Float[Array, "b t n d"], k: Float[Array, "b s n d"], v: Float[Array, "b s n d"]
+) -> Float[Array, "b t n d"]:
+    """softmax(q kᵀ / √d) v for each of n heads. The softmax is float32.
+
+    From 512 · 512 scores per head, heads are computed one at a time: the scores of one head fit in the cache. They are
+    recomputed for the gradient.
+    """
+    q, k, v = (jnp.moveaxis(x, 2, 1) for x in (q * q.shape[-1] ** -0.5, k, v))
+    if q.shape[2] * k.shape[2] < 512 * 512:
+        out = _softmax_product(q, k, v)
+    else:
+        head = jax.checkpoint(lambda qkv: _softmax_product(*qkv), prevent_cse=False)
+        heads = jax.lax.map(head, tuple(x.reshape(-1, *x.shape[2:]) for x in (q, k, v)))
+        out = heads.reshape(*q.shape[:2], *heads.shape[1:])
+    return jnp.moveaxis(out, 3, 1)
+
+
+def _softmax_product(
+    q: Float[Array, "*n t d"], k: Float[Array, "*n s d"], v: Float[Array, "*n s d"]
+) -> Float[Array, "*n d t"]:
+    """vᵀ times the softmax of k qᵀ over s."""
+    scores = jnp.matmul(k, q.mT, preferred_element_type=jnp.float32)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-2, keepdims=True))).astype(v.dtype)
+    # Rows of ones below vᵀ make the same product also add up the weights. Without the barrier, XLA:CPU reads v in its
+    # original memory layout, and a product with a transposed array is slower.
+    rows = materialize_on_cpu(jnp.concatenate([v.mT, jnp.ones((*v.shape[:-2], 8, v.shape[-2]), v.dtype)], axis=-2))
+    out = jnp.matmul(rows, weights, preferred_element_type=jnp.float32)
+    return (out[..., :-8, :] / out[..., -1:, :]).astype(v.dtype)

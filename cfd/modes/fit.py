@@ -1,0 +1,246 @@
+"""The training loop of both networks: build, restore, compile, then fetch, step, log, save and draw."""
+
+import gc
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from clu import parameter_overview
+from jax import Array
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from cfd.config import DEFAULTS
+from cfd.data.batches import batches
+from cfd.data.sources import Dataset
+from cfd.devices import parallel, preemption, watchdog, xla
+from cfd.modes.train_step import LossFn, TrainState, initial_state, train_step
+from cfd.runs import checkpoint, log, workdir
+
+
+class Training(NamedTuple):
+    """How training proceeds: fields of a config's `train` group, the seed, and how the batches are read."""
+
+    seed: int
+    num_steps: int
+    batch_size: int
+    num_microbatches: int
+    ema_decay: float
+    ema_warmup: bool
+    nonfinite_limit: int
+    checkpoint_every_steps: int
+    keep_checkpoints: int
+    log_every_steps: int
+    sample_every_steps: int
+    flip: bool
+    num_workers: int
+
+
+def fit(
+    training: Training,
+    folder: str,
+    mesh: Mesh,
+    dataset: Dataset,
+    config_json: dict[str, Any],
+    init: Callable[[Array], Any],
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    draw: Callable[[int, Any], np.ndarray | None] | None,
+    *,
+    allow_fresh_start: bool = False,
+) -> None:
+    """Train in the run folder `folder` until `training.num_steps`, or resume there.
+
+    `draw(step, ema)` returns a picture, every `sample_every_steps`; None from it means that it was asked to stop. The
+    step is saved before its picture is drawn. A picture that a stop or an error cuts short is not drawn again.
+
+    Raises ValueError if a run is resumed on another number of images, FloatingPointError after `nonfinite_limit`
+    consecutive non-finite steps, and `preemption.Stopped` when asked to stop. After the last two, the same call resumes
+    from the newest checkpoint.
+
+    The goodput that is logged is the share of the wall time since the call that was spent in steps. Building,
+    restoring, waiting for data, drawing and saving are not part of it, nor is the first step, which compiles.
+    """
+    started = time.perf_counter()
+
+    # Build: the shapes and shardings of the state, without its arrays.
+    group = "train" if config_json["kind"] == "diffusion" else "classifier_train"
+    parallel.check_batch(
+        f"{group}.batch_size / train.num_microbatches", training.batch_size // training.num_microbatches, mesh
+    )
+    workdir.write_config(folder, config_json, DEFAULTS)
+    key_init, key_steps = jax.random.split(jax.random.key(training.seed))
+    init_state = partial(initial_state, init, optimizer)
+    abstract = parallel.placed(mesh, jax.eval_shape(init_state, key_init))
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+
+    # Restore: the newest good checkpoint, if there is one.
+    manager = checkpoint.open_manager(folder, keep=training.keep_checkpoints)
+    restored = checkpoint.restore(manager, abstract, allow_fresh_start=allow_fresh_start)
+    start, state, skipped = 0, None, 0
+    if restored is not None:
+        start, state, data_state = restored
+        skipped = data_state["skipped_images"]
+        check_same_data(folder, data_state, len(dataset))
+        print(f"Resuming {folder} at step {start} of {training.num_steps}.", flush=True)
+        if start > training.num_steps:
+            print(f"The run is past {group}.num_steps = {training.num_steps}: nothing is left to train.", flush=True)
+        if start >= training.num_steps:
+            checkpoint.close(manager)
+            return
+    if jax.process_index() == 0:
+        print(f"{parameter_overview.count_parameters(abstract.params):,} parameters.", flush=True)
+
+    # Compile: before a new state exists, because the compiler needs gigabytes of its own.
+    step_fn = compile_step(training, mesh, dataset, abstract, shardings, key_steps, loss_fn, optimizer)
+    if state is None:
+        state = jax.jit(init_state, out_shardings=shardings)(key_init)
+
+    # Train.
+    stream = batches(
+        dataset,
+        seed=training.seed,
+        batch_size=training.batch_size,
+        flip=training.flip,
+        start_step=start,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        num_workers=training.num_workers,
+    )
+    unchecked: tuple[int, dict[str, Array]] | None = None
+    last_logged, clock, waited, productive = start, time.perf_counter(), 0.0, 0.0
+    step, stop = start, False
+    metrics_log = log.metrics_log(folder, start)
+    with closing(stream), closing_manager(manager), ExitStack() as at_end:
+        for step in tqdm(range(start + 1, training.num_steps + 1), "train", unit="step", disable=None):
+            # Fetch a batch.
+            watchdog.alive(slow=step == start + 1)
+            before = time.perf_counter()
+            batch = parallel.global_batch(mesh, next(stream))
+            fetched = time.perf_counter()
+            waited += fetched - before
+
+            # Step. Its result is checked one step late, so that the device always has work while the host waits.
+            state, metrics = step_fn(state, batch, key_steps)
+            if step == start + 1:
+                # Without this, Python's full garbage collections scan what tracing left behind, for 0.2 s each.
+                gc.freeze()
+                at_end.callback(gc.unfreeze)
+            check_finite(unchecked, training.nonfinite_limit, manager)
+            unchecked = step, metrics
+
+            # Decide what follows this step.
+            stop = preemption.requested()
+            last = step == training.num_steps
+            is_logged = last or step % training.log_every_steps == 0
+            is_drawn = draw is not None and (last or step % training.sample_every_steps == 0)
+            is_saved = stop or last or is_drawn or step % training.checkpoint_every_steps == 0
+            values = {name: value.item() for name, value in jax.device_get(metrics).items()} if is_logged else {}
+            now = time.perf_counter()
+            productive += now - fetched if step > start + 1 else 0.0
+            skipped_images = skipped + parallel.total(stream.skipped) if is_logged or is_saved else 0
+
+            # Log.
+            if is_logged:
+                values["images_per_second"] = (step - last_logged) * training.batch_size / (now - clock)
+                values["data_wait"] = waited / (now - clock)
+                values["goodput"] = productive / (now - started)
+                values["skipped_images"] = skipped_images
+                log.write_metrics(metrics_log, step, values)
+                last_logged, clock, waited = step, time.perf_counter(), 0.0
+
+            # Save.
+            if is_saved:
+                check_finite(unchecked, training.nonfinite_limit, manager)
+                data_state = {"next_step": step, "skipped_images": skipped_images, "num_images": len(dataset)}
+                checkpoint.save(manager, step, state, data_state=data_state, config_json=config_json)
+                if jax.process_index() == 0:
+                    tqdm.write(f"Saving step {step} of {training.num_steps}.")
+                    sys.stdout.flush()  # launch/supervise.py reads this line
+
+            # Draw.
+            if draw is not None and is_drawn and not stop:
+                picture = draw(step, state.ema)
+                if picture is None:
+                    stop = True
+                else:
+                    log.write_image(metrics_log, step, "samples", picture)
+
+            # Stop.
+            if stop:
+                break
+        watchdog.alive(slow=True)
+    if step > start and jax.process_index() == 0:
+        seconds = time.perf_counter() - started
+        print(f"{step - start} steps in {seconds:.1f} s, goodput {productive / seconds:.1%}.", flush=True)
+    if stop:
+        raise preemption.Stopped(f"Stopped at step {step} of {training.num_steps}, saved in {folder}")
+
+
+def compile_step(
+    training: Training,
+    mesh: Mesh,
+    dataset: Dataset,
+    abstract: TrainState,
+    shardings: Any,
+    key: Array,
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+) -> Callable[[TrainState, dict[str, Array], Array], tuple[TrainState, dict[str, Array]]]:
+    """The compiled training step (state, batch, key) -> (state, metrics), which takes over the memory of the state."""
+    replicated = mesh.shape["fsdp"] == 1
+    step_fn = partial(
+        train_step,
+        loss_fn=loss_fn,
+        optimizer=optimizer,
+        ema_decay=training.ema_decay,
+        ema_warmup=training.ema_warmup,
+        num_microbatches=training.num_microbatches,
+        replicated=replicated,
+        join_vectors=replicated and mesh.devices.flat[0].platform == "cpu",
+    )
+    image_shape = (dataset.image_size, dataset.image_size, dataset.channels)
+    batch = parallel.batch_shapes(mesh, training.batch_size, image_shape)
+    return xla.compiled(step_fn, abstract, batch, key, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def check_same_data(folder: str, data_state: dict[str, Any], num_images: int) -> None:
+    """Raises ValueError if a run is resumed on a data set of another size, which has another order."""
+    # Checkpoints of the first versions do not record the number of images.
+    trained_on = data_state.get("num_images", num_images)
+    if trained_on != num_images:
+        raise ValueError(
+            f"{folder} was trained on {trained_on:,} images, and the data set now has {num_images:,}, so the order of "
+            "the images would change: resume on the same data (data.path), or give another --workdir"
+        )
+
+
+@contextmanager
+def closing_manager(manager: checkpoint.Manager) -> Iterator[None]:
+    """Waits for the last save when the block ends, and raises if that save failed, unless an error ended the block."""
+    try:
+        yield
+    except BaseException:
+        checkpoint.abandon(manager)
+        raise
+    checkpoint.close(manager)
+
+
+def check_finite(unchecked: tuple[int, dict[str, Array]] | None, limit: int, manager: checkpoint.Manager) -> None:
+    """Raises FloatingPointError after `limit` consecutive non-finite steps, naming the last good checkpoint."""
+    if unchecked is None:
+        return
+    step, metrics = unchecked
+    if int(metrics["nonfinite_in_a_row"]) >= limit:
+        good = checkpoint.latest_step(manager)
+        raise FloatingPointError(
+            f"the loss or its gradient is not finite at step {step} (loss {float(metrics['loss'])}), {limit} in a row; "
+            f"the last good checkpoint is {'none' if good is None else f'step {good}'} of {manager.directory}: "
+            "look at the data, or start a new --workdir with a lower train.learning_rate"
+        )

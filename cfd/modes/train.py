@@ -1,0 +1,100 @@
+"""`--mode=train`: the diffusion model of a config, trained or resumed in a run's folder."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+
+from cfd.config import Config, complete, with_classes
+from cfd.devices import parallel, preemption
+from cfd.losses import eps_loss
+from cfd.modes import figures, settings
+from cfd.modes.fit import fit
+from cfd.modes.grid import grid_of, picture_of, spec_of
+from cfd.modes.sampler import compile_sampler
+from cfd.modes.train_step import LossFn
+from cfd.networks.unet import UNet
+from cfd.runs import files, workdir
+
+
+def train(config: Config, folder: str, *, allow_fresh_start: bool = False) -> None:
+    """Train the diffusion model of `config` in the run folder `folder`, or resume it there.
+
+    If all checkpoints of the run are damaged, raises CheckpointError, or with `allow_fresh_start` sets them aside and
+    starts at step 0. Raises ValueError, FloatingPointError and `preemption.Stopped` as `fit` does.
+    """
+    config = complete(config)
+    mesh = parallel.make_mesh(**config.mesh)
+    dataset = settings.open_split(config, config.data.split)
+    config = with_classes(config, len(dataset.class_names))
+    init, loss_fn = diffusion(config)
+    draw = preview(config, mesh, folder, dataset.class_names) if config.train.sample_every_steps else None
+    fit(
+        settings.training_of(config, config.train),
+        folder,
+        mesh,
+        dataset,
+        workdir.describe("diffusion", config.to_dict(), dataset.class_names),
+        init,
+        loss_fn,
+        settings.optimizer_of(config.train),
+        draw,
+        allow_fresh_start=allow_fresh_start,
+    )
+
+
+def diffusion(config: Config) -> tuple[Callable[[Array], Any], LossFn]:
+    """(key -> initial parameters, loss) of the diffusion model: the joint training of Algorithm 1."""
+    net, shape = UNet(**config.model), (1, *settings.image_shape(config))
+    p_uncond, logsnr_range = config.train.p_uncond, config.process.to_dict()
+
+    def init(key: Array) -> Any:
+        return net.init(key, jnp.zeros(shape), jnp.zeros(1), jnp.zeros(1, jnp.int32))["params"]
+
+    def loss_fn(key: Array, params: Any, x: Array, labels: Array) -> Array:
+        key_loss, key_dropout = jax.random.split(key)
+
+        def eps_fn(z: Array, logsnr: Array, labels: Array) -> Any:
+            return net.apply({"params": params}, z, logsnr, labels, train=True, rngs={"dropout": key_dropout})
+
+        return eps_loss(key_loss, eps_fn, x, labels, p_uncond=p_uncond, **logsnr_range)
+
+    return init, loss_fn
+
+
+def preview(
+    config: Config, mesh: Mesh, folder: str, class_names: tuple[str, ...]
+) -> Callable[[int, Any], np.ndarray | None]:
+    """(step, EMA parameters) -> the grid of samples of `config.sample`, which is also written to samples/.
+
+    The function returns None if the run is asked to stop between two batches. If sample.guidance is "classifier", the
+    grid has one column, w = 0, because the noisy classifier is trained separately.
+    """
+    weights = config.sample.w if config.sample.guidance == "classifier-free" else (0.0,)
+    settings.check_weights(config, weights)
+    grid = grid_of(config, class_names, weights)
+    spec = spec_of(grid)
+    # A batch has no more rows than the grid has images, because a running program cannot be stopped.
+    rows = min(config.sample.batch_size, -(-len(spec.index) // mesh.size) * mesh.size)
+    sampling = settings.sampling_of(config)._replace(batch_size=rows)
+    sampler = compile_sampler(settings.network_of(config), sampling, mesh)
+
+    def draw(step: int, params: Any) -> np.ndarray | None:
+        batches = []
+        for batch in sampler(params, spec):
+            batches.append(batch)
+            if sum(map(len, batches)) < len(spec.index) and preemption.requested():
+                return None
+        picture = picture_of(grid, np.concatenate(batches))
+        path = os.path.join(folder, "samples", f"step_{step:07d}.png")
+        if jax.process_index() == 0:
+            with files.despite_a_full_disk(path):
+                figures.save(path, picture)
+        return picture
+
+    return draw

@@ -1,0 +1,67 @@
+"""`--mode=train_classifier`: the noisy classifier of classifier guidance, in a run folder of its own."""
+
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from ml_collections import ConfigDict
+
+from cfd.config import Config, complete, with_classes
+from cfd.data.sources import check_classes
+from cfd.devices import parallel
+from cfd.modes import settings
+from cfd.modes.fit import fit
+from cfd.networks.classifier import Classifier, classifier_loss
+from cfd.runs import workdir
+
+
+def train_classifier(config: Config, folder: str, *, allow_fresh_start: bool = False) -> None:
+    """Train the noisy classifier of the run in `folder`, or resume it. Its own run folder is `folder`/classifier.
+
+    `config.classifier` is the network. `config.classifier_train` takes precedence over `config.train`. Raises
+    ValueError if the run in `folder` has other images or classes, and everything that `train` raises.
+    """
+    config = complete(config)
+    mesh = parallel.make_mesh(**config.mesh)
+    dataset = settings.open_split(config, config.data.split)
+    config = with_classes(config, len(dataset.class_names))
+    check_same_images(config, folder, dataset.class_names)
+    net, shape = Classifier(**config.classifier), (1, *settings.image_shape(config))
+    train = ConfigDict({**config.train.to_dict(), **config.classifier_train.to_dict()})
+    logsnr_range = config.process.to_dict()
+
+    def init(key: Array) -> Any:
+        return net.init(key, jnp.zeros(shape), jnp.zeros(1))["params"]
+
+    def loss_fn(key: Array, params: Any, x: Array, labels: Array) -> Array:
+        key_loss, key_dropout = jax.random.split(key)
+
+        def classifier_fn(z: Array, logsnr: Array) -> Any:
+            return net.apply({"params": params}, z, logsnr, train=True, rngs={"dropout": key_dropout})
+
+        return classifier_loss(key_loss, classifier_fn, x, labels, **logsnr_range)
+
+    fit(
+        settings.training_of(config, train),
+        settings.classifier_folder(folder),
+        mesh,
+        dataset,
+        workdir.describe("classifier", config.to_dict(), dataset.class_names),
+        init,
+        loss_fn,
+        settings.optimizer_of(train),
+        None,
+        allow_fresh_start=allow_fresh_start,
+    )
+
+
+def check_same_images(config: Config, folder: str, class_names: tuple[str, ...]) -> None:
+    """Raises ValueError if `folder` holds a diffusion model of other images or classes than the config's."""
+    if not os.path.exists(os.path.join(folder, workdir.CONFIG)):
+        return
+    data = config.data
+    workdir.check_images(folder, image_size=data.image_size, channels=data.channels, num_classes=data.num_classes)
+    names = workdir.read_config(folder)["class_names"]
+    check_classes(names, f"the run {folder}", class_names, f"data.split {data.split!r}")

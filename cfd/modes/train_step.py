@@ -1,0 +1,216 @@
+"""The state of training and one pure step: gradient, clipping, AdamW, moving average."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.experimental.layout import Layout, with_layout_constraint
+
+from cfd.kernels.cpu import materialize_on_cpu
+
+LossFn = Callable[[Array, Any, Array, Array], Array]
+"""(key, params, x [B, H, W, C], labels [B]) -> scalar loss, averaged over the batch."""
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes: float32 arrays, and counts as int32 scalars."""
+
+    step: Array
+    params: Any
+    ema: Any
+    opt_state: Any
+    nonfinite_steps: Array
+    nonfinite_in_a_row: Array
+
+
+def initial_state(init: Callable[[Array], Any], optimizer: optax.GradientTransformation, key: Array) -> TrainState:
+    """The state at step 0: fresh parameters, an EMA equal to them, and the optimizer's initial state."""
+    params = init(key)
+    count = jnp.zeros((), jnp.int32)
+    return TrainState(count, params, jax.tree.map(jnp.copy, params), optimizer.init(params), count, count)
+
+
+def train_step(
+    state: TrainState,
+    batch: dict[str, Array],
+    key: Array,
+    *,
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    ema_decay: float,
+    ema_warmup: bool,
+    num_microbatches: int,
+    replicated: bool,
+    join_vectors: bool,
+) -> tuple[TrainState, dict[str, Array]]:
+    """One step on the mean loss of the global batch, with the key `fold_in(key, step)`.
+
+    A step whose loss or gradient is not finite leaves parameters, EMA and optimizer unchanged, and is counted. With
+    `ema_warmup`, the decay of the EMA at step t is at most (1 + t) / (10 + t), as in TensorFlow's
+    ExponentialMovingAverage. Without it, the EMA of a short run still contains a part of the random initialisation.
+    `replicated` says that every device holds all parameters. `join_vectors` is for CPUs; see `with_joined_vectors`.
+    """
+    key = jax.random.fold_in(key, state.step)
+    loss, grads = _loss_and_grads(state.params, batch, key, loss_fn, num_microbatches)
+    grads = row_major(grads) if replicated else grads
+    update = partial(_update, optimizer=optimizer, ema_decay=ema_decay, ema_warmup=ema_warmup)
+    return with_joined_vectors(update, state, loss, grads) if join_vectors else update(state, loss, grads)
+
+
+def _update(
+    state: TrainState,
+    loss: Array,
+    grads: Any,
+    *,
+    optimizer: optax.GradientTransformation,
+    ema_decay: float,
+    ema_warmup: bool,
+) -> tuple[TrainState, dict[str, Array]]:
+    grad_norm = global_norm(grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    finite = jax.lax.optimization_barrier(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
+
+    def keep(new: Any, old: Any) -> Any:
+        return jax.tree.map(lambda n, o: jax.lax.select(finite, n, o), new, old)
+
+    # The barriers make XLA read `finite` and, on a CPU, the new parameters. Without them, XLA recomputes `finite` for
+    # each array, and XLA:CPU recomputes the parameters.
+    params = materialize_on_cpu(keep(optax.apply_updates(state.params, updates), state.params))
+    decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step)) if ema_warmup else ema_decay
+    ema = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), state.ema, params)
+    skipped = 1 - finite.astype(jnp.int32)
+    state = TrainState(
+        step=state.step + 1,
+        params=params,
+        ema=keep(ema, state.ema),
+        opt_state=keep(opt_state, state.opt_state),
+        nonfinite_steps=state.nonfinite_steps + skipped,
+        nonfinite_in_a_row=skipped * (state.nonfinite_in_a_row + 1),
+    )
+    metrics = dict(
+        loss=loss,
+        grad_norm=grad_norm,
+        nonfinite_steps=state.nonfinite_steps,
+        nonfinite_in_a_row=state.nonfinite_in_a_row,
+    )
+    return state, metrics
+
+
+def with_joined_vectors(update: Callable[..., Any], state: TrainState, loss: Array, grads: Any) -> Any:
+    """`update(state, loss, grads)` with all 1-D parameters, and their EMA and optimizer slots, in one array.
+
+    Two thirds of a U-Net's arrays are vectors, with a thousandth of its parameters. Updated one by one, they take a
+    fifth of a training step's program on a CPU. On a GPU, joining would copy each of them with a kernel of its own, and
+    it would gather arrays that are divided over devices.
+    """
+    leaves, structure = jax.tree.flatten(state.params)
+    ends = np.cumsum([x.size for x in leaves if x.ndim == 1], dtype=int)
+
+    def is_like_params(part: Any) -> bool:
+        return jax.tree.structure(part) == structure
+
+    def join(part: Any) -> Any:
+        if not is_like_params(part):
+            return part
+        arrays = jax.tree.leaves(part)
+        vectors = [x for x in arrays if x.ndim == 1]
+        return [
+            materialize_on_cpu(jnp.concatenate([jnp.zeros(0, jnp.float32), *vectors])),
+            *(x for x in arrays if x.ndim != 1),
+        ]
+
+    def take_apart(part: Any) -> Any:
+        if not isinstance(part, list):
+            return part
+        vectors, others = iter(jnp.split(materialize_on_cpu(part[0]), ends)), iter(part[1:])
+        return jax.tree.unflatten(structure, [next(vectors if x.ndim == 1 else others) for x in leaves])
+
+    state, grads = jax.tree.map(join, (state, grads), is_leaf=is_like_params)
+    state, metrics = update(state, loss, grads)
+    return jax.tree.map(take_apart, state, is_leaf=lambda part: isinstance(part, list)), metrics
+
+
+def row_major(grads: Any) -> Any:
+    """`grads`, with the layout of the parameters on a GPU.
+
+    cuDNN returns gradients of kernels in another layout. XLA would compute the optimizer in that layout, and transpose
+    each of the optimizer's arrays back and forth. Do not use this for arrays that are divided over devices, because the
+    constraint gathers them.
+    """
+
+    def one(g: Array) -> Array:
+        return with_layout_constraint(g, Layout(tuple(range(g.ndim))))
+
+    return jax.lax.platform_dependent(grads, cuda=partial(jax.tree.map, one), default=lambda grads: grads)
+
+
+def _loss_and_grads(
+    params: Any, batch: dict[str, Array], key: Array, loss_fn: LossFn, num_microbatches: int
+) -> tuple[Array, Any]:
+    value_and_grad = jax.value_and_grad(loss_fn, argnums=1)
+    if num_microbatches == 1:
+        return value_and_grad(key, params, batch["image"], batch["label"])
+    # Microbatch i takes every num_microbatches-th row, so that each device works on rows that it already holds.
+    split = jax.tree.map(
+        lambda x: jnp.moveaxis(x.reshape(x.shape[0] // num_microbatches, num_microbatches, *x.shape[1:]), 1, 0), batch
+    )
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_microbatches))
+
+    def add(total: Any, at: tuple[Array, dict[str, Array]]) -> tuple[Any, None]:
+        one = value_and_grad(at[0], params, at[1]["image"], at[1]["label"])
+        return jax.tree.map(lambda t, g: t + g / num_microbatches, total, one), None
+
+    zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
+    return jax.lax.scan(add, zero, (keys, split))[0]
+
+
+def make_optimizer(
+    *,
+    learning_rate: float,
+    warmup_steps: int,
+    adam_b1: float,
+    adam_b2: float,
+    weight_decay: float,
+    grad_clip: float,
+) -> optax.GradientTransformation:
+    """Clipping by the global norm, then AdamW with a linear warm-up to a constant learning rate."""
+    rate = optax.linear_schedule(0.0, learning_rate, warmup_steps) if warmup_steps else learning_rate
+
+    def clip(grads: Any, _: Any) -> Any:
+        # One factor, where Optax divides and multiplies, spares XLA a clipped copy of the gradient.
+        factor = grad_clip / jnp.maximum(global_norm(grads), grad_clip)
+        return jax.tree.map(lambda g: factor * g, grads)
+
+    adam = optax.adamw(rate, b1=adam_b1, b2=adam_b2, weight_decay=weight_decay)
+    return optax.chain(optax.stateless(clip), adam)
+
+
+@jax.jit
+def global_norm(tree: Any) -> Array:
+    """The square root of the sum of the squares of all elements, like `optax.tree.norm`.
+
+    XLA:CPU writes all squares of an array to memory before it adds them, but adds rows of squares directly. Small
+    arrays of equal shape are added up before they are reduced. Otherwise, each of hundreds of sums is a kernel of its
+    own on a GPU, and three loops on a CPU.
+    """
+
+    def square_rows(x: Array) -> Array:
+        if x.size < 2**16 or x.size % 8:
+            return jax.lax.square(x)
+        return sum(map(jax.lax.square, x.reshape(8, -1)), start=jnp.zeros((), jnp.float32))
+
+    def norm(leaves: list[Array], square: Callable[[Array], Array]) -> Array:
+        squares: dict[Any, Array] = {}
+        for i, x in enumerate(leaves):
+            group = x.shape if x.size < 2**16 else i
+            squares[group] = squares.get(group, 0.0) + square(x)
+        return jnp.sqrt(sum(map(jnp.sum, squares.values())))
+
+    return jax.lax.platform_dependent(
+        jax.tree.leaves(tree), cpu=partial(norm, square=square_rows), default=partial(norm, square=jax.lax.square)
+    )

@@ -1,0 +1,137 @@
+"""The layers of the U-Net, each with its equation: convolution, bias, attention, group normalisation.
+
+A layer whose plain form is slow on some platform chooses its form in one line, `jax.lax.platform_dependent`; the forms
+are in `cfd.kernels`. They all compute the same function up to rounding. Functions that many layers call are jitted:
+JAX then traces each once per shape, which saves three tenths of the time to trace a training step. Several gradients
+are hand-written. Therefore only reverse mode works, and `jax.jvp` of the network is a TypeError.
+"""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from cfd.kernels import cpu, gpu, winograd
+from cfd.kernels import group_norm as group_norm_kernel
+
+GROUPS = 32
+EPSILON = 1e-5
+
+
+class Conv(nn.Module):
+    """A convolution and its bias: 3x3 with padding 1, or 1x1.
+
+    With `zero`, the kernel is initialised to 0, as ADM does at the end of each residual branch.
+    """
+
+    channels: int
+    dtype: str
+    size: int = 3
+    stride: int = 1
+    zero: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 k"]:
+        init = nn.initializers.zeros if self.zero else nn.initializers.lecun_normal()
+        window = (self.size, self.size) if self.size > 1 else ()
+        kernel = self.param("kernel", init, (*window, x.shape[-1], self.channels), jnp.float32).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.channels,), jnp.float32)
+        x, kernel, bias = cpu.barrier_gradients(cast_varying(x.astype(self.dtype), kernel, bias))
+        return add_bias(convolve(x, kernel, self.stride), bias)
+
+
+def convolve(x: Float[Array, "b h w c"], kernel: Float[Array, "... c k"], stride: int) -> Float[Array, "b h2 w2 k"]:
+    """y[i, j, k] = Σ_{u, v, c} x[s·i + u − 1, s·j + v − 1, c] · kernel[u, v, c, k], with stride s and padding 1.
+
+    A kernel of shape [c, k] is 1x1, without padding and stride: y[i, j, k] = Σ_c x[i, j, c] · kernel[c, k].
+    """
+    if kernel.ndim == 2:
+        # The product has two axes, because XLA:CPU would copy the transpose of a 4-axis x for the kernel's gradient.
+        return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
+    strides, padding = (stride, stride), ((1, 1), (1, 1))
+    plain = partial(
+        jax.lax.conv_general_dilated, window_strides=strides, padding=padding, dimension_numbers=winograd.LAYOUT
+    )
+    if stride > 1 or not winograd.pays(x, kernel):
+        return plain(x, kernel)
+    return jax.lax.platform_dependent(x, kernel, cpu=winograd.convolve, default=plain)
+
+
+@jax.custom_vjp
+def add_bias(x: Float[Array, "b h w c"], bias: Float[Array, "c"]) -> Float[Array, "b h w c"]:
+    """y[i, j, k] = x[i, j, k] + bias[k], in the dtype of x. The gradient of the bias is summed in float32."""
+    return x + bias.astype(x.dtype)[None, None, None]
+
+
+add_bias.defvjp(lambda x, bias: (add_bias(x, bias), None), cpu.add_bias_gradient)
+
+
+@jax.jit
+def attention(
+    q: Float[Array, "b t n d"], k: Float[Array, "b s n d"], v: Float[Array, "b s n d"]
+) -> Float[Array, "b t n d"]:
+    """softmax(q kᵀ / √d) v for each of n heads: Vaswani et al. (arXiv:1706.03762), Eq. 1. The softmax is float32."""
+    plain = partial(jax.nn.dot_product_attention, implementation="xla")
+    cudnn = {"cuda": gpu.attention} if gpu.cudnn_takes(q) else {}
+    return jax.lax.platform_dependent(q, k, v, cpu=cpu.attention, default=plain, **cudnn)
+
+
+def group_norm(
+    x: Float[Array, "b h w c"], gain: Float[Array, "b c"], shift: Float[Array, "b c"], *, silu: bool
+) -> Float[Array, "b h w c"]:
+    """gain · (x − μ) / sqrt(σ² + ε) + shift over 32 groups, then SiLU if asked: Wu and He (arXiv:1803.08494).
+
+    Computed in float32 and returned in the dtype of x. Raises ValueError if the groups do not divide the channels.
+    """
+    b, height, width, channels = x.shape
+    if channels % GROUPS:
+        raise ValueError(
+            f"{channels} channels do not divide into {GROUPS} groups: choose base_channels as a multiple of {GROUPS}"
+        )
+    x, gain, shift = cast_varying(x, gain, shift)
+    y: Array = _group_norm(x.reshape(b, height * width, channels), gain, shift, silu)
+    return y.reshape(x.shape)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _group_norm(x: Array, gain: Array, shift: Array, silu: bool) -> Array:
+    return _group_norm_forward(x, gain, shift, silu)[0]
+
+
+@partial(jax.jit, static_argnums=3)
+def _group_norm_forward(x: Array, gain: Array, shift: Array, silu: bool) -> tuple[Array, tuple[Array, ...]]:
+    mean, variance = jax.lax.platform_dependent(
+        x, cpu=partial(cpu.moments, num_groups=GROUPS), default=partial(group_norm_kernel.moments, num_groups=GROUPS)
+    )
+    rstd = jax.lax.rsqrt(variance + EPSILON)
+    y = (x.astype(jnp.float32) - mean[:, None]) * (rstd * gain)[:, None] + shift[:, None]
+    if silu:
+        # A quotient instead of a product with the sigmoid: XLA:CPU recomputes a product for every copy that `upsample`
+        # makes of it.
+        y = y / (1.0 + jnp.exp(-y))
+    return y.astype(x.dtype), (x, mean, rstd, gain, shift)
+
+
+_group_norm.defvjp(_group_norm_forward, partial(group_norm_kernel.gradient, GROUPS))
+
+
+def concatenate(x: Float[Array, "b h w c"], skip: Float[Array, "b h w k"]) -> Float[Array, "b h w c+k"]:
+    """[x, skip] along the channels."""
+    return gpu.materialize_on_gpu(jnp.concatenate(cpu.barrier_gradients((x, skip)), -1))
+
+
+def cast_varying(*arrays: Array) -> tuple[Array, ...]:
+    """The arrays. Inside a caller's `shard_map`, all become device-varying along the axes along which any of them is.
+
+    A hand-written gradient must have the type of its input. JAX then sums the gradient of a replicated parameter over
+    the devices itself.
+    """
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return arrays
+    of_all = jax.lax.stop_gradient(
+        sum((x.ravel()[0].astype(jnp.float32) for x in arrays), start=jnp.zeros((), jnp.float32))
+    )
+    return tuple(jnp.where(True, x, of_all.astype(x.dtype)) for x in arrays)

@@ -1,0 +1,72 @@
+"""The time that a network embeds: λ as the time of the cosine schedule, or as ADM's discrete time t, and back.
+
+Dhariwal and Nichol (arXiv:2105.05233) train on 1000 steps with ᾱ_t = Π_{s≤t} (1 − β_s): at 64x64 with the cosine
+schedule of Nichol and Dhariwal (arXiv:2102.09672), Eq. 17, and at every other size with the linear schedule of Ho et
+al. (arXiv:2006.11239), Section 4. Their networks take t itself, fractions included.
+"""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float, Float64
+
+NUM_STEPS = 1000
+
+
+def network_time(logsnr: Float[Array, "b"], time: str) -> Float[Array, "b"]:
+    """The time in [0, 1000], from data to noise, for the network's field `time`: "cosine", "adm_cosine", "adm_linear".
+
+    Raises ValueError for another `time`.
+    """
+    if time == "cosine":
+        return cosine_time(logsnr)
+    if time in ("adm_cosine", "adm_linear"):
+        return adm_time(logsnr, time.removeprefix("adm_"))
+    raise ValueError(f'time is {time!r}: choose "cosine", "adm_cosine" or "adm_linear"')
+
+
+def cosine_time(logsnr: Float[Array, "b"]) -> Float[Array, "b"]:
+    """1000 · (2/π) · arctan(e^{−λ/2}): the cosine schedule's own time, in [0, 1000], from data to noise."""
+    return (2000.0 / jnp.pi) * jnp.arctan(jnp.exp(-0.5 * logsnr))
+
+
+def adm_time(logsnr: Float[Array, "*b"], schedule: str) -> Float[Array, "*b"]:
+    """The time t in [0, 999] at which ADM's schedule has log-SNR λ, interpolated linearly in λ between steps.
+
+    ADM never trained beyond the ends of its table. There, t stays at 0 (little noise) or 999 (much noise).
+    """
+    table = logsnr_table(schedule)
+    steps = np.arange(NUM_STEPS, dtype=np.float32)
+    return jnp.interp(logsnr, np.float32(table[::-1]), steps[::-1])
+
+
+def adm_logsnr(t: Float[Array, "*b"], schedule: str) -> Float[Array, "*b"]:
+    """λ at time t of ADM's schedule, the inverse of `adm_time`. A t below 0 or above 999 gives the λ of that end."""
+    return jnp.interp(t, np.arange(NUM_STEPS, dtype=np.float32), np.float32(logsnr_table(schedule)))
+
+
+@functools.cache
+def logsnr_table(schedule: str) -> Float64[np.ndarray, "t"]:
+    """λ_t = log ᾱ_t − log(1 − ᾱ_t) for t = 0 … 999, decreasing, in float64, for schedule "cosine" or "linear".
+
+    Raises ValueError for another schedule.
+    """
+    if schedule == "cosine":
+        edge = np.cos((np.arange(NUM_STEPS + 1) / NUM_STEPS + 0.008) / 1.008 * np.pi / 2) ** 2
+        beta = np.minimum(1.0 - edge[1:] / edge[:-1], 0.999)
+    elif schedule == "linear":
+        beta = np.linspace(1e-4, 0.02, NUM_STEPS)
+    else:
+        raise ValueError(f'schedule is {schedule!r}, which ADM does not have: choose "cosine" or "linear"')
+    log_alpha_bar = np.cumsum(np.log1p(-beta))
+    return log_alpha_bar - np.log(-np.expm1(log_alpha_bar))
+
+
+def sinusoidal(time: Float[Array, "b"], width: int) -> Float[Array, "b d"]:
+    """[cos, sin] of the time at width/2 frequencies from 1 down to 1/10000: Vaswani et al. (arXiv:1706.03762)."""
+    half = width // 2
+    frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+    angle = time[:, None] * frequencies[None, :]
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)

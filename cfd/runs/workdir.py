@@ -1,0 +1,244 @@
+"""The folder of a run: its lock, and config.json, which says whose run it is.
+
+    config.json             the whole config, the class names and the conventions
+    checkpoints/<step>/     written by cfd.runs.checkpoint
+    metrics.jsonl           written by cfd.runs.log: one object per line, in the order of the steps
+    tensorboard/            written by cfd.runs.log: the same scalars, and images
+
+All processes of the run must see the folder, on a file system with atomic renames and `flock`.
+"""
+
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from cfd.devices import parallel
+from cfd.runs.files import write_atomically
+from cfd.runs.log import METRICS
+
+CHECKPOINTS = "checkpoints"
+CONFIG = "config.json"
+LOCK = "lock"
+
+CONVENTIONS = {
+    "w": "the paper's weight: eps = (1 + w) eps(z, c) - w eps(z); w = 0 is conditional, w = -1 unconditional",
+    "labels": "int32, 0 to num_classes - 1 in the order of class_names; -1 is the null label",
+    "logsnr": "z = alpha x + sigma eps, alpha^2 = sigmoid(logsnr), sigma^2 = sigmoid(-logsnr)",
+    "images": "float32 [B, H, W, C] in [-1, 1]; uint8 is round((clip(x) + 1) * 127.5)",
+}
+"""Recorded in every config.json. Manifests contain "w" and "images": a change of these words orphans old results."""
+
+FREE_FIELDS = (
+    "data.path",
+    "data.num_workers",
+    "data.on_bad_image",
+    "data.in_memory",
+    "train.num_steps",
+    "train.nonfinite_limit",
+    "train.checkpoint_every_steps",
+    "train.keep_checkpoints",
+    "train.log_every_steps",
+    "train.sample_every_steps",
+    "train.watchdog_seconds",
+    "classifier_train.num_steps",
+    "mesh",
+    "sample",
+    "eval",
+    "xla",
+)
+"""Fields, and groups of fields, that may change on resume because they do not affect what a step computes.
+
+`data.path` says where the data set is, not which data set it is. `data.on_bad_image` and `train.nonfinite_limit` decide
+whether a step is reached, not its result. `mesh` changes a step only by rounding, in float32 or in the bfloat16 of
+`model.dtype`.
+"""
+
+
+def describe(kind: str, config: Mapping[str, Any], class_names: Sequence[str]) -> dict[str, Any]:
+    """The content of a run's config.json; `kind` says which network it trains, "diffusion" or "classifier"."""
+    return dict(kind=kind, config=dict(config), class_names=list(class_names), conventions=CONVENTIONS)
+
+
+@contextlib.contextmanager
+def lock(workdir: str | os.PathLike[str]) -> Iterator[None]:
+    """Locks the folder for this job, so that only one job at a time writes to it.
+
+    Process 0 holds the lock for all processes of the job, and every process must call this. The operating system
+    releases the lock of a process that died. Raises ValueError at once if another live job holds the lock.
+    """
+    path = Path(workdir) / LOCK
+    file = None
+    holder = ""
+    if jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Mode "w" would erase what the holder wrote before this process knows whether the lock is free.
+        file = open(path, "a+")  # noqa: SIM115
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read()
+            file.close()
+            file = None
+        except OSError as e:
+            file.close()
+            raise ValueError(
+                f"{path} cannot be locked ({e.strerror}): mount its file system with flock (Lustre: -o flock), or give "
+                "another --workdir"
+            ) from e
+    if not parallel.total(int(file is not None)):
+        raise ValueError(
+            f"{os.fspath(workdir)} is {_describe_holder(holder)}: two jobs cannot write to one workdir; stop the other "
+            "job or give another --workdir"
+        )
+    try:
+        if file is not None:
+            file.truncate(0)
+            started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            json.dump({"pid": os.getpid(), "host": socket.gethostname(), "start_time": started}, file)
+            file.flush()
+        yield
+    finally:
+        if file is not None:
+            file.truncate(0)
+            file.close()
+
+
+def _describe_holder(text: str) -> str:
+    try:
+        holder = json.loads(text)
+        return f"locked by pid {holder['pid']} on {holder['host']} since {holder['start_time']}"
+    except (ValueError, KeyError, TypeError):
+        return "locked by another job that is just starting or stopping"
+
+
+def write_config(
+    workdir: str | os.PathLike[str], config_json: Mapping[str, Any], defaults: Mapping[str, Any] = {}
+) -> None:
+    """Writes config.json, or checks that an existing one describes the same run and updates it.
+
+    The fields of FREE_FIELDS may differ from the file's. In a run that has neither a checkpoint nor metrics yet, every
+    field may. `defaults` is as for `config_differences`. Every process must call this. Raises ValueError if another
+    field differs, if there are checkpoints without a config.json, or if this process does not see the file that process
+    0 wrote.
+    """
+    path = Path(workdir) / CONFIG
+    new = json.loads(json.dumps(config_json, allow_nan=False))
+    has_steps = any(step.name.isdigit() for step in (Path(workdir) / CHECKPOINTS).glob("*"))
+    if jax.process_index() == 0 and not path.exists() and not has_steps:
+        write_atomically(path, json.dumps(new, indent=2) + "\n")
+    parallel.barrier("cfd.workdir.write_config")
+    if not path.exists() and has_steps:
+        raise ValueError(
+            f"{os.fspath(workdir)} has checkpoints but no {CONFIG}: put it back, from {CHECKPOINTS}/<step>/meta or a "
+            "backup, or give another --workdir"
+        )
+    if not path.exists():
+        raise ValueError(
+            f"process 0 wrote {path}, but this process does not see it: put the workdir on a disk that all processes "
+            "share"
+        )
+    metrics = Path(workdir) / METRICS
+    has_begun = has_steps or (metrics.exists() and metrics.stat().st_size > 0)
+    old = check_config(workdir, new, defaults) if has_begun else read_config(workdir)
+    parallel.barrier("cfd.workdir.write_config.compared")
+    if jax.process_index() == 0 and new != old:
+        if differences := config_differences(old, new, defaults):
+            print(
+                f"{os.fspath(workdir)} has no checkpoint yet and takes this config: {abbreviate(differences)}.",
+                flush=True,
+            )
+        write_atomically(path, json.dumps(new, indent=2) + "\n")
+
+
+def check_config(
+    workdir: str | os.PathLike[str], config_json: Mapping[str, Any], defaults: Mapping[str, Any] = {}
+) -> dict[str, Any]:
+    """The content of config.json.
+
+    Raises ValueError if a field outside of FREE_FIELDS differs from `config_json`. `defaults` is as for
+    `config_differences`.
+    """
+    old = read_config(workdir)
+    if differences := config_differences(old, json.loads(json.dumps(config_json)), defaults):
+        raise ValueError(
+            f"{Path(workdir) / CONFIG} is another run's: {abbreviate(differences)}. Give another --workdir, "
+            f"or the same config (only {', '.join(FREE_FIELDS)} may change)"
+        )
+    return old
+
+
+def check_images(workdir: str | os.PathLike[str], *, image_size: int, channels: int, num_classes: int) -> None:
+    """Raises ValueError unless the run in the folder was trained on images of this size, with these classes."""
+    recorded = read_config(workdir)["config"]["data"]
+    expected = dict(image_size=image_size, channels=channels, num_classes=num_classes)
+    for name, value in expected.items():
+        if recorded[name] != value:
+            raise ValueError(
+                f"{os.fspath(workdir)} was trained with data.{name} = {recorded[name]}, not {value}: give the config "
+                "of its run, or move the folder away and train again"
+            )
+
+
+def read_config(workdir: str | os.PathLike[str]) -> dict[str, Any]:
+    """The content of config.json, read as JSON only: nothing in a run's folder is ever executed.
+
+    Raises ValueError if there is no such file, or if it is damaged.
+    """
+    path = Path(workdir) / CONFIG
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist: {os.fspath(workdir)} is not the folder of a run") from None
+    except ValueError as e:
+        raise ValueError(f"{path} is not JSON ({e}): restore it from {CHECKPOINTS}/<step>/meta or a backup") from None
+    parts = {"kind": str, "config": dict, "class_names": list}
+    content = content if isinstance(content, dict) else {}
+    if wrong := [f'"{name}"' for name, kind in parts.items() if not isinstance(content.get(name), kind)]:
+        raise ValueError(
+            f"{path} has no valid {', '.join(wrong)}: restore it from {CHECKPOINTS}/<step>/meta or a backup"
+        )
+    return content
+
+
+def config_differences(old: Mapping[str, Any], new: Mapping[str, Any], defaults: Mapping[str, Any] = {}) -> list[str]:
+    """ "field: value there, value here" for every field, outside of FREE_FIELDS, in which two configs differ.
+
+    `old` and `new` are contents of config.json. `defaults` maps full field names ("train.num_steps") to values: a field
+    that `old` lacks is younger than the run that wrote it, and is taken to have had its default.
+    """
+    free = tuple(f"config.{field}." for field in FREE_FIELDS)
+    there, here = flatten(old), flatten(new)
+    younger = {f"config.{name}": value for name, value in defaults.items()}
+    there |= {name: value for name, value in younger.items() if name in here and name not in there}
+    a, b = ({name: json.dumps(value) for name, value in flat.items()} for flat in (there, here))
+    return [
+        f"{name.removeprefix('config.')}: {a.get(name, 'absent')} there, {b.get(name, 'absent')} here"
+        for name in (a | b)
+        if a.get(name) != b.get(name) and not f"{name}.".startswith(free)
+    ]
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train.num_steps": value} of nested mappings; an empty mapping is a value."""
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def abbreviate(items: Sequence[str], *, separator: str = "; ", limit: int = 4) -> str:
+    """The first `limit` items in one line, and the number of those left out."""
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return separator.join(items[:limit]) + more

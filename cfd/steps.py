@@ -1,0 +1,50 @@
+"""Step rules: from z at log-SNR λ and a prediction x̃ of the data to z at λ' > λ. `cfd.sampling` runs them in a loop."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from jax import Array
+from jaxtyping import Float
+
+from cfd.process import alpha_sigma, eps_from_x, posterior
+
+StepRule = Callable[[Array, Array, Array, Array], tuple[Array, Array | None]]
+"""(z, x̃, λ, λ') -> mean and standard deviation of z at λ'. The standard deviation is None for a deterministic rule."""
+
+
+def ancestral(v: Float[Array, "*v"] | float = 0.3) -> StepRule:
+    """The paper's sampler: z' ~ q(z' | z, x̃), Eqs. 3 and 4 of Ho and Salimans (arXiv:2207.12598).
+
+    v in [0, 1], a scalar or [B], interpolates the log-variance between its lower (v = 0) and upper bound (v = 1).
+    Raises ValueError for a number outside [0, 1].
+    """
+    if isinstance(v, (int, float)) and not 0.0 <= v <= 1.0:
+        raise ValueError(f"v is {v}; it interpolates between two variances: give a value in [0, 1]")
+    return lambda z, x, logsnr, logsnr_next: posterior(z, x, logsnr, logsnr_next, v)
+
+
+def ddim() -> StepRule:
+    """The deterministic sampler z' = α' x̃ + σ' ε: Song et al. (arXiv:2010.02502), Eq. 12 with σ_t = 0."""
+
+    def step(z: Array, x: Array, logsnr: Array, logsnr_next: Array) -> tuple[Array, None]:
+        alpha, sigma = alpha_sigma(logsnr_next)
+        return alpha * x + sigma * eps_from_x(z, x, logsnr), None
+
+    return step
+
+
+class SecondOrder(NamedTuple):
+    """A second-order sampler: `rule` with x̃ extrapolated in λ to the middle of the step.
+
+    The extrapolation uses the current and the previous evaluation. `SecondOrder(ddim())` is DPM-Solver++(2M) and
+    `SecondOrder(ancestral(0.0))` its SDE form: Lu et al. (arXiv:2211.01095). Their λ is half of this one, which does
+    not matter because only ratios of steps in λ occur. Two steps are of first order: the first, because no evaluation
+    precedes it, and the last, because it is too long in λ to extrapolate over.
+    """
+
+    rule: StepRule
+
+
+def dpm_solver() -> SecondOrder:
+    """The deterministic sampler for few steps, DPM-Solver++(2M): Lu et al. (arXiv:2211.01095), Algorithm 2."""
+    return SecondOrder(ddim())

@@ -1,0 +1,161 @@
+"""XLA: correct gradients under the compiler options, memory returned after long compilations, a safe cache folder."""
+
+import contextlib
+import ctypes
+import gc
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import Array
+from jax.extend.core import Jaxpr
+from tiny import QUICK, tiny_config
+
+from cfd.devices import xla
+from cfd.kernels import winograd
+from cfd.modes.train import diffusion
+from cfd.networks import layers, unet
+
+DIGITS = dict(model__attention_resolutions=(8,))
+WIDE = dict(
+    data__image_size=16,
+    model__base_channels=64,
+    model__attention_resolutions=(16,),
+    model__head_channels=64,
+    classifier__attention_resolutions=(8,),
+)
+
+
+def plain_group_norm(x: Array, gain: Array, shift: Array, silu: bool) -> Array:
+    groups = x.reshape(*x.shape[:3], layers.GROUPS, -1)
+    variance = jnp.var(groups, (1, 2, 4), keepdims=True)
+    y = jax.nn.standardize(groups, axis=(1, 2, 4), epsilon=layers.EPSILON, variance=variance).reshape(x.shape)
+    y = y * gain[:, None, None] + shift[:, None, None]
+    return jax.nn.silu(y) if silu else y
+
+
+@pytest.mark.parametrize("changes, batch_size", [(DIGITS, 128), (WIDE, 2)])
+def test_gradients_under_the_options_are_those_of_plain_layers_without(
+    changes: dict[str, Any], batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gradients of the loss, at the batch and width of the digits run and with Winograd convolutions."""
+    config = tiny_config(**changes)
+    size = config.data.image_size
+    init, loss_fn = diffusion(config)
+    random = np.random.default_rng(0)  # a parameter of zero would leave the layers before it without a gradient
+    params = jax.tree.map(
+        lambda p: jnp.asarray(random.standard_normal(p.shape, np.float32) / max(1, p.size // p.shape[-1]) ** 0.5),
+        jax.eval_shape(init, jax.random.key(0)),
+    )
+    x = jnp.asarray(random.uniform(-1.0, 1.0, (batch_size, size, size, 1)), jnp.float32)
+    arguments = jax.random.key(1), params, x, jnp.arange(batch_size) % 10
+
+    loss, gradient = xla.jit(jax.value_and_grad(loss_fn, argnums=1))(*arguments)
+    monkeypatch.setattr(winograd, "pays", lambda x, kernel: False)
+    monkeypatch.setattr(layers, "add_bias", lambda x, bias: x + bias[None, None, None])
+    monkeypatch.setattr(unet, "attention", jax.nn.dot_product_attention)
+    monkeypatch.setattr(unet, "group_norm", plain_group_norm)
+    reference = jax.value_and_grad(lambda *arguments: loss_fn(*arguments), argnums=1)
+    expected_loss, expected = jax.jit(reference, compiler_options=QUICK)(*arguments)
+
+    assert float(loss) == pytest.approx(float(expected_loss), rel=1e-5)
+    largest = max(float(jnp.abs(b).max()) for b in jax.tree.leaves(expected))
+    for (path, a), b in zip(jax.tree.leaves_with_path(gradient), jax.tree.leaves(expected), strict=True):
+        # The exact gradient of a bias is zero if groups of one channel are normalised after it: only rounding remains.
+        error = float(jnp.abs(a - b).max())
+        assert error <= 1e-4 * float(jnp.abs(b).max()) + 1e-6 * largest, jax.tree_util.keystr(path)
+
+
+def test_rematerialisation_spares_memory_under_the_options() -> None:
+    """Less memory shows that XLA does not merge the recomputation with the first computation."""
+    needed = {}
+    for remat in (False, True):
+        config = tiny_config(model__channel_mult=(1,), model__num_res_blocks=3, model__remat=remat)
+        init, loss_fn = diffusion(config)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        x, labels = jax.ShapeDtypeStruct((64, 8, 8, 1), jnp.float32), jax.ShapeDtypeStruct((64,), jnp.int32)
+        gradient = xla.jit(jax.value_and_grad(loss_fn, argnums=1)).lower(key, jax.eval_shape(init, key), x, labels)
+        needed[remat] = gradient.compile().memory_analysis().temp_size_in_bytes
+    assert needed[True] < 0.5 * needed[False], needed
+
+
+def test_a_compiler_that_rejects_the_options_gets_none_and_one_line_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(xla, "CPU_OPTIONS", {"xla_of_another_version": True})
+    xla.compiler_options.cache_clear()
+    try:
+        assert xla.jit(lambda x: x + 1)(1) == 2 and xla.compiler_options() == {}
+    finally:
+        xla.compiler_options.cache_clear()
+    assert len(caplog.records) == 1 and "this XLA rejects {'xla_of_another_version': True}" in caplog.text
+
+
+@pytest.mark.parametrize("mode", [0o720, 0o702])
+def test_a_cache_of_programs_that_others_can_write_to_is_refused(tmp_path: Path, mode: int) -> None:
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    folder.chmod(mode)
+    with pytest.raises(ValueError, match=r"can be written by others, .* chmod go-w"):
+        xla.use_compilation_cache(str(folder))
+
+
+def test_memory_is_returned_after_a_long_compilation_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """JAX records the event for every compilation."""
+    trimmed: list[int] = []
+    set_to: dict[int, int] = {}
+    glibc = SimpleNamespace(malloc_trim=trimmed.append, mallopt=set_to.__setitem__)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: glibc)
+    events: list[str] = []
+
+    def record(event: str, duration_secs: float, **_: Any) -> None:
+        events.append(event)
+
+    compiled = "/jax/core/compile/backend_compile_duration"
+    with contextlib.suppress(AssertionError):  # it is registered only if another test called `return_freed_memory`
+        jax.monitoring.unregister_event_duration_listener(xla._trim_after)
+    xla.return_freed_memory.cache_clear()
+    xla.return_freed_memory()
+    try:
+        assert set_to == {-1: 8 * 2**20, -3: 32 * 2**20}
+        jax.monitoring.register_event_duration_secs_listener(record)
+        jax.jit(lambda x: x + 1.5)(1.0)
+        assert compiled in events
+        trimmed.clear()
+        jax.monitoring.record_event_duration_secs(compiled, 0.1)
+        assert trimmed == []
+        jax.monitoring.record_event_duration_secs(compiled, 0.3)
+        assert trimmed == [0]
+    finally:
+        jax.monitoring.unregister_event_duration_listener(record)
+
+
+def test_a_program_keeps_nothing_of_what_it_was_made_from() -> None:
+    x = jnp.ones((3, 5, 7, 11))  # a shape that no other test uses
+
+    def traced() -> int:
+        gc.collect()
+        jaxprs = [kept for kept in gc.get_objects() if type(kept) is Jaxpr]
+        return sum(any(v.aval.str_short() == "float32[3,5,7,11]" for v in jaxpr.invars) for jaxpr in jaxprs)
+
+    def fun(x: Any) -> Any:
+        return jax.lax.neg(x)
+
+    program = xla.compiled(fun, x)
+    assert traced() == 0
+    np.testing.assert_array_equal(program(x), -np.asarray(x))
+    xla.jit(fun).lower(x).compile()
+    assert traced() > 0
+
+
+def test_a_compilation_cache_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if os.getuid() == 0:
+        os.chown(tmp_path, 54321, -1)
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    with pytest.raises(ValueError, match=f"{tmp_path} is another user's.*a folder of your own"):
+        xla.use_compilation_cache(str(tmp_path))

@@ -1,0 +1,126 @@
+"""The forms of a convolution for a CPU against float64 and against XLA's form, gradients included.
+
+The form depends on the shape. Inputs with no more positions than channels take im2col. The others take Winograd
+convolution: F(4, 3) along the width, and from 192 channels on also F(2, 3) along the height.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import Array
+from jaxtyping import Float, Float64
+from scipy.signal import correlate
+
+from cfd.kernels import winograd
+from cfd.networks.layers import convolve
+
+
+def operands(b: int, height: int, width: int, channels: int, outputs: int) -> tuple[Array, Array, Array]:
+    """x, a kernel and a cotangent. x, the convolution and the cotangent have about unit variance."""
+    x, kernel, g = (
+        jax.random.normal(jax.random.key(i), shape)
+        for i, shape in enumerate(
+            [(b, height, width, channels), (3, 3, channels, outputs), (b, height, width, outputs)]
+        )
+    )
+    return x, kernel / (9 * channels) ** 0.5, g
+
+
+def plain(x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c k"]) -> Float[Array, "b h w k"]:
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def float64(x: Array, kernel: Array) -> Float64[np.ndarray, "b h w k"]:
+    """The convolution in float64, by SciPy's correlation of each pair of channels."""
+    wide, taps = np.asarray(x, np.float64), np.asarray(kernel, np.float64)
+    y = np.zeros((*x.shape[:3], kernel.shape[3]))
+    for image in range(x.shape[0]):
+        for c in range(x.shape[3]):
+            for k in range(kernel.shape[3]):
+                y[image, :, :, k] += correlate(wide[image, :, :, c], taps[:, :, c, k], "same", "direct")
+    return y
+
+
+@pytest.mark.parametrize(
+    "height, width, channels, outputs",
+    [
+        *((height, width, channels, 4) for channels in (6, 192) for height, width in ((2, 4), (8, 8), (4, 12))),
+        (3, 5, 32, 30),
+        (1, 1, 2, 3),
+    ],
+)
+def test_values_are_those_of_float64(height: int, width: int, channels: int, outputs: int) -> None:
+    x, kernel, _ = operands(2, height, width, channels, outputs)
+    np.testing.assert_allclose(winograd.convolve(x, kernel), float64(x, kernel), rtol=0, atol=4e-6)
+
+
+@pytest.mark.parametrize("channels", [64, 192])
+def test_its_rounding_error_is_close_to_that_of_the_plain_form(channels: int) -> None:
+    """Compares the root mean squares of the errors, with enough channels for both forms to add up long sums."""
+    x, kernel, _ = operands(2, 8, 8, channels, 8)
+    exact = float64(x, kernel)
+
+    def error(y: Array) -> float:
+        return float(np.sqrt(np.mean((np.asarray(y, np.float64) - exact) ** 2)))
+
+    assert error(winograd.convolve(x, kernel)) < 4 * error(plain(x, kernel))
+
+
+@pytest.mark.parametrize(
+    "shape, outputs",
+    [((3, 6, 8, 6), 4), ((3, 6, 8, 6), 192), ((3, 6, 8, 192), 4), ((2, 3, 5, 30), 32), ((1, 2, 2, 6), 4)],
+)
+def test_gradients_are_those_of_the_plain_form(shape: tuple[int, int, int, int], outputs: int) -> None:
+    """The gradient of x takes a different form for few outputs and for many."""
+    x, kernel, g = operands(*shape, outputs)
+    expected = jax.vjp(plain, x, kernel)[1](g)
+    for ours, theirs in zip(jax.vjp(winograd.convolve, x, kernel)[1](g), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-6 * float(jnp.abs(theirs).max()))
+
+
+@pytest.mark.parametrize("size", [(7, 8), (8, 6)])
+def test_an_image_that_the_tiles_do_not_divide_is_refused(size: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=f"x is {size[0]}x{size[1]}, which tiles of 2x4 do not divide"):
+        winograd.convolve(jnp.ones((1, *size, 4)), jnp.ones((3, 3, 4, 4)))
+
+
+def test_a_constant_image_and_kernel_count_the_taps_inside_the_image() -> None:
+    """9 taps in the interior, 6 at an edge and 4 in a corner."""
+    y = winograd.convolve(jnp.ones((1, 8, 8, 1)), jnp.ones((3, 3, 1, 1)))[0, :, :, 0]
+    inside = np.full(8, 3.0)
+    inside[[0, -1]] = 2.0
+    np.testing.assert_allclose(y, np.outer(inside, inside), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "shape, outputs, dtype, convolutions, products",
+    [
+        ((2, 16, 16, 64), 64, "float32", 6, 0),
+        ((2, 16, 16, 192), 64, "float32", 0, 4),
+        ((2, 16, 16, 64), 64, "bfloat16", 1, 0),
+        ((2, 16, 16, 64), 3, "float32", 1, 0),
+        ((2, 16, 16, 32), 64, "float32", 1, 0),
+        ((2, 16, 18, 64), 64, "float32", 1, 0),
+        ((2, 17, 16, 64), 64, "float32", 1, 0),
+        ((2, 8, 8, 64), 128, "float32", 1, 0),
+        ((2, 8, 8, 128), 64, "float32", 1, 0),
+        ((2, 8, 8, 128), 128, "float32", 0, 1),
+        ((2, 8, 8, 128), 128, "bfloat16", 1, 0),
+        ((8, 8, 8, 512), 512, "float32", 0, 4),
+    ],
+)
+def test_the_network_uses_the_form_that_pays(
+    shape: tuple[int, ...], outputs: int, dtype: str, convolutions: int, products: int
+) -> None:
+    """The CPU's program has six convolutions along the height, or matrix products; other programs have one convolution.
+
+    Where a CPU form does not pay, the CPU's program also has one convolution.
+    """
+    arguments = jnp.zeros(shape, dtype), jnp.zeros((3, 3, shape[3], outputs), dtype)
+    assert winograd.pays(*arguments) == (convolutions != 1)
+    traced = jax.jit(lambda x, kernel: convolve(x, kernel, 1)).trace(*arguments)
+    on_cpu = traced.lower(lowering_platforms=("cpu",)).as_text()
+    assert on_cpu.count("stablehlo.convolution") == convolutions
+    assert on_cpu.count("stablehlo.dot_general") == products
+    assert traced.lower(lowering_platforms=("tpu",)).as_text().count("stablehlo.convolution") == 1
