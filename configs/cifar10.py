@@ -1,12 +1,13 @@
 """Classifier-free guidance on CIFAR-10 at 32x32.
 
-The U-Net of Nichol and Dhariwal's CIFAR-10 models (arXiv:2102.09672: 128 channels, multipliers 1, 2, 2, 2, three
-residual blocks a level, attention at 16 and 8) in ADM's form; p_uncond, λ and v as in the ImageNet 64 experiment of Ho
-and Salimans (arXiv:2207.12598). Metrics come from a small classifier of the training images, not from Inception.
+The network is the U-Net of Nichol and Dhariwal's CIFAR-10 models (arXiv:2102.09672) in ADM's form: 128 channels,
+multipliers 1, 2, 2, 2, three residual blocks per level, attention at 16 and 8. p_uncond, λ and v are those of the
+ImageNet 64 experiment of Ho and Salimans (arXiv:2207.12598). Metrics come from a small classifier of the training
+images, not from Inception.
 
-    python -m cfd.main --config=configs/cifar10.py --config.data.path=FOLDER
+    python -m cfd.main --config=cifar10 --config.data.path=FOLDER
 
-FOLDER holds train/<class>/*.jpg and test/<class>/*.jpg (or PNG). A prepared TFDS copy works as well:
+FOLDER contains train/<class>/*.jpg and test/<class>/*.jpg (or PNG). A prepared TFDS copy works as well:
 --config.data.source=tfds --config.data.name=cifar10 --config.data.path=TFDS_DIR.
 """
 

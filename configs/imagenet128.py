@@ -1,5 +1,5 @@
 """ImageNet 128x128: the experiment of Section 4.3 and Table 2 of Ho and Salimans, Classifier-Free Diffusion Guidance
-(arXiv:2207.12598). λ in [−20, 20], v = 0.2, 2.7 million steps, 50,000 samples a weight. Best FID at w = 0.3:
+(arXiv:2207.12598). λ in [−20, 20], v = 0.2, 2.7 million steps, 50,000 samples per weight. Best FID at w = 0.3:
 
                   T = 128            T = 256            T = 1024
          w        FID      IS        FID      IS        FID      IS
@@ -24,22 +24,22 @@ and 8, 4 heads, residual blocks that resample, scale-shift norm, dropout 0.0, ba
 = (0.9, 0.999) and no weight decay, EMA 0.9999, 16-bit activations. ADM trained it for 4,360,000 iterations; num_steps
 here is the paper's.
 
-What differs from ADM: ε alone is learned and not the variance, so that there are 3 outputs and the loss is the plain
-one; λ is continuous, of the cosine schedule, and enters the network as that schedule's own time (ADM's network was
-trained on 1000 discrete steps of the linear schedule); labels are dropped with p_uncond = 0.1; bfloat16 takes the place
-of float16, so that no loss is scaled; gradients are clipped at a norm of 1. To sample from ADM's own weights instead,
-import them: `python -m cfd.convert adm 128x128_diffusion.pt OUT`.
+Five things differ from ADM. The network learns ε alone and not the variance, so that it has 3 outputs and the plain
+loss. λ is continuous, follows the cosine schedule, and enters the network as that schedule's own time, whereas ADM
+trained on 1000 discrete steps of the linear schedule. Labels are dropped with p_uncond = 0.1. Activations are bfloat16
+instead of float16, so that no loss scaling is needed. Gradients are clipped at a norm of 1. To sample from ADM's
+own weights instead, import them: `python -m cfd.convert adm 128x128_diffusion.pt OUT`.
 
-The noisy classifier of classifier guidance is ADM's (128 channels, depth 2, attention pooling), with the flags of its
-README for 128x128: 300,000 iterations of batch 256, learning rate 3e-4, weight decay 0.05. The rate
-is constant here, where ADM anneals it to 0, and λ is drawn as for the diffusion model.
+The noisy classifier of classifier guidance is ADM's (128 channels, depth 2, attention pooling), with the flags that its
+README gives for 128x128: 300,000 iterations of batch 256, learning rate 3e-4, weight decay 0.05. The learning rate is
+constant here, whereas ADM anneals it to 0. λ is drawn as for the diffusion model.
 
     python -m cfd.convert inception pt_inception-2015-12-05-6726825d.pth inception.npz
-    python -m cfd.main --config=configs/imagenet128.py
+    python -m cfd.main --config=imagenet128
 
-The data set is TFDS's `imagenet2012`, prepared once as ArrayRecord (extra cfd[prepare]) below data.path
-(~/tensorflow_datasets where that is empty); images are reduced to 128x128 as they are read. Those with fewer than 128
-pixels on a side, which ADM enlarges, are passed over, and counted in the metrics.
+The data set is TFDS's `imagenet2012`, prepared once as ArrayRecord (extra cfd[prepare]) below data.path, which is
+~/tensorflow_datasets if it is empty. Images are reduced to 128x128 as they are read. Images with fewer than 128 pixels
+on a side, which ADM enlarges, are skipped and counted in the metrics.
 """
 
 from ml_collections import ConfigDict

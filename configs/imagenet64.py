@@ -1,5 +1,5 @@
 """ImageNet 64x64: the experiment of Section 4.1 and Table 1 of Ho and Salimans, Classifier-Free Diffusion Guidance
-(arXiv:2207.12598). λ in [−20, 20], v = 0.3, 400,000 steps, 50,000 samples a weight. Best FID at w = 0.1:
+(arXiv:2207.12598). λ in [−20, 20], v = 0.3, 400,000 steps, 50,000 samples per weight. Best FID at w = 0.1:
 
                   p_uncond = 0.1     p_uncond = 0.2     p_uncond = 0.5
          w        FID      IS        FID      IS        FID      IS
@@ -20,25 +20,25 @@
 
 The network and the optimizer are those of Dhariwal and Nichol's 64x64 model (ADM, arXiv:2105.05233, Appendix I, and the
 README of openai/guided-diffusion): 192 channels, multipliers 1, 2, 3, 4, 3 residual blocks, attention at 32, 16 and 8,
-64 channels a head, residual blocks that resample, scale-shift norm, dropout 0.1, batch 2048, learning rate 3e-4, Adam
+64 channels per head, residual blocks that resample, scale-shift norm, dropout 0.1, batch 2048, learning rate 3e-4, Adam
 with β = (0.9, 0.999) and no weight decay, EMA 0.9999, 16-bit activations. ADM trained it for 540,000 iterations;
-num_steps here is the paper's. The paper does not give T for this table; 256 is what it recommends at 128x128.
+num_steps here is the paper's. The paper does not give T for this table; 256 is its recommendation at 128x128.
 
-What differs from ADM: ε alone is learned and not the variance, so that there are 3 outputs and the loss is the plain
-one; λ is continuous, of the cosine schedule, and enters the network as that schedule's own time (ADM's network was
-trained on 1000 discrete steps of the cosine schedule); labels are dropped with p_uncond = 0.1; bfloat16 takes the place
-of float16, so that no loss is scaled; gradients are clipped at a norm of 1. To sample from ADM's own weights instead,
-import them: `python -m cfd.convert adm 64x64_diffusion.pt OUT`.
+Five things differ from ADM. The network learns ε alone and not the variance, so that it has 3 outputs and the plain
+loss. λ is continuous, follows the cosine schedule, and enters the network as that schedule's own time, whereas ADM
+trained on 1000 discrete steps of the cosine schedule. Labels are dropped with p_uncond = 0.1. Activations are bfloat16
+instead of float16, so that no loss scaling is needed. Gradients are clipped at a norm of 1. To sample from ADM's
+own weights instead, import them: `python -m cfd.convert adm 64x64_diffusion.pt OUT`.
 
-The noisy classifier of classifier guidance is ADM's (128 channels, depth 4, attention pooling), with the flags of its
-README, which are for 128x128: 300,000 iterations of batch 256, learning rate 3e-4, weight decay 0.05. The rate
-is constant here, where ADM anneals it to 0, and λ is drawn as for the diffusion model.
+The noisy classifier of classifier guidance is ADM's (128 channels, depth 4, attention pooling), with the flags that its
+README gives for 128x128: 300,000 iterations of batch 256, learning rate 3e-4, weight decay 0.05. The learning rate is
+constant here, whereas ADM anneals it to 0. λ is drawn as for the diffusion model.
 
     python -m cfd.convert inception pt_inception-2015-12-05-6726825d.pth inception.npz
-    python -m cfd.main --config=configs/imagenet64.py
+    python -m cfd.main --config=imagenet64
 
-The data set is TFDS's `imagenet_resized/64x64`, prepared once as ArrayRecord (extra cfd[prepare]) below data.path
-(~/tensorflow_datasets where that is empty).
+The data set is TFDS's `imagenet_resized/64x64`, prepared once as ArrayRecord (extra cfd[prepare]) below data.path,
+which is ~/tensorflow_datasets if it is empty.
 """
 
 from ml_collections import ConfigDict

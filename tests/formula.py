@@ -14,7 +14,7 @@ def uniform(name: str, *shape: int) -> np.ndarray:
 
 
 def tensor(key: str, *shape: int) -> np.ndarray:
-    """One tensor of a PyTorch network: a He-uniform kernel, or a field of a batch norm that is far from the identity."""
+    """One tensor of a PyTorch network: a He-uniform kernel, or a field of a batch norm that is not the identity."""
     u = uniform(key, *shape)
     if len(shape) > 1:
         return ((2.0 * u - 1.0) * np.sqrt(6.0 / np.prod(shape[1:]))).astype(np.float32)

@@ -4,7 +4,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -150,44 +149,6 @@ def test_a_sweep_is_guided_by_the_classifier_of_the_run(run: Path, monkeypatch: 
     assert (images[0] == images[1]).all() and (images[0] == images[2]).all() and (images[2] != images[3]).any()
 
 
-def test_the_feature_classifier_learns_from_the_very_images(digits: data.Dataset) -> None:
-    seen: list[np.ndarray] = []
-
-    class Seeing(nn.Module):
-        @nn.compact
-        def __call__(self, images: Any) -> Any:
-            jax.debug.callback(lambda rows: seen.append(np.array(rows)), images)
-            logits = nn.Dense(10)(images.reshape(len(images), -1) / 255.0)
-            return logits, logits
-
-    features.train_classifier(Seeing(), digits, num_steps=2, flip=False, seed=0)
-    jax.effects_barrier()
-    allowed = {image.tobytes() for image in data.load_arrays(digits)[0]} | {bytes(64)}
-    assert len(np.concatenate(seen)) >= 2 * 128 and {image.tobytes() for image in np.concatenate(seen)} <= allowed
-
-
-def test_the_classifier_of_a_run_is_trained_once(digits: data.Dataset, tmp_path: Path, capsys: Any) -> None:
-    def opened(num_steps: int) -> features.FeatureNetwork:
-        config = tiny_config(eval__classifier_steps=num_steps)
-        return evaluation.open_features(config, str(tmp_path), one_device(), digits)
-
-    network = opened(30)
-    held_out = len(data.from_config(tiny_config().data, "test"))
-    assert f"{held_out} held-out images: accuracy" in capsys.readouterr().out
-    images, labels = data.load_arrays(digits, np.arange(300))
-    outputs = network.extract(images)
-    assert outputs.pool.shape == (300, 64) and outputs.spatial is None
-    np.testing.assert_allclose(outputs.probs.sum(axis=1), 1.0, rtol=1e-5)
-    assert (outputs.probs.argmax(axis=1) == labels).mean() > 0.5  # chance is 0.1
-    np.testing.assert_allclose(network.extract(images[:7]).pool, outputs.pool[:7], rtol=1e-4, atol=1e-5)
-
-    again = opened(30)
-    assert capsys.readouterr().out == "" and again.weights_hash == network.weights_hash
-    np.testing.assert_array_equal(again.extract(images).pool, outputs.pool)
-    with pytest.raises(ValueError, match=r"eval\.classifier_steps = 30, not 40: give 30, or delete the features"):
-        opened(40)
-
-
 @pytest.mark.parametrize("damage", ["5\n", "7,0.1,x\n", "\xff\n"])
 def test_a_damaged_row_is_named(run: Path, damage: str) -> None:
     evaluation.sweep(tiny_config(eval__weights=(1.0,)), str(run))
@@ -236,20 +197,3 @@ def test_files_that_the_metrics_cannot_use_are_noticed_beforehand(tmp_path: Path
         npz.write_npz(reference, arrays | more)
         with pytest.raises(ValueError, match=words):
             evaluation.check(tiny_config(**changes, eval__reference=str(reference)), str(tmp_path))
-
-
-def test_a_damaged_feature_classifier_is_made_anew_by_removing_it(digits: data.Dataset, tmp_path: Path) -> None:
-    folder = tmp_path / "features"
-    folder.mkdir()
-    (folder / "classifier.npz").write_bytes(b"no archive")
-
-    def opened() -> None:
-        features.open_classifier(str(tmp_path), one_device(), digits, digits, num_steps=5, flip=False, seed=0)
-
-    for text in (None, "{}", '{"classifier_steps": 5}'):
-        if text:
-            (folder / "classifier.json").write_text(text)
-        with pytest.raises(
-            ValueError, match=r"features is damaged .*: remove the folder, and --mode=sweep makes it anew"
-        ):
-            opened()

@@ -218,7 +218,8 @@ def test_the_files_that_a_sweep_needs_are_checked_before_training(command: Comma
     assert "no.npz" in error and "is no file" in error
     npz.write_npz(command.folder / "other.npz", {"arr_0": np.zeros((3, 16, 16, 1), np.uint8)})
     (command.folder / "weights.pth").write_bytes(b"no archive")
-    other, words = ("weights.pth", "not a sound .npz") if changes else ("other.npz", "(16, 16, 1), this config makes")
+    wrong_size = "(16, 16, 1), but the config is for uint8 images of shape (8, 8, 1)"
+    other, words = ("weights.pth", "not a sound .npz") if changes else ("other.npz", wrong_size)
     assert words in command.fails(DIGITS, *flags_of(**changes, **{needed: other}))
 
 
@@ -238,9 +239,8 @@ def test_the_whole_job(tmp_path: Path) -> None:
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == list(range(1, 25))
     losses = [line["loss"] for line in log]
-    assert (
-        abs(losses[0] - 1.0) < 0.15 and np.mean(losses[-5:]) < 0.9 * losses[0]
-    )  # ε has variance 1, and a new network returns 0
+    assert abs(losses[0] - 1.0) < 0.15  # ε has variance 1, and a new network returns 0
+    assert np.mean(losses[-5:]) < 0.9 * losses[0]
     rows = results.read_rows(str(folder))
     assert [(row["w"], row["num_samples"], row["features"]) for row in rows] == [
         (0.0, 20, "classifier"),

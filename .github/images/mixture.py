@@ -19,7 +19,7 @@ from cfd.sampling import ddim, guided_sample
 
 MEANS = 0.6 * np.array([[0.0, 1.0], [-0.87, -0.5], [0.87, -0.5]])
 STD = 0.3
-COLOURS = np.array([[213, 94, 0], [0, 114, 178], [0, 158, 115]]) / 255  # Okabe and Ito: distinct to colour-blind readers
+COLOURS = np.array([[213, 94, 0], [0, 114, 178], [0, 158, 115]]) / 255  # Okabe and Ito, for colour-blind readers
 WEIGHTS = (0.0, 1.0, 2.0, 4.0)
 NUM_SAMPLES = 300_000
 X_RANGE, Y_RANGE, BINS = (-1.55, 1.55), (-1.3, 1.8), 160

@@ -15,7 +15,7 @@ from cfd.runs import checkpoint, workdir
 
 
 class Imported(NamedTuple):
-    """The state of an imported run: the weights to sample with, which were an EMA in ADM's training, and no optimizer."""
+    """The state of an imported run: the weights to sample with, which ADM's training averaged, and no optimizer."""
 
     step: Array
     ema: Any

@@ -1,4 +1,4 @@
-"""Import: what the tensors show, what a file holds, and the run folder that comes of it."""
+"""Import: the architecture that tensors show, the files that are refused, and the run folder that is written."""
 
 import pickle
 import subprocess
@@ -12,15 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from adm_formula import hidden, printed, relative
-from test_inception import inception_state
+from inception_formula import inception_state
 
-from cfd import checkpoint, convert, inception, report
-from cfd.adm import logsnr_table
-from cfd.adm_import import PUBLISHED, Hidden, adm_network, adm_params
-from cfd.classifier import load_classifier
+from cfd.convert.__main__ import main
+from cfd.convert.adm_network import PUBLISHED, Hidden, adm_network
+from cfd.convert.adm_weights import adm_params
+from cfd.convert.inception import inception_params_from_torch
+from cfd.convert.torch_file import identify
+from cfd.evaluation import inception
 from cfd.guidance import NULL_LABEL, classifier_guidance
+from cfd.loading import load, load_classifier
+from cfd.modes.report import report
+from cfd.networks.times import logsnr_table
 from cfd.sampling import ancestral, guided_sample
-from cfd.torch_file import holds
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -30,11 +34,8 @@ def shapes_of(name: str) -> tuple[Shapes, Hidden]:
     return {key: x.shape for key, x in ours.state.items()}, hidden(ours.stored)
 
 
-# The architecture, from shapes alone.
-
-
 def test_the_architecture_is_read_off_the_tensors() -> None:
-    """The arguments with which the original network was built."""
+    """The fields are the arguments with which the original network was built."""
     network = adm_network(*shapes_of("plain"))
     expected = dict(
         num_classes=10,
@@ -59,14 +60,14 @@ def test_the_architecture_is_read_off_the_tensors() -> None:
 
 
 def published_shapes(kind: str, size: int = 64) -> Shapes:
-    """The shapes of ADM's model or classifier, made from our small network of the same pattern by its widths."""
+    """The shapes of ADM's model or classifier: those of a small network of the same pattern, with the widths scaled."""
     base = 128 if kind == "classifier" else 192 if size == 64 else 256
     shapes, _ = shapes_of(f"{'classifier_' * (kind == 'classifier')}pattern{size}")
     scaled = {}
     for key, shape in shapes.items():
         grown = tuple(d * base // 32 if d % 32 == 0 else d for d in shape)
         scaled[key] = tuple(1000 if d == 10 else d for d in grown)
-    if kind == "classifier":  # 8x8 positions and their mean
+    if kind == "classifier":  # one position per pixel of 8x8, and one for their mean
         scaled["out.2.positional_embedding"] = (scaled["out.2.positional_embedding"][0], 65)
     return scaled
 
@@ -83,7 +84,7 @@ def published_shapes(kind: str, size: int = 64) -> Shapes:
 def test_a_published_model_needs_no_flags(
     kind: str, size: int, parameters: int, schedule: str, order: str, heads: tuple[int, int]
 ) -> None:
-    """It is recognised, and has the parameters of the original."""
+    """The model is recognised, and has as many parameters as the original."""
     shapes = published_shapes(kind, size)
     assert sum(int(np.prod(shape)) for shape in shapes.values()) == parameters
     network = adm_network(shapes)
@@ -114,13 +115,13 @@ def test_what_tensors_do_not_show_is_asked_for() -> None:
 
 
 def test_residual_blocks_of_a_classifier_that_can_be_read_in_two_ways() -> None:
-    """Without attention and of one width, blocks that halve look like all others."""
+    """Without attention and with equal widths, blocks that halve the resolution look like the others."""
     shapes = {k: v for k, v in shapes_of("classifier_small")[0].items() if not k.startswith("input_blocks.")}
     for k in range(1, 6):
         shapes[f"input_blocks.{k}.0.in_layers.2.weight"] = (32, 32, 3, 3)
     shapes["input_blocks.0.0.weight"] = (32, 3, 3, 3)
     with pytest.raises(
-        ValueError, match=r"5 input blocks fit \[1, 2, 5\] residual blocks a level: give --num-res-blocks"
+        ValueError, match=r"5 input blocks fit \[1, 2, 5\] residual blocks per level: give --num-res-blocks"
     ):
         adm_network(shapes, shapes_of("classifier_small")[1])
 
@@ -154,7 +155,7 @@ def test_a_classifier_without_attention_pooling() -> None:
     ("change", "message"),
     [
         ({"out.0.weight": None}, r"no tensor 'out.0.weight'"),
-        ({"extra.weight": np.zeros(3)}, r"1 tensors have no place in the network, first \['extra.weight'\]"),
+        ({"extra.weight": np.zeros(3)}, r"1 tensors have no place in the network, the first are \['extra.weight'\]"),
         ({"out.0.weight": np.zeros(7)}, r"'out.0.weight' has shape \(7,\)"),
         ({"middle_block.1.qkv.weight": np.zeros((64, 192, 1))}, "'middle_block.1.qkv.weight' has shape"),
         ({"out.0.weight": np.full(32, np.nan)}, "NaN or infinity"),
@@ -182,14 +183,12 @@ def test_tensors_that_do_not_fit_are_named(change: dict[str, Any], message: str)
     ],
 )
 def test_networks_are_known_by_their_names(names: list[str], words: str) -> None:
-    assert words in holds(names)
-
-
-# Files. PyTorch is needed from here on.
+    assert words in identify(names)
 
 
 @pytest.fixture
 def torch() -> Any:
+    """PyTorch, which all tests of files need."""
     return pytest.importorskip("torch", reason="PyTorch, which only cfd.convert needs, is not installed")
 
 
@@ -204,11 +203,11 @@ def write(torch: Any, path: Path, name: str) -> Path:
 
 def test_a_u_net_becomes_a_run_that_samples(torch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     ours, out = printed("small"), tmp_path / "run"
-    convert.main(["adm", str(write(torch, tmp_path / "model.pt", "small")), str(out), *FLAGS["small"]])
+    main(["adm", str(write(torch, tmp_path / "model.pt", "small")), str(out), *FLAGS["small"]])
     said = capsys.readouterr().out
     assert "829,638 parameters" in said and "Dropped the learned variance: outputs 3 to 5" in said and "w = 0" in said
 
-    run = checkpoint.load(out)
+    run = load(out)
     table = logsnr_table("cosine")
     assert (run.image_shape, run.num_classes, run.config["train"]["p_uncond"]) == ((16, 16, 3), 10, 0.0)
     assert run.config["process"] == dict(logsnr_min=table[-1], logsnr_max=table[0])
@@ -219,8 +218,8 @@ def test_a_u_net_becomes_a_run_that_samples(torch, tmp_path: Path, capsys: pytes
     options: dict[str, Any] = dict(num_steps=2, sampler=ancestral(0.3), **run.config["process"])
     x = guided_sample(jax.random.key(0), run.eps_fn, labels, run.image_shape, **options)
     assert x.shape == (3, 16, 16, 3) and jnp.isfinite(x).all()
-    assert "adm, 16x16, 10 classes" in Path(report.report(str(out))).read_text()
-    # There is no null label: refused by name where the labels are known, and NaN where they are traced.
+    assert "adm, 16x16, 10 classes" in Path(report(str(out))).read_text()
+    # There is no null label. With concrete labels that is an error; with traced labels, the result is NaN.
     with pytest.raises(ValueError, match="no unconditional score"):
         guided_sample(jax.random.key(0), run.eps_fn, labels, run.image_shape, w=1.0, **options)
     traced = jax.jit(run.eps_fn)(ours.z, jnp.float32(stored["logsnr"]), jnp.array([0, NULL_LABEL, 1]))
@@ -230,9 +229,9 @@ def test_a_u_net_becomes_a_run_that_samples(torch, tmp_path: Path, capsys: pytes
 def test_a_learned_variance_can_be_kept(torch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     ours, out = printed("small"), tmp_path / "run"
     file = write(torch, tmp_path / "model.pt", "small")
-    convert.main(["adm", str(file), str(out), *FLAGS["small"], "--keep-variance", "--kind=diffusion"])
+    main(["adm", str(file), str(out), *FLAGS["small"], "--keep-variance", "--kind=diffusion"])
     assert "Kept the learned variance" in capsys.readouterr().out
-    run = checkpoint.load(out)
+    run = load(out)
     assert run.params["conv_out"]["kernel"].shape[-1] == 6 and run.config["model"]["out_channels"] == 6
     arguments = (ours.z, jnp.float32(ours.stored["logsnr"]), jnp.int32(ours.stored["labels"]))
     eps = jax.jit(run.eps_fn)(*arguments)
@@ -243,20 +242,20 @@ def test_a_learned_variance_can_be_kept(torch, tmp_path: Path, capsys: pytest.Ca
 def test_a_classifier_becomes_a_run_that_guides(torch, tmp_path: Path) -> None:
     ours, out = printed("classifier_small"), tmp_path / "run"
     file = write(torch, tmp_path / "model.pt", "classifier_small")
-    convert.main(["adm", str(file), str(out), *FLAGS["classifier_small"]])
+    main(["adm", str(file), str(out), *FLAGS["classifier_small"]])
     classifier_fn = load_classifier(out)
     logsnr, labels = jnp.float32(ours.stored["logsnr"]), jnp.int32(ours.stored["labels"])
     assert relative(jax.jit(classifier_fn)(ours.z, logsnr), ours.stored["out"]) < 1e-4
     guided = classifier_guidance(lambda z, logsnr, labels: z, classifier_fn, 1.0)
     assert jax.jit(guided)(ours.z, logsnr, labels).shape == ours.z.shape
     with pytest.raises(ValueError, match="holds a classifier run; a diffusion run was expected"):
-        checkpoint.load(out)
+        load(out)
 
 
 def fails(capsys: pytest.CaptureFixture, *argv: Any) -> str:
-    """The one line that the command ends with."""
+    """The message, one line, with which the command fails."""
     with pytest.raises(SystemExit) as end:
-        convert.main([str(a) for a in argv])
+        main([str(a) for a in argv])
     message = str(end.value)
     assert message.startswith("error: ") and "\n" not in message
     return message
@@ -273,7 +272,7 @@ def test_a_classifier_where_a_u_net_is_expected(torch, tmp_path: Path, capsys) -
 
 
 class Canary:
-    """A pickle that makes a file when it is loaded by a careless program."""
+    """Its pickle creates a file when a careless program loads it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -287,7 +286,7 @@ def test_a_pickle_that_carries_code_is_refused_unrun(torch, tmp_path: Path, caps
     bad = {"state_dict": {"model.diffusion_model.out.2.weight": torch.zeros(2)}, "callbacks": Canary(canary)}
     torch.save(bad, tmp_path / "ldm.ckpt")
     message = fails(capsys, "adm", tmp_path / "ldm.ckpt", tmp_path / "run")
-    assert "refused" in message and "latent-diffusion" in message
+    assert "ldm.ckpt is refused: its pickle asks to run code on loading" in message
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Canary(canary)))
     assert "plain.pt" in fails(capsys, "adm", tmp_path / "plain.pt", tmp_path / "run")
     torch.save(Canary(canary), tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
@@ -340,8 +339,8 @@ def test_files_that_are_something_else_are_named(torch, tmp_path: Path, capsys) 
 def test_inceptions_weights_become_the_file_that_a_config_names(torch, tmp_path: Path) -> None:
     state = inception_state()
     torch.save({key: torch.from_numpy(x) for key, x in state.items()}, tmp_path / "fid.pth")
-    convert.main(["inception", str(tmp_path / "fid.pth"), str(tmp_path / "inception.npz")])
-    expected = inception.inception_params_from_torch(state)
+    main(["inception", str(tmp_path / "fid.pth"), str(tmp_path / "inception.npz")])
+    expected = inception_params_from_torch(state)
     jax.tree.map(np.testing.assert_array_equal, inception.load_params(tmp_path / "inception.npz"), expected)
 
 
@@ -365,7 +364,7 @@ def test_a_pytorch_that_runs_code_is_refused(torch, tmp_path: Path, capsys, monk
 
 
 def test_heads_given_twice_are_refused(torch, tmp_path: Path, capsys) -> None:
-    """ADM goes by the channels of a head where both are given, and its flags have a number of heads by default."""
+    """ADM follows num_head_channels if both are given, and its flag num_heads has a default."""
     file = write(torch, tmp_path / "model.pt", "small")
     message = fails(capsys, "adm", file, tmp_path / "run", *FLAGS["small"], "--head-channels=32", "--num-heads=4")
     assert "--head-channels and --num-heads are both given" in message
@@ -383,8 +382,8 @@ def test_nested_dicts_are_named_in_a_moment(torch, tmp_path: Path, capsys) -> No
 def test_without_pytorch_the_extra_is_named(tmp_path: Path) -> None:
     """In a process where PyTorch cannot be imported."""
     code = (
-        "import sys; sys.modules['torch'] = None; from cfd import convert; "
-        f"convert.main(['adm', {str(tmp_path / 'x.pt')!r}, {str(tmp_path / 'run')!r}])"
+        "import sys; sys.modules['torch'] = None; from cfd.convert.__main__ import main; "
+        f"main(['adm', {str(tmp_path / 'x.pt')!r}, {str(tmp_path / 'run')!r}])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1

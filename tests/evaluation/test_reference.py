@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from tiny import tiny_config
 
 from cfd.data.batches import load_arrays
@@ -42,11 +41,11 @@ def digits(split: str = "train") -> Dataset:
     )
 
 
-def hash_of(config: ConfigDict, features: FeatureNetwork, dataset: Dataset) -> str:
+def hash_of(config: Any, features: FeatureNetwork, dataset: Dataset) -> str:
     return reference.reference_hash(features, dataset, path=config.eval.reference, data=config.data.to_dict())
 
 
-def open_reference(config: ConfigDict, folder: Path, features: FeatureNetwork) -> reference.Reference:
+def open_reference(config: Any, folder: Path, features: FeatureNetwork) -> reference.Reference:
     path = config.eval.reference
     name = hash_of(config, features, digits())
     return reference.open_reference(
@@ -173,9 +172,9 @@ def test_a_file_that_is_no_reference_is_refused(tmp_path: Path) -> None:
 
 
 def test_statistics_of_other_sizes_are_refused(tmp_path: Path) -> None:
-    arrays = {"mu": np.zeros(2048), "sigma": np.zeros((2048, 2048))}
+    arrays: dict[str, Any] = {"mu": np.zeros(2048), "sigma": np.zeros((2048, 2048))}
     for more, words in (({}, "mu_s is missing"), ({"mu": np.zeros(768)}, r"mu is \(768,\), expected \(2048,\)")):
-        path = openai_file(tmp_path / "reference.npz", **arrays | more)
+        path = openai_file(tmp_path / "reference.npz", **(arrays | more))
         with pytest.raises(ValueError, match=words):
             open_reference(tiny_config(eval__reference=path), tmp_path, network("inception"))
 
