@@ -1,5 +1,6 @@
-"""The other side of `cfd.benchmark --peer`: openai/guided-diffusion in PyTorch, as shipped."""
+"""The other side of the benchmark: openai/guided-diffusion in PyTorch, as its authors published it."""
 
+import os
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -9,7 +10,8 @@ import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 from jaxtyping import Float32, Int32
 
-# Fields of our UNet, and what its UNetModel calls them.
+from cfd.benchmark.side import IMAGE_SIZE, NETWORKS, PEER_ROW, WEIGHTS, Built, Setting, common_input
+
 NAMES = {
     "num_classes": "num_classes",
     "out_channels": "out_channels",
@@ -21,10 +23,24 @@ NAMES = {
     "scale_shift_norm": "use_scale_shift_norm",
     "dropout": "dropout",
 }
+"""{field of our UNet: the argument of the peer's UNetModel}."""
+
+
+def peer_side(setting: Setting) -> Built:
+    """The rows of the peer that `setting` needs. Writes the peer's tensors to the file WEIGHTS, for the other side."""
+    print("Building the peer.", flush=True)
+    wanted = {PEER_ROW[row] for row in setting.rows if row in PEER_ROW}
+    net = network(setting.peer, NETWORKS[setting.network], IMAGE_SIZE[setting.network], setting.remat)
+    arrays: dict[str, Any] = {name: x.numpy() for name, x in net.state_dict().items()}
+    np.savez(os.path.join(setting.folder, WEIGHTS), **arrays)
+    available, output = rows(net, *common_input(setting), setting.dtype, "train" in wanted)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    facts = {"torch": torch.__version__, "device": device}
+    return Built({name: available[name] for name in wanted}, wait, output, facts, dict)
 
 
 def network(checkout: str, fields: dict[str, Any], image_size: int, remat: bool) -> Any:
-    """Its UNetModel with our fields and random weights, none of which is zero."""
+    """The peer's UNetModel with the fields of our UNet and random weights, none of which is zero."""
     sys.path.insert(0, checkout)
     from guided_diffusion.unet import UNetModel  # pyright: ignore[reportMissingImports]
 
@@ -43,18 +59,8 @@ def network(checkout: str, fields: dict[str, Any], image_size: int, remat: bool)
     return net
 
 
-def tensors(net: Any) -> dict[str, np.ndarray]:
-    """Its state dict."""
-    return {name: x.numpy() for name, x in net.state_dict().items()}
-
-
-def version() -> dict[str, Any]:
-    """What runs here."""
-    return {"torch": torch.__version__, "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
-
-
 def wait(_: Any) -> None:
-    """Until the device has nothing left to do."""
+    """Waits until the device has finished all work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -67,7 +73,7 @@ def rows(
     dtype: str,
     keep_ema: bool,
 ) -> tuple[dict[str, Callable[[], Any]], Float32[np.ndarray, "b h w k"]]:
-    """What `cfd.benchmark` times, and the output on the common input; on CUDA where PyTorch has it."""
+    """The functions to time, and the output on the common input. They run on CUDA if PyTorch has it."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     net = net.to(device)
     mixed = torch.autocast(device, torch.bfloat16) if dtype == "bfloat16" else nullcontext()

@@ -73,12 +73,13 @@ def convert_adm(
 def _write_run(out: str | Path, network: Network, params: dict[str, Any], channels: int) -> None:
     num_classes = network.fields["num_classes"]
     table = logsnr_table(network.schedule)
-    config = {
+    groups = {
         "data": dict(source="adm", name="", image_size=network.image_size, channels=channels, num_classes=num_classes),
         "model" if network.kind == "diffusion" else "classifier": network.fields,
         "process": dict(logsnr_min=float(table[-1]), logsnr_max=float(table[0])),
         "train": dict(p_uncond=0.0),
     }
+    config = {name: dict(sorted(fields.items())) for name, fields in sorted(groups.items())}
     content = workdir.describe(network.kind, config, [str(label) for label in range(num_classes)])
     with workdir.lock(out):
         workdir.write_config(out, content, {})

@@ -180,7 +180,7 @@ def train_classifier(net: Any, dataset: Dataset, *, num_steps: int, flip: bool, 
 
 
 def count_correct(net: Any, params: Any, held_out: Dataset) -> tuple[int, int]:
-    """(the number of held-out images that are classified correctly, the number of all); bad images do not count.
+    """(images that are classified correctly, images in all) of the held-out set, without its bad images.
 
     Raises ValueError if no image can be read.
     """

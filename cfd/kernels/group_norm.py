@@ -32,7 +32,8 @@ def gradient(
 
     `residuals` are (x, μ, r, gain, shift) of the forward pass, with r = 1 / sqrt(σ² + ε). Let x̂ = r · (x − μ), and let
     ĝ be the gradient before SiLU. The gradient of x is r · (gain · ĝ − E[gain · ĝ] − x̂ · E[gain · ĝ · x̂]), with the
-    mean E over a group. The gradients of gain and shift are the sums of ĝ · x̂ and ĝ over positions.
+    mean E over a group, in the dtype of x. The gradients of gain and shift are the float32 sums of ĝ · x̂ and ĝ over
+    positions.
     """
     # Without the barrier, XLA:CPU would keep the exponentials of the forward pass for this function.
     x, mean, rstd, gain, shift = materialize_on_cpu(residuals)

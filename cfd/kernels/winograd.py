@@ -42,13 +42,13 @@ def _takes_im2col(x: Array, outputs: int) -> bool:
 
 @jax.custom_vjp
 def convolve(x: Float32[Array, "b h w c"], kernel: Float32[Array, "3 3 c k"]) -> Float32[Array, "b h w k"]:
-    """The convolution with padding 1: im2col for few positions, otherwise Winograd's on tiles of 2x4.
+    """The convolution with padding 1: im2col for few positions, otherwise Winograd on tiles of 2x4.
 
     Raises ValueError if Winograd's tiles do not divide the image: h must be a multiple of 2, and w of 4.
     """
     if (x.shape[1] % 2 or x.shape[2] % 4) and not _takes_im2col(x, kernel.shape[3]):
         raise ValueError(
-            f"x is {x.shape[1]}x{x.shape[2]}, which tiles of 2x4 do not divide: use XLA's convolution unless `pays(...)`"
+            f"x is {x.shape[1]}x{x.shape[2]}, which tiles of 2x4 do not divide: call this only if `pays(x, kernel)`"
         )
     return _convolve(x, kernel, False)
 

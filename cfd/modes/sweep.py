@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Int, UInt8
 from tqdm import tqdm
 
-from cfd.config import Config, complete
+from cfd.config import Config, complete, with_classes
 from cfd.data.sources import Dataset, check_classes
 from cfd.devices import parallel, preemption
 from cfd.evaluation import inception, metrics, paper
@@ -111,10 +111,11 @@ def check(config: Config, folder: str) -> None:
     config = complete(config)
     data, evaluate = config.data, config.eval
     parallel.check_batch("sample.batch_size", config.sample.batch_size, parallel.make_mesh(**config.mesh))
+    class_names = settings.open_split(config, data.split).class_names
+    config = with_classes(config, len(class_names))
     if evaluate.features == "classifier":
-        splits = data.split, evaluate.test_split
-        train, held_out = (settings.open_split(config, split).class_names for split in splits)
-        check_classes(train, f"data.split {splits[0]!r}", held_out, f"eval.test_split {splits[1]!r}")
+        held_out = settings.open_split(config, evaluate.test_split).class_names
+        check_classes(class_names, f"data.split {data.split!r}", held_out, f"eval.test_split {evaluate.test_split!r}")
     elif not os.path.isfile(evaluate.inception_path):
         raise ValueError(
             f"config.eval.inception_path is {evaluate.inception_path!r}, which is no file; make it with "

@@ -205,6 +205,7 @@ def test_a_u_net_becomes_a_run_that_samples(torch, tmp_path: Path, capsys: pytes
     ours, out = printed("small"), tmp_path / "run"
     main(["adm", str(write(torch, tmp_path / "model.pt", "small")), str(out), *FLAGS["small"]])
     said = capsys.readouterr().out
+    assert all(f"{stage} " in said for stage in ("Reading", "Converting", "Saving"))
     assert "829,638 parameters" in said and "Dropped the learned variance: outputs 3 to 5" in said and "w = 0" in said
 
     run = load(out)

@@ -174,7 +174,8 @@ def test_a_file_that_is_no_reference_is_refused(tmp_path: Path) -> None:
 def test_statistics_of_other_sizes_are_refused(tmp_path: Path) -> None:
     arrays: dict[str, Any] = {"mu": np.zeros(2048), "sigma": np.zeros((2048, 2048))}
     for more, words in (({}, "mu_s is missing"), ({"mu": np.zeros(768)}, r"mu is \(768,\), expected \(2048,\)")):
-        path = openai_file(tmp_path / "reference.npz", **(arrays | more))
+        changed: dict[str, Any] = arrays | more
+        path = openai_file(tmp_path / "reference.npz", **changed)
         with pytest.raises(ValueError, match=words):
             open_reference(tiny_config(eval__reference=path), tmp_path, network("inception"))
 

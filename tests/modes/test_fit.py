@@ -1,4 +1,4 @@
-"""The training loop: it resumes to the bits that it would have reached, and refuses everything that it cannot continue."""
+"""The training loop: a run that was stopped resumes to the same bits, and a run that cannot continue is refused."""
 
 import gc
 import itertools
@@ -126,7 +126,7 @@ def test_a_run_uses_its_seed_and_flip_and_draws_its_ema(tmp_path: Path, monkeypa
     np.testing.assert_allclose(lines(tmp_path, "loss")[0][1], first, rtol=1e-6)
 
 
-def test_the_logged_rate_is_that_of_the_steps_since_the_previous_line(
+def test_the_logged_rate_counts_the_steps_since_the_previous_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks = itertools.count()
@@ -177,6 +177,7 @@ def test_bad_images_are_counted_across_a_resume(tmp_path: Path, monkeypatch: pyt
         if i in (3, 8, 13):
             file.write_bytes(file.read_bytes()[:40])
     fields: dict[str, Any] = dict(data__source="folder", data__path=str(tmp_path / "pictures"), data__num_classes=2)
+    fields["sample__classes"] = (0, 1)
     calls = itertools.count(1)
     # As if a second process skipped as many images.
     doubled = SimpleNamespace(**vars(parallel) | {"total": lambda count: 2 * count})
@@ -199,7 +200,7 @@ def test_a_stop_adds_no_line_to_the_log_and_draws_nothing(tmp_path: Path, monkey
         patch.setattr(preemption, "requested", lambda: next(calls) == 3)
         run(
             tmp_path,
-            draw=lambda *_: pytest.fail("a picture was drawn"),
+            draw=lambda *_: pytest.fail("it drew"),
             train__log_every_steps=4,
             train__sample_every_steps=3,
         )

@@ -1,0 +1,153 @@
+"""Images depend on seed, number, class and weight, and on nothing else; and the cost of an image is counted."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from meshes import mesh_of
+from mixing import NETWORK, TRACED, assert_same_images, brighter
+from mixing import params as mixing_params
+from tiny import tiny_config
+
+from cfd.devices import parallel
+from cfd.guidance import Interval, classifier_guidance
+from cfd.modes.sampler import SampleSpec, compile_sampler, evaluation_flops, evaluations, to_uint8
+from cfd.modes.settings import sampling_of
+from cfd.sampling import ancestral, ddim, dpm_solver, guided_sample
+
+pytestmark = pytest.mark.usefixtures("compile_once")
+
+
+@pytest.fixture(scope="module")
+def params() -> Any:
+    return mixing_params()
+
+
+def images_of(params: Any, spec: SampleSpec, batch_size: int = 16, mesh: Mesh | None = None) -> np.ndarray:
+    """The images of `spec`, in batches that are all full except the last."""
+    mesh = mesh or mesh_of(1)
+    sampler = compile_sampler(NETWORK, sampling_of(tiny_config(sample__batch_size=batch_size)), mesh)
+    batches = list(sampler(parallel.replicate(mesh, params), spec))
+    assert all(len(batch) == batch_size for batch in batches[:-1])
+    return np.concatenate(batches)
+
+
+def some(count: int) -> SampleSpec:
+    """The first images of seed 7, of all classes and of the weights 0, 1 and 2."""
+    index = np.arange(count, dtype=np.int32)
+    return SampleSpec(np.full(count, 7, np.uint32), index, index % 10, (index % 3).astype(np.float32))
+
+
+def rows(spec: SampleSpec, which: Any) -> SampleSpec:
+    return SampleSpec(*(column[which] for column in spec))
+
+
+@pytest.fixture(scope="module")
+def forty(params: Any) -> np.ndarray:
+    return images_of(params, some(40))
+
+
+def test_images_differ_by_seed_number_class_and_weight(params: Any, forty: np.ndarray) -> None:
+    assert len(np.unique(forty.reshape(40, -1), axis=0)) == 40
+    one = rows(some(1), np.zeros(4, int))
+    changed = one._replace(
+        seed=np.array([7, 8, 7, 7], np.uint32), label=np.array([0, 0, 1, 0]), w=np.array([0, 0, 0, 3.0], np.float32)
+    )
+    images = images_of(params, changed._replace(label=changed.label.astype(np.int32)))
+    assert len(np.unique(images.reshape(4, -1), axis=0)) == 4
+    assert_same_images(images[:1], forty[:1])
+
+
+@pytest.mark.parametrize("batch_size", [8, 64])
+def test_an_image_does_not_depend_on_the_batch_size(params: Any, forty: np.ndarray, batch_size: int) -> None:
+    assert_same_images(images_of(params, some(40), batch_size), forty)
+
+
+@pytest.mark.parametrize("mesh", [(8, 1), (4, 2)])
+def test_an_image_does_not_depend_on_the_devices(params: Any, forty: np.ndarray, mesh: tuple[int, int]) -> None:
+    assert_same_images(images_of(params, some(40), mesh=mesh_of(*mesh)), forty)
+
+
+def test_an_image_does_not_depend_on_the_other_images(params: Any, forty: np.ndarray) -> None:
+    mixed = np.random.default_rng(1).permutation(40)[:21]
+    assert_same_images(images_of(params, rows(some(40), mixed)), forty[mixed])
+    np.testing.assert_array_equal(images_of(params, rows(some(40), [5])), images_of(params, rows(some(40), [5])))
+
+
+@pytest.mark.parametrize(
+    ("sampler", "rule", "guided"),
+    [("ancestral", ancestral(0.9), False), ("ddim", ddim(), False), ("dpm_solver", dpm_solver(), True)],
+    ids=("ancestral", "ddim", "dpm_solver by a classifier"),
+)
+def test_images_are_those_of_guided_sample(params: Any, sampler: str, rule: Any, guided: bool) -> None:
+    ends: dict[str, Any] = dict(logsnr_min=-8.0, logsnr_max=9.0)
+    config = tiny_config(
+        sample__sampler=sampler,
+        sample__v=0.9,
+        sample__interval=(-3.0, 5.0),
+        **{f"process__{name}": end for name, end in ends.items()},
+    )
+    spec = some(16)
+    classifier = jax.tree_util.Partial(brighter, jnp.float32(3.0)) if guided else None
+    on_mesh = parallel.replicate(mesh_of(1), (params, classifier))
+    (images,) = compile_sampler(NETWORK, sampling_of(config), mesh_of(1))(on_mesh[0], spec, classifier=on_mesh[1])
+
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(7), i))(spec.index)
+    eps_fn, w = NETWORK.eps_of_params(params), Interval(jnp.asarray(spec.w), -3.0, 5.0)
+    if classifier is not None:
+        eps_fn, w = classifier_guidance(eps_fn, classifier, w), 0.0
+    x = guided_sample(keys, eps_fn, jnp.asarray(spec.label), (8, 8, 1), w=w, num_steps=4, sampler=rule, **ends)
+    assert_same_images(images, np.asarray(to_uint8(x)))
+
+
+def test_one_program_serves_every_weight_v_interval_and_seed(params: Any) -> None:
+    sampler = compile_sampler(NETWORK, sampling_of(tiny_config()), mesh_of(1))
+    on_mesh = parallel.replicate(mesh_of(1), params)
+    list(sampler(on_mesh, some(16)))
+    TRACED.clear()
+    for w in np.linspace(0.0, 4.0, 14, dtype=np.float32):
+        list(sampler(on_mesh, some(20)._replace(w=np.full(20, w, np.float32)), v=float(w / 4.0)))
+    list(sampler(on_mesh, some(3)._replace(seed=np.full(3, 2**32 - 1, np.uint32)), interval=(-1.0, 1.0)))
+    assert TRACED == []
+
+
+def test_rounding_is_to_the_nearest_level_and_is_undone_by_scaling() -> None:
+    levels = np.arange(256)
+    np.testing.assert_array_equal(to_uint8(jnp.asarray(levels / 127.5 - 1.0, jnp.float32)), levels)
+    x = np.random.default_rng(0).uniform(-1.5, 1.5, 10_000).astype(np.float32)
+    exact = np.clip((x.astype(np.float64) + 1.0) * 127.5, 0.0, 255.0)
+    assert np.abs(np.asarray(to_uint8(jnp.asarray(x)), np.float64) - exact).max() <= 0.5 + 1e-4
+    ends = jnp.asarray([-np.inf, -1.0, 1.0, np.inf, -1e30, 1e30], jnp.float32)
+    np.testing.assert_array_equal(to_uint8(ends), [0, 0, 255, 255, 0, 255])
+
+
+@pytest.mark.parametrize(("w", "interval"), [(0.0, ()), (1.0, ()), (1.0, (-2.0, 5.0)), (0.0, (-2.0, 5.0))])
+def test_evaluations_are_counted_as_the_sampler_makes_them(w: float, interval: tuple[float, ...]) -> None:
+    config, calls = tiny_config(sample__num_steps=9), []
+
+    def eps_fn(z: jax.Array, logsnr: jax.Array, labels: jax.Array) -> jax.Array:
+        jax.debug.callback(lambda: calls.append(1))
+        return z
+
+    ends = interval if interval and w else (-jnp.inf, jnp.inf)
+    weight = Interval(w, *ends) if w else 0.0
+    guided_sample(jax.random.key(0), eps_fn, jnp.zeros(2, jnp.int32), (4,), w=weight, num_steps=9, **config.process)
+    jax.effects_barrier()
+    assert evaluations(sampling_of(config), w, interval) == len(calls)
+
+
+def test_operations_are_not_counted_without_a_cpu(params: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_cpu(backend: str) -> list[Any]:
+        raise RuntimeError(f"Unknown backend {backend}")
+
+    assert evaluation_flops(NETWORK, params) > 2 * 64 * 64  # the product that mixes all pixels
+    monkeypatch.setattr(jax, "local_devices", no_cpu)
+    assert np.isnan(evaluation_flops(NETWORK, params))
+
+
+def test_a_batch_that_the_devices_do_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"sample\.batch_size is 12, which 8 devices do not divide"):
+        compile_sampler(NETWORK, sampling_of(tiny_config(sample__batch_size=12)), mesh_of(8))

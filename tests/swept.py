@@ -1,0 +1,33 @@
+"""The folders of runs that have been swept: rows and manifests with made-up numbers, without images."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tiny import tiny_config
+
+from cfd.evaluation.features import FeatureNetwork, Outputs
+from cfd.modes import sweep
+from cfd.runs import manifest, results
+
+
+def swept(folder: Path, p_uncond: float, features_hash: str = "f") -> Path:
+    """The folder of a run that has been swept at step 3, and again at step 5."""
+    folder.mkdir()
+    return sweep_again(folder, p_uncond, features_hash)
+
+
+def sweep_again(folder: Path, p_uncond: float, features_hash: str = "f", **changes: Any) -> Path:
+    """Adds the rows of one more sweep at step 3 and at step 5."""
+    config = tiny_config(**dict(train__p_uncond=p_uncond, eval__weights=(0.0, 4.0)) | changes)
+    network = FeatureNetwork("classifier", features_hash, lambda _: Outputs(*[np.zeros((1, 1))] * 3))
+    hashes = dict(weights="weights", classifier="", reference="reference")
+    for row in sweep.rows_of_grid(config, 3) + sweep.rows_of_grid(config, 5):
+        made = sweep.manifest_of(config, row, hashes, network)
+        fid = 10 * p_uncond + row["w"] + 50 * (row["step"] == 3)
+        measured = dict.fromkeys(results.MEASURED, 0.5) | {"fid": fid, "is": 20 - row["w"]}
+        name = manifest.manifest_name(made)
+        manifest.write_manifest(str(folder), made)
+        if name not in {row["manifest"] for row in results.latest(str(folder))}:  # as a sweep does
+            results.append_row(str(folder), row | measured | {"manifest": name})
+    return folder
