@@ -44,7 +44,7 @@ def opening(params: Any, classifier: Any = None) -> Callable[[Any, str], Run]:
 
 def brighter(params: Any, z: Any, logsnr: Any) -> Any:
     """A noisy classifier that finds a higher class in a brighter image."""
-    return params * jnp.arange(10.0)[None] * jnp.mean(z, axis=(1, 2, 3))[:, None]
+    return params["strength"] * jnp.arange(10.0)[None] * jnp.mean(z, axis=(1, 2, 3))[:, None]
 
 
 def assert_same_images(a: np.ndarray, b: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""The supervisor's decisions with small commands in the place of training, the scripts around it, and what they set."""
+"""The supervisor's decisions with small commands in place of training, the launch scripts, and what they set."""
 
 import os
 import re
@@ -14,7 +14,7 @@ import jax
 import pytest
 from tiny import ROOT, flags_of
 
-from cfd import parallel
+from cfd.devices import parallel
 
 SUPERVISE = ROOT / "launch" / "supervise.py"
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
@@ -36,7 +36,7 @@ def attempts(tmp_path: Path) -> int:
     return int((tmp_path / "count").read_text())
 
 
-def test_what_finishes_is_not_started_again(tmp_path: Path) -> None:
+def test_a_command_that_finishes_is_not_started_again(tmp_path: Path) -> None:
     done = supervise(tmp_path, ATTEMPTS + "print('10 steps')")
     assert (done.returncode, attempts(tmp_path), done.stdout) == (0, 1, "10 steps\n")
 
@@ -70,8 +70,8 @@ def test_three_faults_at_the_same_place_are_enough(tmp_path: Path, line: str, pl
 @pytest.mark.parametrize(
     "said, starts", [("Saving step 7 of 100.", 5), ("7 of 9 cells are in x already.", 6), ("T 7  w 1  fid", 6)]
 )
-def test_what_a_start_reaches_before_it_fails_is_progress(tmp_path: Path, said: str, starts: int) -> None:
-    """The third start gets further before it, too, fails: only three faults at the new place are enough."""
+def test_progress_that_a_start_makes_before_it_fails_counts(tmp_path: Path, said: str, starts: int) -> None:
+    """The third start gets further before it fails, so the supervisor gives up only after three faults at the new place."""
     first, then = (f"Resuming runs/x at step {step} of 100." for step in (5, 7))
     program = f"{ATTEMPTS}print({first!r} if n < 3 else {then!r})\nif n == 2: print({said!r})\nsys.exit(1)"
     done = supervise(tmp_path, program)
@@ -125,7 +125,7 @@ def test_bad_flags_are_refused_before_anything_is_started(tmp_path: Path, flag: 
     assert done.returncode == 2 and f"error: {flag.split('=')[0]} is " in done.stderr and not list(tmp_path.iterdir())
 
 
-def test_no_processes_are_no_success() -> None:
+def test_zero_processes_are_refused() -> None:
     command = ["bash", str(ROOT / "launch" / "local.sh"), "configs/digits.py", "runs/x", "0"]
     done = subprocess.run(command, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True)
     assert done.returncode == 2 and "--processes is 0: give 1 or more" in done.stderr
@@ -148,13 +148,13 @@ def test_scripts_pass_shellcheck(script: Path) -> None:
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_scripts_say_how_they_are_called(script: Path) -> None:
+def test_scripts_print_their_usage(script: Path) -> None:
     done = subprocess.run(["bash", str(script)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and "CONFIG WORKDIR" in done.stdout
 
 
 def joined(monkeypatch: pytest.MonkeyPatch, **environment: str) -> dict[str, Any] | None:
-    """What `init_distributed` asks of JAX in an environment, or None."""
+    """The arguments with which `init_distributed` calls JAX in an environment, or None."""
     asked: list[dict[str, Any]] = []
     for name in [n for n in os.environ if n.startswith(("CFD_", "SLURM_", "TPU_"))]:
         monkeypatch.delenv(name)
@@ -168,7 +168,7 @@ def joined(monkeypatch: pytest.MonkeyPatch, **environment: str) -> dict[str, Any
 TIMEOUTS = {"initialization_timeout": 300, "heartbeat_timeout_seconds": 100, "shutdown_timeout_seconds": 300}
 
 
-def test_a_lone_process_joins_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_process_joins_no_coordinator(monkeypatch: pytest.MonkeyPatch) -> None:
     assert joined(monkeypatch) is None
     assert joined(monkeypatch, SLURM_STEP_NUM_TASKS="1", TPU_WORKER_HOSTNAMES="localhost") is None
 
@@ -181,7 +181,7 @@ def test_a_cluster_is_left_to_jax(monkeypatch: pytest.MonkeyPatch, environment: 
     assert joined(monkeypatch, **environment) == TIMEOUTS
 
 
-def test_host_and_port_are_the_only_address_listened_on(
+def test_the_coordinator_listens_only_on_the_given_host_and_port(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = {"CFD_COORDINATOR": "10.0.0.1:99", "CFD_NUM_PROCESSES": "4", "CFD_HEARTBEAT_TIMEOUT": "7"}
@@ -202,7 +202,7 @@ def test_host_and_port_are_the_only_address_listened_on(
         ({"CFD_HEARTBEAT_TIMEOUT": "-1"}, "CFD_HEARTBEAT_TIMEOUT is '-1'"),
     ],
 )
-def test_half_an_environment_is_refused(
+def test_an_incomplete_environment_is_refused(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], message: str
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -216,7 +216,7 @@ case "$*" in *describe*) echo "${STATE:-READY}" ;; esac
 
 
 def with_fakes(tmp_path: Path, *names: str) -> dict[str, str]:
-    """An environment in which the commands of a cluster only note how they are called."""
+    """An environment in which the commands of a cluster only record how they are called."""
     for name in names:
         path = tmp_path / "bin" / name
         path.parent.mkdir(exist_ok=True)
@@ -237,11 +237,11 @@ def test_slurm_runs_the_command_on_every_task(tmp_path: Path) -> None:
 
 
 def test_slurm_requeues_a_job_that_runs_out_of_time(tmp_path: Path) -> None:
-    """Saved: `srun` kills its tasks at a SIGTERM, "forcing job termination", and passes SIGUSR1 on."""
+    """The run is saved by SIGUSR1, which `srun` forwards. At a SIGTERM it kills its tasks ("forcing job termination")."""
     env = with_fakes(tmp_path, "scontrol") | {"SLURM_JOB_ID": "17"}
     srun = tmp_path / "bin" / "srun"
     traps = "trap 'echo \"saved; the same command resumes.\"; exit 0' USR1\ntrap 'echo killed; exit 137' TERM"
-    # The sleep outlives the signal: it may not hold the pipe, whose end is waited for.
+    # The sleep outlives the signal. It must not keep the pipe open, because the test waits for its end.
     srun.write_text(f"#!/usr/bin/env bash\n{traps}\necho ready\nsleep 60 >/dev/null 2>&1 & wait $!\n")
     srun.chmod(0o755)
     script = str(ROOT / "launch" / "slurm.sh")

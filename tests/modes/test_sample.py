@@ -45,7 +45,7 @@ def test_sample_writes_a_grid_and_openais_npz(mixing_run: Path, capsys: pytest.C
 def test_a_sample_is_guided_by_the_classifier_of_the_run(mixing_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = []
     for strength in (0.0, 3.0):
-        classifier = jax.tree_util.Partial(brighter, jnp.float32(strength))
+        classifier = jax.tree_util.Partial(brighter, {"strength": jnp.float32(strength)})
         monkeypatch.setattr(settings, "open_run", opening(params(), classifier))
         path = sample(tiny_config(sample__guidance="classifier"), str(mixing_run))
         images.append(npz.read_npz(path.replace(".png", ".npz"))["arr_0"])

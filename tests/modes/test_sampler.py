@@ -91,7 +91,7 @@ def test_images_are_those_of_guided_sample(params: Any, sampler: str, rule: Any,
         **{f"process__{name}": end for name, end in ends.items()},
     )
     spec = some(16)
-    classifier = jax.tree_util.Partial(brighter, jnp.float32(3.0)) if guided else None
+    classifier = jax.tree_util.Partial(brighter, {"strength": jnp.float32(3.0)}) if guided else None
     on_mesh = parallel.replicate(mesh_of(1), (params, classifier))
     (images,) = compile_sampler(NETWORK, sampling_of(config), mesh_of(1))(on_mesh[0], spec, classifier=on_mesh[1])
 

@@ -264,7 +264,7 @@ def test_a_sweep_is_guided_by_the_classifier_of_the_run(run: Path, monkeypatch: 
     rows = []
     monkeypatch.setattr(settings, "check_classifier", lambda *_: None)
     for strength in (0.0, 3.0):
-        classifier = jax.tree_util.Partial(mixing.brighter, jnp.float32(strength))
+        classifier = jax.tree_util.Partial(mixing.brighter, {"strength": jnp.float32(strength)})
         monkeypatch.setattr(settings, "open_run", mixing.opening(mixing.params(), classifier))
         rows += sweep.sweep(tiny_config(sample__guidance="classifier", eval__weights=(0.0, 2.0)), str(run))
     images = [images_of(run, row) for row in rows]
@@ -375,7 +375,7 @@ def test_images_that_are_not_finite_are_an_error(on_eight_devices: Path, monkeyp
 
 
 def test_too_few_samples_give_a_warning_with_their_number(on_eight_devices: Path) -> None:
-    with pytest.warns(UserWarning, match="20 samples give a covariance of rank 19 at most, of 64 features"):
+    with pytest.warns(UserWarning, match="20 samples of 64 features give a covariance of rank at most 19"):
         sweep.sweep(tiny_config(eval__weights=(0.0,), sample__num_steps=1), str(on_eight_devices))
 
 

@@ -10,6 +10,7 @@ import pytest
 from adm_formula import printed, relative
 from tiny import QUICK
 
+from cfd.config import complete, with_classes
 from cfd.guidance import NULL_LABEL
 from cfd.networks.unet import UNet
 
@@ -78,7 +79,8 @@ def test_the_configs_are_adms_models(config: str, size: int, parameters: int) ->
 
     These flags add a learned variance, that is 3 more output channels than the configs have.
     """
-    model = importlib.import_module(f"configs.{config}").get_config().model
+    stated = importlib.import_module(f"configs.{config}").get_config()
+    model = with_classes(complete(stated), 1000).model
     net = UNet(**dict(model, out_channels=6))
     inputs = (jnp.zeros((1, size, size, 3)), jnp.zeros(1), jnp.zeros(1, jnp.int32))
     shapes = jax.eval_shape(net.init, jax.random.key(0), *inputs)

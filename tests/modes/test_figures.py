@@ -1,0 +1,126 @@
+"""What the pictures show: curves over w with the paper's in grey, the curves of training, and grids of images."""
+
+import base64
+import io
+import math
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+from PIL import Image
+
+from cfd.evaluation import paper
+from cfd.modes import figures, tables
+
+WEIGHTS = (3.0, 0.0, 1.0)
+
+
+def curve(offset: float = 0.0) -> list[dict[str, Any]]:
+    """The rows of a curve, not sorted by w."""
+    return [
+        {"w": w, "fid": offset + 3 + w, "is": 5 + w, "fid_name": "FID-20", "features": "classifier", "num_samples": 20}
+        for w in WEIGHTS
+    ]
+
+
+def lines_of(axes: Any) -> list[list[tuple[float, float]]]:
+    return [list(zip(*line.get_data(), strict=True)) for line in axes.get_lines()]
+
+
+def test_the_curves_are_of_what_their_axes_say() -> None:
+    figure = figures.curve_figure({"a": curve(), "b": curve(10.0)}, {})
+    left, middle, right = figure.axes
+    assert [(axes.get_xlabel(), axes.get_ylabel()) for axes in figure.axes] == [
+        ("Inception score", "FID-20"),
+        ("w", "FID-20"),
+        ("w", "Inception score"),
+    ]
+    w = sorted(WEIGHTS)
+    assert lines_of(left) == [[(5 + x, offset + 3 + x) for x in w] for offset in (0.0, 10.0)]
+    assert lines_of(middle) == [[(x, offset + 3 + x) for x in w] for offset in (0.0, 10.0)]
+    assert lines_of(right) == [[(x, 5 + x) for x in w]] * 2
+    assert left.get_title() == "classifier features, 20 samples"
+    assert [text.get_text() for text in left.get_legend().get_texts()] == ["a", "b"]
+    assert [text.get_text() for text in left.texts] == ["w = 0", "w = 1", "w = 3"] * 2
+    for axes in figure.axes:  # more is to the right and higher up
+        (x0, x1), (y0, y1) = axes.get_xlim(), axes.get_ylim()
+        assert x0 < x1 and y0 < y1
+    assert figures.curve_figure({"a": curve()}, {}).axes[0].get_legend() is None
+
+
+def test_published_curves_are_grey_and_all_others_are_not() -> None:
+    published = tables.curves(paper.rows(paper.TABLE_1), "paper")
+    figure = figures.curve_figure({"ours": curve()}, published)
+    assert len(published) == len(paper.TABLE_1.columns) == 3
+    for axes in figure.axes:
+        ours, *theirs = axes.get_lines()
+        assert len(theirs) == 3
+        colours = [to_rgb(line.get_color()) for line in theirs]
+        assert len(set(colours)) == 3 and all(len(set(colour)) == 1 for colour in colours)
+        assert len(set(to_rgb(ours.get_color()))) > 1
+        assert {line.get_linestyle() for line in theirs} == {"--"} and ours.get_linestyle() == "-"
+    names = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert names == ["ours", *(f"paper, p_uncond = {p_uncond}" for p_uncond in paper.TABLE_1.columns)]
+
+
+@pytest.mark.parametrize("count", [1, 399, 400, 401, 1000, 123_457])
+def test_a_training_curve_has_at_most_about_max_points(count: int) -> None:
+    metrics = [{"step": i + 1, "loss": 1 / (i + 1), "images_per_second": 50.0, "grad_norm": 2.0} for i in range(count)]
+    figure = figures.training_figure(metrics)
+    assert [axes.get_ylabel() for axes in figure.axes] == ["loss", "images per second", "gradient norm"]
+    assert {axes.get_xlabel() for axes in figure.axes} == {"step"}
+    for axes, key in zip(figure.axes, ("loss", "images_per_second", "grad_norm"), strict=True):
+        (points,) = lines_of(axes)
+        assert min(count, figures.MAX_POINTS / 2) <= len(points) <= figures.MAX_POINTS
+        assert points[0] == (1, metrics[0][key])
+        assert all(y == metrics[x - 1][key] for x, y in points)
+
+
+def test_values_that_are_not_finite_or_missing_are_left_out() -> None:
+    metrics = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": None, "grad_norm": None}, {"step": 3, "loss": 0.5}]
+    loss, rate, norm = figures.training_figure(metrics).axes
+    assert lines_of(loss) == [[(1, 1.0), (3, 0.5)]] and not any(map(math.isnan, loss.get_xlim()))
+    assert not rate.get_lines() and not norm.get_lines()
+
+
+def test_equal_figures_give_equal_bytes_and_refer_to_nothing_outside() -> None:
+    def uris() -> list[str]:
+        metrics = [{"step": i, "loss": 1 / i} for i in range(1, 20)]
+        published = tables.curves(paper.rows(paper.TABLE_1), "paper")
+        pictures = figures.curve_figure({"ours": curve()}, published), figures.training_figure(metrics)
+        return [figures.svg_uri(picture) for picture in pictures]
+
+    one, two = uris(), uris()
+    assert one == two and one[0] != one[1]
+    for uri in one:
+        prefix = "data:image/svg+xml;base64,"
+        assert uri.startswith(prefix)
+        svg = base64.b64decode(uri[len(prefix) :]).decode()
+        assert "<svg" in svg and "<dc:date>" not in svg and "<script" not in svg
+        assert all(reference.startswith("#") for reference in re.findall(r'href="([^"]*)"', svg))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_image_comes_back_from_its_uri(channels: int) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (8, 8, channels), np.uint8)
+    prefix, _, data = figures.png_uri(image).partition(",")
+    assert prefix == "data:image/png;base64"
+    decoded = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+    np.testing.assert_array_equal(decoded.reshape(8, 8, channels), image)
+
+
+@pytest.mark.parametrize(("size", "channels", "zoom"), [(8, 1, 8), (64, 3, 1), (40, 3, 1)])
+def test_a_grid_has_each_image_once_enlarged_by_a_whole_factor(size: int, channels: int, zoom: int) -> None:
+    images = np.random.default_rng(0).integers(0, 255, (2, 3, size, size, channels), np.uint8)
+    picture = figures.grid(images, ["zero", "seven"], ["w = 0", "w = 1", "w = 2"])
+    step, top = zoom * size + 2, 24
+    left = picture.shape[1] - 3 * step
+    assert picture.shape == (top + 2 * step, left + 3 * step, 3) and picture.dtype == np.uint8
+    for r in range(2):
+        for c in range(3):
+            y, x = top + r * step, left + c * step
+            tile = picture[y : y + zoom * size : zoom, x : x + zoom * size : zoom]
+            np.testing.assert_array_equal(tile, np.broadcast_to(images[r, c], tile.shape))
+    assert (picture[:, :left] < 128).any() and (picture[:top] < 128).any()  # the names
