@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# N processes on this machine as one job, restarted until it has finished.
+# Runs N processes on this machine as one job, and restarts the job until it has finished.
 #
 #   launch/local.sh CONFIG WORKDIR [N [FLAG ...]]      launch/local.sh configs/digits.py runs/digits 2
 #
-# On CPUs JAX_NUM_CPU_DEVICES sets the devices of each process. One process already uses all GPUs or TPU chips of a
-# machine: take N = 1 there. PYTHON is the interpreter, python3 unless it is set.
+# On CPUs, JAX_NUM_CPU_DEVICES sets the number of devices of each process. A single process already uses all GPUs or TPU
+# chips of a machine: take N = 1 there. PYTHON is the interpreter (default: python3).
 set -euo pipefail
 [ $# -ge 2 ] || { sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 2; }
 config=$1 workdir=$2 processes=${3:-2}

@@ -1,13 +1,14 @@
 """`python launch/supervise.py [--processes=N] -- COMMAND ...`: runs a training command until it has finished.
 
-The command is started again when it stops because of a preemption (it says so, and exits with 0) and when it fails, but
-not when it fails three times without a new checkpoint in between. It is `python -m cfd.main ...`, or what runs that on
-other machines: all that is known of it is its standard output, which is passed on.
+The command starts again after it was stopped by a preemption (it prints this, and exits with 0) and after it failed,
+unless it failed three times without a new checkpoint in between. The command is `python -m cfd.main ...`, or a program
+that runs this on other machines. The supervisor reads only its standard output, and passes it on.
 
-With N processes the command runs N times on this machine, as the processes of one job. When one fails, the others get
-`--grace-seconds` to notice, and are then killed. SIGTERM or SIGINT stops the job, saved, and does not start it again.
+With N processes, the command runs N times on this machine, as the processes of one job. If one of them fails, the
+others have `--grace-seconds` to notice before they are killed. SIGTERM or SIGINT makes the job save and stop, and it
+does not start again.
 
-Exit code: 0 finished, 1 gave up, 75 stopped on request (EX_TEMPFAIL: the same command goes on).
+Exit codes: 0 finished, 1 gave up, 75 stopped on request (EX_TEMPFAIL: the same command resumes).
 
 This file needs Python 3.9 and nothing else.
 """
@@ -28,17 +29,18 @@ STOPPED = re.compile(r"; the same command resumes\.")
 PROGRESS = re.compile(
     r"(?:Resuming .* at|Saving) (step \d+ of \d+)|(\d+ of \d+ [a-z]+ are in .*) already|^(T \d+  w \S+)"
 )
-"""What a job says of the work that is done: the step of a checkpoint, the cells of a sweep, found or just measured."""
+"""Lines that report progress: a checkpoint that was found or is saved, or cells of a sweep, found or just measured."""
 
 
 class Job:
-    """The running processes of one start, and what they say."""
+    """The processes of one start. `place` is the progress that they last reported, `stopped` whether they stopped."""
 
     def __init__(self, command: list, environments: list):
         self.stopped = False
         self.place = "no checkpoint yet"
         self.processes = [
-            # A group of its own: a signal to this program's group reaches the command once, through `send`.
+            # The command gets its own process group. Therefore a signal to this program's group reaches it only once,
+            # through `send`.
             subprocess.Popen(
                 command,
                 env={**os.environ, **environment},
@@ -82,7 +84,7 @@ class Job:
 
 
 def environments(count: int) -> list:
-    """What tells each of `count` processes on this machine about the others."""
+    """The environment variables that tell each of `count` processes on this machine about the others."""
     if count == 1:
         return [{}]
     with socket.socket() as free:
@@ -95,9 +97,11 @@ def environments(count: int) -> list:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=1, help="processes on this machine (1)")
-    parser.add_argument("--grace-seconds", type=float, default=120, help="for the others when one fails (120)")
-    parser.add_argument("--pause-seconds", type=float, default=5, help="before the next start (5)")
-    parser.add_argument("--stop-signal", choices=("TERM", "USR1"), help="to the command (the one that came)")
+    parser.add_argument("--grace-seconds", type=float, default=120, help="time for the others when one fails (120)")
+    parser.add_argument("--pause-seconds", type=float, default=5, help="time before the next start (5)")
+    parser.add_argument(
+        "--stop-signal", choices=("TERM", "USR1"), help="signal to send to the command (default: the received one)"
+    )
     parser.add_argument("command", nargs="+", help="after --")
     arguments = parser.parse_args()
     if arguments.processes < 1:
@@ -124,7 +128,7 @@ def main() -> int:
         except OSError as error:
             say(f"{arguments.command[0]} cannot be started: {error.strerror}")
             return 1
-        if asked:  # in the meantime, when there was nothing to send it to
+        if asked:  # the signal came before there was a job to send it to
             job.send(asked[-1])
         code = job.wait(arguments.grace_seconds)
         if code == 0 and not job.stopped:
@@ -138,7 +142,7 @@ def main() -> int:
             faults = faults + 1 if job.place == before else 1
             if faults == MAX_FAULTS:
                 say(f"failed {MAX_FAULTS} times at the same place ({job.place}), the last with exit code {code}")
-                say("gave up: mend what the last error names, then start again")
+                say("gave up: fix the cause of the last error, then start again")
                 return 1
             say(f"failed with exit code {code} ({job.place}); it starts again")
         before = job.place

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# All hosts of a Cloud TPU slice as one job, from any machine with gcloud; restarted until it has finished. A slice that
-# does not exist, or was preempted, is created (again).
+# Runs one job on all hosts of a Cloud TPU slice, from any machine with gcloud, and restarts it until it has finished.
+# It creates the slice if it does not exist, and again if it was preempted.
 #
 #   TPU_NAME=my-slice TPU_ZONE=us-east5-b TPU_TYPE=v5litepod-16 TPU_VERSION=v2-alpha-tpuv5-lite \
 #     launch/tpu_pod.sh CONFIG WORKDIR [FLAG ...]
 #
-# Run it in the checkout, which is copied to the hosts, changes and new files included. TPU_CREATE_FLAGS is added to the
-# creation, such as --spot.
-# WORKDIR, and data.path, lie on a disk that all hosts mount at the same place (Filestore, say): TPU_SETUP, a command
-# that runs on every host before each start, can mount it.
+# Run it in the checkout. It copies the checkout to the hosts, with uncommitted changes and new files. TPU_CREATE_FLAGS
+# holds more flags for the creation of the slice, such as --spot.
+# WORKDIR and data.path must be on a disk that all hosts mount at the same place, such as Filestore. TPU_SETUP is a
+# command that runs on every host before each start, and can mount the disk.
 set -euo pipefail
 [ $# -ge 2 ] || { sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 2; }
 : "${TPU_NAME:?}" "${TPU_ZONE:?}" "${TPU_TYPE:?}" "${TPU_VERSION:?}"
@@ -21,7 +21,7 @@ fi
 tpu() { gcloud compute tpus tpu-vm "$1" "${@:2}" --zone="$TPU_ZONE"; }
 everywhere() { tpu ssh "$TPU_NAME" --worker=all --command="$1"; }
 
-# The remote run is asked to stop, and waited for: the signal itself does not pass through ssh.
+# ssh does not forward the signal. Therefore this asks the remote run to stop, and waits for it.
 stop() {
   everywhere "pkill -TERM -f 'cfd[.]main' || true; while pgrep -f 'cfd[.]main' >/dev/null; do sleep 2; done"
   exit 75

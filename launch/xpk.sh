@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# All hosts of one or more TPU slices on GKE as one job, by XPK (https://github.com/AI-Hypercomputer/xpk).
+# Runs one job on all hosts of one or more TPU slices on GKE, with XPK (https://github.com/AI-Hypercomputer/xpk).
 #
 #   XPK_CLUSTER=my-cluster XPK_IMAGE=gcr.io/PROJECT/cfd:latest XPK_TPU_TYPE=v5litepod-16 \
 #     launch/xpk.sh CONFIG WORKDIR [FLAG ...]
 #
-# XPK_IMAGE holds Python and `pip install cfd[tpu]`'s dependencies; XPK puts the checkout, from which this is run, on top.
-# XPK_FLAGS is added to `xpk workload create`, such as --num-slices=2 --storage=NAME: WORKDIR, and data.path, lie on a
-# storage that all hosts mount. A fault starts the processes again inside of their pods; a pod that is evicted saves and
-# ends with code 75, on which GKE starts the job again; after three faults without a new checkpoint it ends with 1.
+# Run it in the checkout. XPK_IMAGE holds Python and the dependencies of `pip install cfd[tpu]`; XPK adds the checkout.
+# XPK_FLAGS holds more flags of `xpk workload create`, such as --num-slices=2 --storage=NAME. WORKDIR and data.path must
+# be on a storage that all hosts mount. After a fault, the processes start again inside their pods. A pod that is
+# evicted saves and exits with 75, and GKE then starts the job again. After three faults without a new checkpoint, the
+# job exits with 1.
 set -euo pipefail
 [ $# -ge 2 ] || { sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2; }
 : "${XPK_CLUSTER:?}" "${XPK_IMAGE:?}" "${XPK_TPU_TYPE:?}"

@@ -197,7 +197,7 @@ def test_leaving_out_a_field_or_stating_its_default_is_the_same(path: Path) -> N
 
 
 def test_a_complete_config_is_a_locked_copy() -> None:
-    stated = ConfigDict(dict(train=dict(num_steps=3)))
+    stated: Any = ConfigDict(dict(train=dict(num_steps=3)))
     config = complete(stated)
     assert stated.to_dict() == dict(train=dict(num_steps=3))
     for group in (config, config.train):

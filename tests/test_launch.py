@@ -71,7 +71,7 @@ def test_three_faults_at_the_same_place_are_enough(tmp_path: Path, line: str, pl
     "said, starts", [("Saving step 7 of 100.", 5), ("7 of 9 cells are in x already.", 6), ("T 7  w 1  fid", 6)]
 )
 def test_progress_that_a_start_makes_before_it_fails_counts(tmp_path: Path, said: str, starts: int) -> None:
-    """The third start gets further before it fails, so the supervisor gives up only after three faults at the new place."""
+    """The third start gets further before it fails, so three more faults are needed, at the new place."""
     first, then = (f"Resuming runs/x at step {step} of 100." for step in (5, 7))
     program = f"{ATTEMPTS}print({first!r} if n < 3 else {then!r})\nif n == 2: print({said!r})\nsys.exit(1)"
     done = supervise(tmp_path, program)
@@ -237,7 +237,7 @@ def test_slurm_runs_the_command_on_every_task(tmp_path: Path) -> None:
 
 
 def test_slurm_requeues_a_job_that_runs_out_of_time(tmp_path: Path) -> None:
-    """The run is saved by SIGUSR1, which `srun` forwards. At a SIGTERM it kills its tasks ("forcing job termination")."""
+    """`srun` forwards SIGUSR1, which saves the run. At a SIGTERM it kills its tasks ("forcing job termination")."""
     env = with_fakes(tmp_path, "scontrol") | {"SLURM_JOB_ID": "17"}
     srun = tmp_path / "bin" / "srun"
     traps = "trap 'echo \"saved; the same command resumes.\"; exit 0' USR1\ntrap 'echo killed; exit 137' TERM"

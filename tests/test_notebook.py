@@ -1,4 +1,4 @@
-"""launch/colab.ipynb runs from its first to its last cell, and is stored with what it shows."""
+"""launch/colab.ipynb runs from its first to its last cell, and is stored with its outputs."""
 
 import base64
 import os
@@ -19,11 +19,11 @@ def images_of(notebook: Any) -> list[bytes]:
     return [base64.b64decode(o.data["image/png"]) for o in outputs if "image/png" in o.get("data", {})]
 
 
-def test_the_stored_outputs_are_whole_and_small() -> None:
+def test_the_stored_outputs_are_complete_and_small() -> None:
     assert NOTEBOOK.stat().st_size < 500_000
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))  # run once, in order
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))  # each cell was run once, in order
     assert not any(output.output_type == "error" for cell in code for output in cell.outputs)
     assert len(images_of(notebook)) == 3
     text = NOTEBOOK.read_text()

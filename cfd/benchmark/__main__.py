@@ -50,6 +50,7 @@ MEANS = {
     "sampler": "guided sampler, all its steps",
     "input": "input pipeline, a batch of JPEGs",
 }
+"""{row: its name in the table}."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             folder=folder,
         )
         result, reason = run(setting, flags.rounds)
-    if any("ours" in sides for sides in result["seconds"].values()):
+    if any("ours" in times for times in result["seconds"].values()):
         print(table(result), flush=True)
         if flags.json:
             Path(flags.json).write_text(json.dumps(result, indent=1) + "\n")
@@ -92,7 +93,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--in_flight", type=int, default=1, help="calls that the device gets before one is waited for")
     parser.add_argument("--profile", default="", help="a row whose operations are listed, the longest first")
     parser.add_argument("--peer", default="", help="a checkout of openai/guided-diffusion")
-    parser.add_argument("--json", default="", help="a file to which the result is written too")
+    parser.add_argument("--json", default="", help="a file for the result, in addition to the table")
     flags = parser.parse_args(arguments)
     for name, least in (("rounds", 1), ("in_flight", 1), ("sampler_steps", 1), ("batch_size", 0)):
         if getattr(flags, name) < least:
@@ -145,7 +146,10 @@ def interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def build(setting: Setting, sides: dict[str, Side]) -> float | None:
-    """Builds the sides and adds them to `sides`. The difference of their outputs, relative to the largest value."""
+    """Builds the sides and adds them to `sides`.
+
+    Returns the largest difference of their outputs, relative to the largest value, or None if there is no peer.
+    """
     if setting.peer:
         from cfd.benchmark.peer import peer_side  # it needs PyTorch
 

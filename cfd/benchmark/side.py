@@ -81,7 +81,7 @@ class Side:
         context = multiprocessing.get_context("spawn")
         self.pipe, end = context.Pipe()
         self.process = context.Process(target=serve, args=(end, build, setting), daemon=True)
-        # A terminal sends Ctrl-C to this process too. It inherits that SIGINT is ignored: its parent ends it.
+        # A terminal sends Ctrl-C to the new process too. The new process inherits SIG_IGN, and its parent ends it.
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         self.process.start()
         signal.signal(signal.SIGINT, handler)
@@ -105,6 +105,7 @@ class Side:
         self.process.join()
 
     def kill(self) -> None:
+        """Ends the process at once, if it still runs."""
         self.process.kill()
         self.process.join()
 
@@ -131,6 +132,7 @@ def serve(pipe: Connection, build: Callable[[Setting], Built], setting: Setting)
     None ends it: it sends the facts that are measured after the rounds.
     """
     built = build(setting)
+    print("Calling each row once.", flush=True)
     for call in built.rows.values():
         built.wait(call())
     pipe.send((built.output, built.facts | {"peak_memory_bytes": peak_memory()}))

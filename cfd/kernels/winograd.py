@@ -223,5 +223,5 @@ def _weighted_sum(coefficients: Array, terms: Sequence[Array]) -> Array:
 
 def _transpose(fun: Callable[..., Any], inputs: int, cotangents: Sequence[Array]) -> Any:
     """The transpose of a linear map of `inputs` arrays of one shape, applied to `cotangents`."""
-    like = jax.ShapeDtypeStruct(cotangents[0].shape, cotangents[0].dtype)
+    like = jax.typeof(cotangents[0])  # includes the axes over which it varies inside a caller's shard_map
     return jax.linear_transpose(fun, *[like] * inputs)(tuple(cotangents))

@@ -57,7 +57,7 @@ def test_each_network_is_trained_with_its_own_settings_on_the_training_images(
 
 
 @pytest.fixture
-def ants_and_bees(tmp_path: Path) -> ConfigDict:
+def ants_and_bees(tmp_path: Path) -> Any:
     """A config for a folder of eight images in two classes. It states no number of classes and no output channels."""
     for i in range(8):
         file = tmp_path / "pictures" / ("ant", "bee")[i % 2] / f"{i}.png"
@@ -76,7 +76,7 @@ def ants_and_bees(tmp_path: Path) -> ConfigDict:
 
 
 def test_a_folder_of_two_classes_is_trained_on_without_a_number_of_classes(
-    ants_and_bees: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ants_and_bees: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parallel, "make_mesh", lambda data, fsdp: mesh_of(1))
     folder = str(tmp_path / "run")

@@ -120,9 +120,9 @@ def test_group_norm_works_under_vmap_and_shard_map() -> None:
         np.testing.assert_allclose(a, c, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("channels", [32, 64])
+@pytest.mark.parametrize("channels", [32, 64, 192])
 def test_a_replicated_parameter_has_the_gradient_of_the_whole_batch(channels: int) -> None:
-    """Inside a caller's shard_map over images."""
+    """Inside a caller's shard_map over images. From 64 channels on, the convolution is a Winograd form on a CPU."""
 
     class Block(nn.Module):
         @nn.compact
@@ -132,7 +132,7 @@ def test_a_replicated_parameter_has_the_gradient_of_the_whole_batch(channels: in
             return Conv(channels, "float32")(Conv(channels, "float32", size=1)(x))
 
     ones, net = nn.initializers.ones, Block()
-    x, mix = (jax.random.normal(jax.random.key(i), (2, 24, 16, channels)) for i in range(2))
+    x, mix = (jax.random.normal(jax.random.key(i), (4, 24, 16, channels)) for i in range(2))
     params = jax.jit(net.init)(jax.random.key(2), x)
 
     def loss(params: Any, x: Array, mix: Array) -> Array:
