@@ -1,72 +1,44 @@
-"""Real processes that are killed, frozen, hung and stopped: nothing is lost, and nothing waits for ever.
+"""Real processes that are killed, frozen and hung, and disks that are full: nothing is lost or waits for ever.
 
 Each test runs the real command through tests/job.py, whose network is small enough to start in seconds.
 """
 
-import hashlib
 import json
 import os
 import random
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from disk import filled, small_disk
-from jax.sharding import SingleDeviceSharding
-from job import init as network
+from jobs import (
+    HEARTBEAT,
+    Start,
+    assert_same_run,
+    final_state,
+    losses,
+    references,
+    starting,
+    steps_of,
+    wait_for_step,
+    wait_until,
+)
 from meshes import mesh_of
-from tiny import ROOT, flags_of, tiny_config
+from tiny import tiny_config
 
 from cfd.devices import parallel
 from cfd.modes.sampler import Network, SampleSpec, compile_sampler
-from cfd.modes.settings import optimizer_of, sampling_of
-from cfd.modes.train_step import initial_state
-from cfd.runs import checkpoint, npz
-
-HEARTBEAT = 10
-"""Heartbeat timeout of jax.distributed, in seconds."""
-STARTING = 120.0
-"""Seconds that a process may take to start on a busy machine."""
+from cfd.modes.settings import sampling_of
+from cfd.runs import npz
 
 slow = pytest.mark.slow
-
-
-class Job(NamedTuple):
-    """The processes of one start."""
-
-    folder: Path
-    processes: list[subprocess.Popen]
-    outputs: list[Path]
-
-    def send(self, number: int, *which: int) -> None:
-        for i in which or range(len(self.processes)):
-            os.kill(self.processes[i].pid, number)
-
-    def finish(self, seconds: float = STARTING) -> list[int]:
-        """The exit codes. The test fails if a process runs for longer than `seconds`."""
-        deadline = time.monotonic() + seconds
-        return [p.wait(max(deadline - time.monotonic(), 0.01)) for p in self.processes]
-
-    def text(self, which: int = 0) -> str:
-        return self.outputs[which].read_text(errors="replace")
-
-    def report(self) -> str:
-        """The outputs of all processes, for the message of a failed assertion."""
-        return "\n".join(f"--- process {i}\n{self.text(i)}" for i in range(len(self.outputs)))
-
-
-Start = Callable[..., Job]
 
 
 @pytest.fixture(scope="module")
@@ -77,137 +49,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Callable[[int, int], Path]:
-    """(steps, devices) -> the folder of a run in one process that was never stopped.
-
-    The process is given a coordinator. It then adds over its devices by Gloo, in the same order as several processes.
-    JAX itself adds over the devices of one process in another order, which changes the last bit with more than two.
-    """
-    made: dict[tuple[int, int], Path] = {}
-
-    def make(steps: int, devices: int) -> Path:
-        if (steps, devices) not in made:
-            folder = tmp_path_factory.mktemp("reference") / "run"
-            job = launch(folder, cache, devices=devices, of=1, train__num_steps=steps)
-            assert job.finish() == [0], job.report()
-            made[steps, devices] = folder
-        return made[steps, devices]
-
-    return make
+    return references(tmp_path_factory, cache)
 
 
 @pytest.fixture
 def start(cache: Path) -> Iterator[Start]:
-    """`launch`. Its processes are killed at the end of the test."""
-    jobs: list[Job] = []
-
-    def one(folder: Path, **keywords: Any) -> Job:
-        jobs.append(launch(folder, cache, **keywords))
-        return jobs[-1]
-
-    yield one
-    for process in (p for job in jobs for p in job.processes):
-        process.kill()
-        process.wait()
-
-
-def command(folder: Path, cache: Path, mode: str, more: list[str], **changes: Any) -> list[str]:
-    fields = dict(eval__weights=(), train__checkpoint_every_steps=10, xla__compilation_cache=str(cache)) | changes
-    flags = [f"--mode={mode}", "--config=configs/digits.py", f"--workdir={folder}", *more, *flags_of(**fields)]
-    return [sys.executable, str(ROOT / "tests" / "job.py"), *flags]
-
-
-def environment(devices: int, **more: str) -> dict[str, str]:
-    base = {k: v for k, v in os.environ.items() if not k.startswith(("CFD_", "JOB_", "XLA_FLAGS"))}
-    ours = dict(JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES=str(devices), PYTHONPATH=str(ROOT))
-    return base | ours | {"CFD_HEARTBEAT_TIMEOUT": str(HEARTBEAT), "CFD_SHUTDOWN_TIMEOUT": str(HEARTBEAT)} | more
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def launch(
-    folder: Path,
-    cache: Path,
-    *,
-    mode: str = "train",
-    processes: int = 1,
-    devices: int = 1,
-    of: int | None = None,
-    env: dict[str, str] | None = None,
-    more: tuple[str, ...] = (),
-    **changes: Any,
-) -> Job:
-    """Start `processes` processes with `devices` devices each. With `of`, they are the first of that many processes."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    address, count, number = f"127.0.0.1:{free_port()}", of or processes, len(list(folder.parent.glob("*.log")))
-    job = Job(folder, [], [])
-    for i in range(processes):
-        distributed = dict(CFD_COORDINATOR=address, CFD_NUM_PROCESSES=str(count), CFD_PROCESS_ID=str(i))
-        variables = environment(devices, **(distributed if of or count > 1 else {}) | (env or {}))
-        job.outputs.append(folder.parent / f"{number}.{i}.log")
-        with open(job.outputs[-1], "w") as log:
-            arguments = command(folder, cache, mode, list(more), **changes)
-            job.processes.append(subprocess.Popen(arguments, cwd=ROOT, env=variables, stdout=log, stderr=log))
-    return job
-
-
-def noted(folder: Path, what: str) -> list[dict[str, Any]]:
-    """The lines of steps.jsonl about steps ("step"), saves ("saved") or starts of loops ("started")."""
-    path = folder / "steps.jsonl"
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    values = [json.loads(line) for line in lines if line.endswith(b"\n")]
-    return [value for value in values if what in value]
-
-
-def steps_of(folder: Path) -> list[dict[str, Any]]:
-    """The steps that were done; a step that was repeated is there twice."""
-    return noted(folder, "step")
-
-
-def wait_until(happened: Callable[[], Any], job: Job | None = None, seconds: float = STARTING) -> None:
-    deadline = time.monotonic() + seconds
-    while not happened():
-        assert job is None or all(p.poll() is None for p in job.processes), job.report()
-        assert time.monotonic() < deadline, job.report() if job else "timed out"
-        time.sleep(0.005)
-
-
-def wait_for_step(job: Job, step: int) -> None:
-    wait_until(lambda: any(done["step"] >= step for done in steps_of(job.folder)), job)
-
-
-def final_state(folder: Path) -> tuple[int, str]:
-    """(step, SHA-256 of all arrays) of the newest checkpoint, which must have the correct digests."""
-    manager = checkpoint.open_manager(folder, keep=100)
-    optimizer = optimizer_of(tiny_config().train)
-    abstract = jax.eval_shape(partial(initial_state, network, optimizer), jax.random.key(0))
-    place = SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract)
-    newest = checkpoint.latest_step(manager)
-    restored = checkpoint.restore(manager, abstract)
-    checkpoint.close(manager)
-    assert restored is not None and restored[0] == newest
-    digest = hashlib.sha256()
-    for path, x in jax.tree_util.tree_flatten_with_path(restored[1])[0]:
-        digest.update(f"{path} {x.dtype} {x.shape}".encode() + np.asarray(x).tobytes())
-    return restored[0], digest.hexdigest()
-
-
-def losses(folder: Path) -> list[float]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))  # no step is missing or present twice
-    return [line["loss"] for line in lines]
-
-
-def assert_same_run(folder: Path, other: Path) -> None:
-    """Asserts the same final state, and the same loss at every step, also at those that were repeated."""
-    assert final_state(folder) == final_state(other)
-    expected = losses(other)
-    assert losses(folder) == expected
-    assert all(done["loss"] == expected[done["step"] - 1] for done in steps_of(folder))
+    with starting(cache) as start:
+        yield start
 
 
 @pytest.mark.timeout(1200)
@@ -384,93 +232,6 @@ def test_a_process_that_never_comes(process: int, start: Start, tmp_path: Path) 
     codes = job.finish(10 + 10)
     print(f"process {process} alone: ended after {time.monotonic() - joined:.1f} s, code {codes}")
     assert codes[0] != 0 and f"Process {process} of 2 joins" in job.text() and "after 10 s" in job.text()
-
-
-def interrupted(job: Job, number: int, which: int) -> float:
-    """Seconds from the signal to exit code 0 of every process."""
-    sent = time.monotonic()
-    job.send(number, which)
-    assert job.finish(30) == [0] * len(job.processes), job.report()
-    assert all("; the same command resumes." in job.text(i) for i in range(len(job.processes))), job.report()
-    return time.monotonic() - sent
-
-
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    "processes, which, number, every",
-    [
-        pytest.param(1, 0, signal.SIGTERM, 1000, id="one-SIGTERM", marks=slow),
-        pytest.param(1, 0, signal.SIGINT, 1000, id="one-SIGINT", marks=slow),
-        pytest.param(1, 0, signal.SIGUSR1, 1000, id="one-SIGUSR1", marks=slow),
-        pytest.param(1, 0, signal.SIGTERM, 1, id="one-SIGTERM-in-a-save", marks=slow),
-        pytest.param(2, 0, signal.SIGTERM, 1000, id="two-SIGTERM-to-0", marks=slow),
-        pytest.param(2, 1, signal.SIGTERM, 1000, id="two-SIGTERM-to-1", marks=slow),
-        pytest.param(2, 1, signal.SIGINT, 1000, id="two-SIGINT-to-1", marks=slow),
-        pytest.param(2, 1, signal.SIGUSR1, 1000, id="two-SIGUSR1-to-1", marks=slow),
-        pytest.param(2, 0, signal.SIGTERM, 1, id="two-SIGTERM-in-a-save", marks=slow),
-    ],
-)
-def test_stopped_in_training(
-    processes: int, which: int, number: int, every: int, start: Start, reference: Any, tmp_path: Path
-) -> None:
-    """A signal to any one process saves the step that all have reached; the resumed run is as if never stopped."""
-    folder = tmp_path / "run"
-    env = {"JOB_STEP_SECONDS": "0.05"}
-    fields = dict(train__num_steps=200, train__checkpoint_every_steps=every)
-    job = start(folder, processes=processes, env=env, **fields)
-    wait_for_step(job, 7)
-    seconds = interrupted(job, number, which)
-    step = int(re.findall(r"Stopped at step (\d+) of 200", job.text())[0])
-    print(f"stopped at step {step}, {seconds:.2f} s after the signal")
-    assert steps_of(folder)[-1]["step"] == step == final_state(folder)[0]  # no step is lost
-    job = start(folder, processes=processes, **fields)
-    assert job.finish() == [0] * processes, job.report()
-    assert f"at step {step} of 200" in job.text()
-    assert len(steps_of(folder)) == 200
-    assert_same_run(folder, reference(200, processes))
-
-
-@slow
-@pytest.mark.timeout(120)
-def test_a_second_interrupt_stops_at_once(start: Start, tmp_path: Path) -> None:
-    job = start(tmp_path / "run", env={"JOB_STEP_SECONDS": "20"}, train__num_steps=10)
-    wait_until(lambda: (tmp_path / "run" / "tensorboard").exists(), job)
-    time.sleep(5)  # until it is in its first step
-    job.send(signal.SIGINT)
-    time.sleep(1)
-    assert job.processes[0].poll() is None
-    sent = time.monotonic()
-    job.send(signal.SIGINT)
-    assert job.finish(10)[0] != 0
-    assert "KeyboardInterrupt" in job.text() and time.monotonic() - sent < 10
-
-
-@slow
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("processes", [1, 2])
-def test_stopped_in_sampling_and_in_the_sweep(processes: int, start: Start, reference: Any, tmp_path: Path) -> None:
-    """The processes end with code 0, and no cell is measured twice."""
-    folder = tmp_path / "run"
-    fields = dict(processes=processes, eval__num_samples=64, sample__num_steps=4, sample__batch_size=2 * processes)
-    job = start(folder, train__num_steps=3, **fields)
-    assert job.finish() == [0] * processes, job.report()
-
-    weights = tuple(range(60))  # more than can be measured before the signal
-    env = {"JOB_STEP_SECONDS": "0.1"}
-    job = start(folder, mode="sweep", env=env, **fields, eval__weights=weights)
-    rows = folder / "sweep.csv"
-    wait_until(lambda: rows.exists() and rows.read_text().count("\n") >= 3, job)
-    print(f"sweep of {processes}: {interrupted(job, signal.SIGTERM, processes - 1):.2f} s")
-    measured = rows.read_text().splitlines()
-    assert 3 <= len(measured) < 61
-    job = start(folder, mode="sweep", **fields, eval__weights=weights[: len(measured)])
-    assert job.finish() == [0] * processes, job.report()
-    assert rows.read_text().splitlines()[:-1] == measured
-
-    before = len(noted(folder, "started"))
-    job = start(folder, mode="sample", env={"JOB_STEP_SECONDS": "1"}, **fields, sample__seeds=tuple(range(100)))
-    wait_until(lambda: len(noted(folder, "started")) > before, job)
-    print(f"sampling of {processes}: {interrupted(job, signal.SIGTERM, 0):.2f} s")
 
 
 @slow

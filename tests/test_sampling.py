@@ -1,147 +1,37 @@
 """Algorithm 2 against exact linear-Gaussian recursions in float64, and its cost in network evaluations."""
 
-import functools
 import itertools
 import math
-import subprocess
-import sys
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
-from mixtures import gaussian_eps, log_densities, mixture_eps
+from mixtures import log_densities, mixture_eps
+from recursion import (
+    KEY,
+    LABELS,
+    MEANS,
+    STDS,
+    constant,
+    exact_gaussian_samples,
+    image_keys,
+    linear,
+    network,
+    noise_of_images,
+    sample,
+    sample_doubled,
+    sampler_of,
+)
 
-from cfd.guidance import Interval, shift_mean
+from cfd.guidance import Interval
 from cfd.sampling import SecondOrder, ancestral, ddim, dpm_solver, guided_sample, schedule
 
-# Two classes and ∅, the last row.
-MEANS = np.array([[0.6, -0.4, 0.1], [-0.3, 0.5, 0.8], [0.1, 0.0, 0.4]])
-STDS = np.array([0.3, 0.6, 0.9])
 WEIGHTS = np.array([-1.0, 0.0, 0.3, 1.0, 4.0], np.float32)
-ROUNDING = float(np.finfo(np.float32).eps)
-
-KEY = jax.random.key(20)
-LABELS = jnp.arange(8, dtype=jnp.int32) % 2
-UNLABELLED = jnp.full_like(LABELS, -1)
 MIXED = np.array([-1.0, 0.0, 0.1, 0.3, 1.0, 2.0, 3.0, 4.0], np.float32)
-linear = gaussian_eps(MEANS, STDS)
+UNLABELLED = jnp.full_like(LABELS, -1)
 
-
-def network(z, logsnr, labels):
-    """A network that is neither linear nor elementwise; label −1 selects the zero row of its table."""
-    table = jnp.sin(jnp.arange(4 * 6.0)).reshape(4, 6).at[-1].set(0.0)
-    mix = jnp.cos(jnp.arange(18.0)).reshape(3, 6)
-    hidden = jax.nn.silu(z @ mix + table[labels] + 0.1 * logsnr[:, None])
-    return 0.5 * z + 0.3 * hidden @ mix.T
-
-
-class Exact(NamedTuple):
-    images: np.ndarray  # [B, d], from the given noise
-    mean: np.ndarray  # [B, d], over the noise
-    variance: np.ndarray  # [B]
-    rounding: np.ndarray  # [B], a bound on the rounding error of float32
-
-
-def exact_gaussian_samples(
-    noise, classes, w, *, v, num_steps, null=-1, logsnr_min=-20.0, logsnr_max=20.0, clip=False, second_order=False
-) -> Exact:
-    """Algorithm 2 in float64 from the paper's Eqs. 1 to 6, with ε of `gaussian_eps`; v = None is DDIM.
-
-    noise [B, >= num_steps, d] holds z_1 and then the noise of each step. Without clipping, z is affine in the noise, so
-    the mean, the variance and the growth of the rounding error follow exactly. w is a function of λ that returns [B].
-    With `second_order`, x̃ is D of arXiv:2211.01095, Algorithm 2, line 7, except in the first step and the last.
-    """
-    b = math.atan(math.exp(-logsnr_max / 2))
-    a = math.atan(math.exp(-logsnr_min / 2)) - b
-    u = [1 - (t - 1) / max(num_steps - 1, 1) for t in range(1, num_steps + 1)]
-    logsnr = [-2 * math.log(math.tan(a * value + b)) for value in u]
-
-    z, mean, parts = noise[:, 0], np.zeros_like(noise[:, 0]), np.zeros(noise.shape[:2])
-    parts[:, 0] = 1  # coefficient of each noise in z
-    rounding = x_error = np.zeros(len(noise))
-    x_before = x_mean_before = x_parts_before = 0.0
-    for t in range(num_steps):
-        alpha, sigma = exact_alpha_sigma(logsnr[t])
-        weight = w(logsnr[t])
-        (slope_c, offset_c), (slope_0, offset_0) = (eps_line(alpha, sigma, label) for label in (classes, null))
-        x_slope = (1 - sigma * ((1 + weight) * slope_c - weight * slope_0)) / alpha
-        x_offset = -sigma / alpha * ((1 + weight)[:, None] * offset_c - weight[:, None] * offset_0)
-        x = x_slope[:, None] * z + x_offset
-        # x is the difference of these terms divided by α. Each term is rounded a few times.
-        terms = 1 + sigma * (np.abs(1 + weight) * slope_c + np.abs(weight) * slope_0)
-        terms = terms * (np.abs(z).max(axis=1) + alpha)
-        x_rounding = 2 * ROUNDING * terms / alpha
-        x = np.clip(x, -1, 1) if clip else x
-        if t == num_steps - 1:
-            x_rounding = x_rounding + np.abs(x_slope) * rounding
-            variance = np.square(x_slope[:, None] * parts).sum(axis=1)
-            return Exact(x, x_slope[:, None] * mean + x_offset, variance, x_rounding)
-
-        alpha_next, sigma_next = exact_alpha_sigma(logsnr[t + 1])
-        if v is None:
-            from_z, std = sigma_next / sigma, 0.0
-            from_x = alpha_next - from_z * alpha
-        else:
-            kept = math.exp(logsnr[t] - logsnr[t + 1])
-            from_z, from_x = kept * alpha_next / alpha, (1 - kept) * alpha_next
-            std = math.sqrt(((1 - kept) * sigma_next**2) ** (1 - v) * ((1 - kept) * sigma**2) ** v)
-        extra = 0.0  # 1 / (2 r); r is the ratio of the previous gap in λ to this one
-        if second_order and 0 < t < num_steps - 2:
-            extra = 0.5 * (logsnr[t + 1] - logsnr[t]) / (logsnr[t] - logsnr[t - 1])
-        x_mean, x_parts = x_slope[:, None] * mean + x_offset, x_slope[:, None] * parts
-        z = from_z * z + from_x * ((1 + extra) * x - extra * x_before) + std * noise[:, t + 1]
-        mean = from_z * mean + from_x * ((1 + extra) * x_mean - extra * x_mean_before)
-        parts = from_z * parts + from_x * ((1 + extra) * x_parts - extra * x_parts_before)
-        parts[:, t + 1] += std
-        x_before, x_mean_before, x_parts_before = x, x_mean, x_parts
-        added = (1 + extra) * x_rounding + extra * x_error
-        x_error = x_rounding + np.abs(x_slope) * rounding
-        slope = from_z + from_x * (1 + extra) * x_slope
-        rounding = np.abs(slope) * rounding + from_x * added + 2 * ROUNDING * (np.abs(z).max(axis=1) + 1)
-    raise AssertionError("num_steps >= 1")
-
-
-def exact_alpha_sigma(logsnr):
-    snr = math.exp(logsnr)
-    return math.sqrt(snr / (1 + snr)), math.sqrt(1 / (1 + snr))
-
-
-def eps_line(alpha, sigma, label):
-    """(slope, offset) of ε(z, label) = slope z + offset; slope is [B] or a scalar, offset is [B, d] or [d]."""
-    slope = np.asarray(sigma / (alpha**2 * STDS[label] ** 2 + sigma**2))
-    return slope, -slope[..., None] * alpha * MEANS[label]
-
-
-def constant(w):
-    return lambda logsnr: np.full(8, w)
-
-
-@functools.cache
-def noise_of_images(count=8, num_steps=16):
-    """The noise of the images of KEY, [B, T, 3] in float64; step t of image i uses fold_in(fold_in(KEY, i), t)."""
-
-    @jax.vmap
-    def draw(key):
-        keys = jax.vmap(lambda t: jax.random.fold_in(key, t))(jnp.arange(num_steps))
-        return jax.vmap(lambda key: jax.random.normal(key, (3,)))(keys)
-
-    return np.asarray(jax.jit(lambda: draw(image_keys(count)))(), np.float64)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def image_keys(count):
-    return jax.vmap(lambda i: jax.random.fold_in(KEY, i))(jnp.arange(count))
-
-
-def sampler_of(eps_fn, **kwargs):
-    """One compiled sampler of `eps_fn`: (keys, labels, w) -> images."""
-    settings: dict[str, Any] = {"num_steps": 8} | kwargs
-    return jax.jit(lambda keys, labels, w: guided_sample(keys, eps_fn, labels, (3,), w=w, **settings))
+conditional = jax.jit(lambda keys, labels: guided_sample(keys, network, labels, (3,), num_steps=8))
 
 
 def traces_and_evaluations():
@@ -157,11 +47,6 @@ def traces_and_evaluations():
         return network(z, logsnr, labels)
 
     return counts, eps_fn
-
-
-# Shared by many tests; each compiles one program per shape of w.
-sample, sample_doubled = sampler_of(network), sampler_of(network, doubled=True)
-conditional = jax.jit(lambda keys, labels: guided_sample(keys, network, labels, (3,), num_steps=8))
 
 
 # The closed-form scores themselves
@@ -449,171 +334,3 @@ def test_numpy_labels_and_weights_are_arrays():
     labels, w = np.arange(8) % 2, np.full(8, 0.5)
     images = jax.eval_shape(lambda key: guided_sample(key, eps_fn, labels, (3,), w=w, num_steps=2), KEY)
     assert images.shape == (8, 3) and images.dtype == jnp.float32
-
-
-# Transformations
-
-
-def test_the_sampler_is_one_loop():
-    def loops(jaxpr) -> list[str]:
-        found = []
-        for eqn in jaxpr.eqns:
-            found += [eqn.primitive.name] * (eqn.primitive.name in ("scan", "while"))
-            for inner in jax.tree.leaves(eqn.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
-                if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
-                    found += loops(getattr(inner, "jaxpr", inner))
-        return found
-
-    for w in (0.0, 1.0, Interval(1.0, -3.0, 3.0)):
-        closed = jax.make_jaxpr(lambda key, w=w: guided_sample(key, network, LABELS, (3,), w=w, num_steps=64))(KEY)
-        assert loops(closed.jaxpr) == ["scan"]
-
-
-def test_vmap_over_keys():
-    keys = jax.random.split(KEY, 3)
-    many = jax.jit(jax.vmap(sample, (0, None, None)))(keys, LABELS, 0.5)
-    assert many.shape == (3, 8, 3)
-    for key, images in zip(keys, many, strict=True):
-        np.testing.assert_allclose(images, sample(key, LABELS, 0.5), rtol=1e-5, atol=1e-6)
-
-
-def test_gradients_are_those_of_the_recursion():
-    """d(sum of the images) / d(w, v, λ_max) in reverse mode equals central differences of the float64 recursion."""
-
-    def total(w, v, logsnr_max):
-        sampler = {"sampler": ancestral(v), "logsnr_max": logsnr_max}
-        return jnp.sum(guided_sample(KEY, linear, LABELS, (3,), w=w, num_steps=16, clip=False, **sampler))
-
-    def exact(w, v, logsnr_max):
-        settings = {"v": v, "logsnr_max": logsnr_max, "num_steps": 16}
-        return exact_gaussian_samples(noise_of_images(), LABELS, constant(w), **settings).images.sum()
-
-    at, h = np.array([0.5, 0.3, 12.0]), 1e-4
-    difference = [(exact(*(at + h * axis)) - exact(*(at - h * axis))) / (2 * h) for axis in np.eye(3)]
-    with jaxtyping_off():
-        gradient = jax.jit(jax.grad(total, argnums=(0, 1, 2)))(*at.tolist())
-    np.testing.assert_allclose(gradient, difference, rtol=2e-3)
-
-
-def test_eight_devices_equal_one():
-    """In a caller's own pmap and shard_map with one image per device, and in jit with sharded arguments."""
-    keys = image_keys(8)
-    expected = sample(keys, LABELS, 0.7)
-
-    mapped = jax.pmap(sample, in_axes=(0, 0, None))(keys[:, None], LABELS[:, None], 0.7)
-    assert len(mapped.sharding.device_set) == 8
-    np.testing.assert_allclose(mapped[:, 0], expected, rtol=1e-5, atol=1e-6)
-
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    specs = (P("data"), P("data"), P())
-    sharded = jax.jit(jax.shard_map(sample, mesh=mesh, in_specs=specs, out_specs=P("data")))
-    everywhere = Interval(jnp.float32(0.7), jnp.float32(-30), jnp.float32(30))
-    np.testing.assert_allclose(sharded(keys, LABELS, everywhere), expected, rtol=1e-5, atol=1e-6)
-
-    on_mesh = jax.device_put((keys, LABELS), jax.NamedSharding(mesh, P("data")))
-    np.testing.assert_allclose(sample(*on_mesh, 0.7), expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("sampler", [ancestral(0.3), dpm_solver()], ids=["ancestral", "dpm_solver"])
-@pytest.mark.parametrize("specs", [(P(), P("data"), P()), (P(), P(), P("data"))], ids=["labels", "w"])
-def test_a_replicated_key_in_shard_map(specs, sampler):
-    """If only the labels, or only w, are divided over the devices, each device samples as it would alone."""
-
-    @jax.jit
-    def four(key, labels, w):
-        return guided_sample(key, network, labels[:4], (3,), w=w[:4], num_steps=4, sampler=sampler)
-
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
-    arguments = (KEY, LABELS.at[:4].set(-1), jnp.linspace(0.0, 3.0, 8))
-    images = jax.jit(jax.shard_map(four, mesh=mesh, in_specs=specs, out_specs=P("data")))(*arguments)
-    for rows in (slice(4), slice(4, 8)):
-        own = [x[rows] if spec == P("data") else x for x, spec in zip(arguments, specs, strict=True)]
-        np.testing.assert_allclose(images[rows], four(*own), rtol=1e-5, atol=1e-6)
-
-
-def test_strict_promotion_and_float32_under_x64():
-    for w in (0.0, 0.5, Interval(0.5, -1.0, 1.0)):
-        for rule in (ancestral(0.3), ddim(), dpm_solver()):
-            with jax.numpy_dtype_promotion("strict"):
-                images = jax.eval_shape(sampler_of(network, sampler=rule), KEY, LABELS, w)
-            assert images.dtype == jnp.float32
-    with jax.enable_x64(True):
-        images = jax.eval_shape(lambda key: guided_sample(key, network, LABELS, (3,), w=0.5, num_steps=2), KEY)
-    assert images.dtype == jnp.float32
-
-
-def test_a_bfloat16_network_gives_float32_images():
-    def half(z, logsnr, labels):
-        return network(z, logsnr, labels).astype(jnp.bfloat16)
-
-    for w in (0.0, 0.5):
-        images = jax.eval_shape(lambda key, w=w: guided_sample(key, half, LABELS, (3,), w=w, num_steps=2), KEY)
-        assert images.dtype == jnp.float32
-
-
-# Bad input
-
-
-class jaxtyping_off:
-    """Within it, calls are as in user code; otherwise the suite's shape checks would refuse these arguments first."""
-
-    def __enter__(self):
-        jaxtyping.config.update("jaxtyping_disable", True)
-
-    def __exit__(self, *_):
-        jaxtyping.config.update("jaxtyping_disable", False)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"num_steps": 0}, "num_steps is 0.*num_steps >= 1"),
-        ({"num_steps": -3}, "num_steps is -3"),
-        ({"num_steps": 2.5}, "num_steps is 2.5.*give an integer"),
-        ({"logsnr_min": 20.0, "logsnr_max": -20.0}, "logsnr_min is 20.0 and logsnr_max -20.0"),
-        ({"logsnr_min": -math.inf}, r"logsnr_min is -inf.*in \[-80, 80\]"),
-        ({"logsnr_max": 90.0}, r"logsnr_max 90.0.*in \[-80, 80\]"),
-        ({"w": math.nan}, "w is nan.*finite"),
-        ({"w": Interval(1.0, 3.0, -3.0)}, r"logsnr_lo=3.0.*give logsnr_lo <= logsnr_hi"),
-        ({"w": jnp.ones(3)}, r"w has shape \(3,\).*\(8,\)"),
-        ({"w": jnp.ones((8, 1))}, r"w has shape \(8, 1\)"),
-        ({"w": lambda logsnr: jnp.ones(2)}, r"w has shape \(2,\)"),
-        ({"w": Interval(jnp.ones(5), -1.0, 1.0)}, r"w has shape \(5,\)"),
-        ({"labels": [0, 1]}, r"labels have leading shapes .*\[B, \.\.\.\].*jnp\.array\(\[0, 1\]\)"),
-        ({"labels": 3}, "labels have leading shapes"),
-        ({"labels": {}}, "labels have leading shapes"),
-        ({"labels": {"a": jnp.zeros(2), "b": jnp.zeros(3)}}, r"labels have leading shapes \[\(2,\), \(3,\)\]"),
-        ({"key": jax.random.split(KEY, 3)}, r"key has batch shape \(3,\) for 8 labels"),
-        ({"key": 0}, r"key is 0.*jax\.random\.key\(0\)"),
-        ({"sampler": "ddim"}, r"sampler is 'ddim'.*such as the result of ancestral\(v\) or ddim\(\)"),
-        ({"sampler": ddim}, r"sampler is <function ddim.*give a step rule, such as the result of"),
-        ({"sampler": SecondOrder(dpm_solver())}, "sampler is SecondOrder.*give a step rule"),  # pyright: ignore
-        ({"null": {"text": jnp.zeros(4)}}, "null is .*must have the structure of labels"),
-        ({"labels": {"text": jnp.zeros((8, 4))}}, "null is -1.*must have the structure of labels"),
-        ({"labels": jnp.zeros((8, 4))}, r"null has shape \(\).*one label, \(4,\)"),
-        ({"labels": LABELS.astype(jnp.uint8)}, "null is -1, which labels of dtype uint8 cannot represent.*int32"),
-        ({"eps_fn": lambda z, *_: z[:, :1]}, r"eps_fn returned shape \(8, 1\).*\(8, 3\)"),
-    ],
-)
-def test_bad_arguments_are_refused(arguments, message):
-    arguments = {"key": KEY, "eps_fn": network, "labels": LABELS, "shape": (3,), "w": 0.5, "num_steps": 2} | arguments
-    with jaxtyping_off(), pytest.raises(ValueError, match=message):
-        jax.eval_shape(lambda: guided_sample(**arguments))
-
-
-@pytest.mark.parametrize("v", [-0.1, 1.1, math.nan])
-def test_v_outside_0_to_1_is_refused(v):
-    with pytest.raises(ValueError, match=rf"v is {v}.*\[0, 1\]"):
-        ancestral(v)
-
-
-def test_the_import_is_light():
-    heavy = ("tensorflow", "orbax", "grain", "tensorflow_datasets", "flax", "optax", "matplotlib", "sklearn")
-    code = f"import sys, cfd.sampling; print([name for name in {heavy} if name in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
-
-
-def test_shift_mean_takes_a_step_rule():
-    with jaxtyping_off(), pytest.raises(ValueError, match=r"sampler is SecondOrder.*give ancestral\(v\)"):
-        shift_mean(dpm_solver(), lambda z, logsnr: z, LABELS, 1.0)  # pyright: ignore[reportArgumentType]

@@ -25,7 +25,7 @@ def curve(offset: float = 0.0) -> list[dict[str, Any]]:
     ]
 
 
-def lines_of(axes: Any) -> list[list[tuple[float, float]]]:
+def lines_of(axes: Any) -> list[list[Any]]:
     return [list(zip(*line.get_data(), strict=True)) for line in axes.get_lines()]
 
 

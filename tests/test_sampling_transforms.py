@@ -1,0 +1,185 @@
+"""`guided_sample` inside a caller's jit, vmap, grad, pmap and shard_map, and the arguments that it refuses."""
+
+import math
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from recursion import (
+    KEY,
+    LABELS,
+    constant,
+    exact_gaussian_samples,
+    image_keys,
+    jaxtyping_off,
+    linear,
+    network,
+    noise_of_images,
+    sample,
+    sampler_of,
+)
+
+from cfd.guidance import Interval, shift_mean
+from cfd.sampling import SecondOrder, ancestral, ddim, dpm_solver, guided_sample
+
+# Transformations
+
+
+def test_the_sampler_is_one_loop():
+    def loops(jaxpr) -> list[str]:
+        found = []
+        for eqn in jaxpr.eqns:
+            found += [eqn.primitive.name] * (eqn.primitive.name in ("scan", "while"))
+            for inner in jax.tree.leaves(eqn.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
+                if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                    found += loops(getattr(inner, "jaxpr", inner))
+        return found
+
+    for w in (0.0, 1.0, Interval(1.0, -3.0, 3.0)):
+        closed = jax.make_jaxpr(lambda key, w=w: guided_sample(key, network, LABELS, (3,), w=w, num_steps=64))(KEY)
+        assert loops(closed.jaxpr) == ["scan"]
+
+
+def test_vmap_over_keys():
+    keys = jax.random.split(KEY, 3)
+    many = jax.jit(jax.vmap(sample, (0, None, None)))(keys, LABELS, 0.5)
+    assert many.shape == (3, 8, 3)
+    for key, images in zip(keys, many, strict=True):
+        np.testing.assert_allclose(images, sample(key, LABELS, 0.5), rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_are_those_of_the_recursion():
+    """d(sum of the images) / d(w, v, λ_max) in reverse mode equals central differences of the float64 recursion."""
+
+    def total(w, v, logsnr_max):
+        sampler = {"sampler": ancestral(v), "logsnr_max": logsnr_max}
+        return jnp.sum(guided_sample(KEY, linear, LABELS, (3,), w=w, num_steps=16, clip=False, **sampler))
+
+    def exact(w, v, logsnr_max):
+        settings = {"v": v, "logsnr_max": logsnr_max, "num_steps": 16}
+        return exact_gaussian_samples(noise_of_images(), LABELS, constant(w), **settings).images.sum()
+
+    at, h = np.array([0.5, 0.3, 12.0]), 1e-4
+    difference = [(exact(*(at + h * axis)) - exact(*(at - h * axis))) / (2 * h) for axis in np.eye(3)]
+    with jaxtyping_off():
+        gradient = jax.jit(jax.grad(total, argnums=(0, 1, 2)))(*at.tolist())
+    np.testing.assert_allclose(gradient, difference, rtol=2e-3)
+
+
+def test_eight_devices_equal_one():
+    """In a caller's own pmap and shard_map with one image per device, and in jit with sharded arguments."""
+    keys = image_keys(8)
+    expected = sample(keys, LABELS, 0.7)
+
+    mapped = jax.pmap(sample, in_axes=(0, 0, None))(keys[:, None], LABELS[:, None], 0.7)
+    assert len(mapped.sharding.device_set) == 8
+    np.testing.assert_allclose(mapped[:, 0], expected, rtol=1e-5, atol=1e-6)
+
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    specs = (P("data"), P("data"), P())
+    sharded = jax.jit(jax.shard_map(sample, mesh=mesh, in_specs=specs, out_specs=P("data")))
+    everywhere = Interval(jnp.float32(0.7), jnp.float32(-30), jnp.float32(30))
+    np.testing.assert_allclose(sharded(keys, LABELS, everywhere), expected, rtol=1e-5, atol=1e-6)
+
+    on_mesh = jax.device_put((keys, LABELS), jax.NamedSharding(mesh, P("data")))
+    np.testing.assert_allclose(sample(*on_mesh, 0.7), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("sampler", [ancestral(0.3), dpm_solver()], ids=["ancestral", "dpm_solver"])
+@pytest.mark.parametrize("specs", [(P(), P("data"), P()), (P(), P(), P("data"))], ids=["labels", "w"])
+def test_a_replicated_key_in_shard_map(specs, sampler):
+    """If only the labels, or only w, are divided over the devices, each device samples as it would alone."""
+
+    @jax.jit
+    def four(key, labels, w):
+        return guided_sample(key, network, labels[:4], (3,), w=w[:4], num_steps=4, sampler=sampler)
+
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    arguments = (KEY, LABELS.at[:4].set(-1), jnp.linspace(0.0, 3.0, 8))
+    images = jax.jit(jax.shard_map(four, mesh=mesh, in_specs=specs, out_specs=P("data")))(*arguments)
+    for rows in (slice(4), slice(4, 8)):
+        own = [x[rows] if spec == P("data") else x for x, spec in zip(arguments, specs, strict=True)]
+        np.testing.assert_allclose(images[rows], four(*own), rtol=1e-5, atol=1e-6)
+
+
+def test_strict_promotion_and_float32_under_x64():
+    for w in (0.0, 0.5, Interval(0.5, -1.0, 1.0)):
+        for rule in (ancestral(0.3), ddim(), dpm_solver()):
+            with jax.numpy_dtype_promotion("strict"):
+                images = jax.eval_shape(sampler_of(network, sampler=rule), KEY, LABELS, w)
+            assert images.dtype == jnp.float32
+    with jax.enable_x64(True):
+        images = jax.eval_shape(lambda key: guided_sample(key, network, LABELS, (3,), w=0.5, num_steps=2), KEY)
+    assert images.dtype == jnp.float32
+
+
+def test_a_bfloat16_network_gives_float32_images():
+    def half(z, logsnr, labels):
+        return network(z, logsnr, labels).astype(jnp.bfloat16)
+
+    for w in (0.0, 0.5):
+        images = jax.eval_shape(lambda key, w=w: guided_sample(key, half, LABELS, (3,), w=w, num_steps=2), KEY)
+        assert images.dtype == jnp.float32
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_steps": 0}, "num_steps is 0.*num_steps >= 1"),
+        ({"num_steps": -3}, "num_steps is -3"),
+        ({"num_steps": 2.5}, "num_steps is 2.5.*give an integer"),
+        ({"logsnr_min": 20.0, "logsnr_max": -20.0}, "logsnr_min is 20.0 and logsnr_max -20.0"),
+        ({"logsnr_min": -math.inf}, r"logsnr_min is -inf.*in \[-80, 80\]"),
+        ({"logsnr_max": 90.0}, r"logsnr_max 90.0.*in \[-80, 80\]"),
+        ({"w": math.nan}, "w is nan.*finite"),
+        ({"w": Interval(1.0, 3.0, -3.0)}, r"logsnr_lo=3.0.*give logsnr_lo <= logsnr_hi"),
+        ({"w": jnp.ones(3)}, r"w has shape \(3,\).*\(8,\)"),
+        ({"w": jnp.ones((8, 1))}, r"w has shape \(8, 1\)"),
+        ({"w": lambda logsnr: jnp.ones(2)}, r"w has shape \(2,\)"),
+        ({"w": Interval(jnp.ones(5), -1.0, 1.0)}, r"w has shape \(5,\)"),
+        ({"labels": [0, 1]}, r"labels have leading shapes .*\[B, \.\.\.\].*jnp\.array\(\[0, 1\]\)"),
+        ({"labels": 3}, "labels have leading shapes"),
+        ({"labels": {}}, "labels have leading shapes"),
+        ({"labels": {"a": jnp.zeros(2), "b": jnp.zeros(3)}}, r"labels have leading shapes \[\(2,\), \(3,\)\]"),
+        ({"key": jax.random.split(KEY, 3)}, r"key has batch shape \(3,\) for 8 labels"),
+        ({"key": 0}, r"key is 0.*jax\.random\.key\(0\)"),
+        ({"sampler": "ddim"}, r"sampler is 'ddim'.*such as the result of ancestral\(v\) or ddim\(\)"),
+        ({"sampler": ddim}, r"sampler is <function ddim.*give a step rule, such as the result of"),
+        ({"sampler": SecondOrder(dpm_solver())}, "sampler is SecondOrder.*give a step rule"),  # pyright: ignore
+        ({"null": {"text": jnp.zeros(4)}}, "null is .*must have the structure of labels"),
+        ({"labels": {"text": jnp.zeros((8, 4))}}, "null is -1.*must have the structure of labels"),
+        ({"labels": jnp.zeros((8, 4))}, r"null has shape \(\).*one label, \(4,\)"),
+        ({"labels": LABELS.astype(jnp.uint8)}, "null is -1, which labels of dtype uint8 cannot represent.*int32"),
+        ({"eps_fn": lambda z, *_: z[:, :1]}, r"eps_fn returned shape \(8, 1\).*\(8, 3\)"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, message):
+    arguments = {"key": KEY, "eps_fn": network, "labels": LABELS, "shape": (3,), "w": 0.5, "num_steps": 2} | arguments
+    with jaxtyping_off(), pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda: guided_sample(**arguments))
+
+
+@pytest.mark.parametrize("v", [-0.1, 1.1, math.nan])
+def test_v_outside_0_to_1_is_refused(v):
+    with pytest.raises(ValueError, match=rf"v is {v}.*\[0, 1\]"):
+        ancestral(v)
+
+
+def test_the_import_is_light():
+    heavy = ("tensorflow", "orbax", "grain", "tensorflow_datasets", "flax", "optax", "matplotlib", "sklearn")
+    code = f"import sys, cfd.sampling; print([name for name in {heavy} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_shift_mean_takes_a_step_rule():
+    with jaxtyping_off(), pytest.raises(ValueError, match=r"sampler is SecondOrder.*give ancestral\(v\)"):
+        shift_mean(dpm_solver(), lambda z, logsnr: z, LABELS, 1.0)  # pyright: ignore[reportArgumentType]
