@@ -1,4 +1,4 @@
-"""Algorithm 2 as an exact linear-Gaussian recursion in float64, and samplers whose noise it can be given."""
+"""Algorithm 2 as an exact linear-Gaussian recursion in float64, and the samplers that are compared with it."""
 
 import functools
 import math
