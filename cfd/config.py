@@ -139,7 +139,9 @@ FIELDS: dict[str, Field] = {
     **{f"classifier.{name}": field for name, field in NETWORK.items()},
     "classifier_train.num_steps": Field(300_000, at_least(1), "optimizer steps of the noisy classifier"),
     "classifier_train.batch_size": Field(256, at_least(1), "images per step of the noisy classifier"),
-    "classifier_train.learning_rate": Field(3e-4, number(0.0, above=True), "learning rate of its AdamW after the warm-up"),
+    "classifier_train.learning_rate": Field(
+        3e-4, number(0.0, above=True), "learning rate of its AdamW after the warm-up"
+    ),
     "classifier_train.weight_decay": Field(0.05, number(0.0), "weight decay of its AdamW"),
     "mesh.data": Field(-1, MESH_DATA, "devices along which the batch alone is divided; -1: those that fsdp leaves"),
     "mesh.fsdp": Field(1, at_least(1), "devices along which parameters are divided too"),
