@@ -64,10 +64,9 @@ def sweep(config: Config, folder: str) -> list[Row]:
         raise ValueError(
             "config.eval.weights is (): give the weights to sweep, such as --config.eval.weights='(0.0, 1.0)'"
         )
-    check(config, folder)
+    train = check(config, folder)
     config, run, classifier = settings.open_run(config, folder)
     mesh = parallel.make_mesh(**config.mesh)
-    train = settings.open_split(config, config.data.split)
     check_classes(run.class_names, f"the run {folder}", train.class_names, f"data.split {config.data.split!r}")
     features = open_features(config, folder, mesh, train)
     reference_name = reference_hash(features, train, path=config.eval.reference, data=config.data.to_dict())
@@ -106,16 +105,21 @@ def sweep(config: Config, folder: str) -> list[Row]:
     return rows
 
 
-def check(config: Config, folder: str) -> None:
-    """Raises ValueError if something is missing that a sweep needs beyond a trained model, before hours of training."""
+def check(config: Config, folder: str) -> Dataset:
+    """Check, before hours of training, all that a sweep needs beyond a trained model. Returns the training split.
+
+    Raises ValueError if something is missing or does not fit the config.
+    """
     config = complete(config)
     data, evaluate = config.data, config.eval
     parallel.check_batch("sample.batch_size", config.sample.batch_size, parallel.make_mesh(**config.mesh))
-    class_names = settings.open_split(config, data.split).class_names
-    config = with_classes(config, len(class_names))
+    train = settings.open_split(config, data.split)
+    config = with_classes(config, len(train.class_names))
     if evaluate.features == "classifier":
         held_out = settings.open_split(config, evaluate.test_split).class_names
-        check_classes(class_names, f"data.split {data.split!r}", held_out, f"eval.test_split {evaluate.test_split!r}")
+        check_classes(
+            train.class_names, f"data.split {data.split!r}", held_out, f"eval.test_split {evaluate.test_split!r}"
+        )
     elif not os.path.isfile(evaluate.inception_path):
         raise ValueError(
             f"config.eval.inception_path is {evaluate.inception_path!r}, which is no file; make it with "
@@ -131,6 +135,7 @@ def check(config: Config, folder: str) -> None:
         check_reference(evaluate.reference, settings.image_shape(config), evaluate.features)
     settings.check_weights(config, evaluate.weights)
     settings.check_classifier(config, folder)
+    return train
 
 
 def open_features(config: Config, folder: str, mesh: Mesh, train: Dataset) -> FeatureNetwork:
