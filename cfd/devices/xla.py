@@ -95,7 +95,7 @@ def return_freed_memory() -> None:
     jax.monitoring.register_event_duration_secs_listener(_trim_after)
 
 
-def _trim_after(event: str, duration_secs: float, **_: Any) -> None:
+def _trim_after(event: str, duration_secs: float | int, **_: Any) -> None:
     if duration_secs >= 0.2 and event == "/jax/core/compile/backend_compile_duration":
         _trim()
 
