@@ -27,7 +27,7 @@ def noisy_images(batch: int, size: int) -> np.ndarray:
 
 
 class Printed(NamedTuple):
-    """What the original network, with these weights, printed on `noisy_images` at `t`, for `labels`."""
+    """The recorded outputs of the original network with these weights, on `noisy_images` at `t`, for `labels`."""
 
     network: Network
     params: dict[str, Any]

@@ -1,4 +1,4 @@
-"""What `python -m cfd.main --mode=X` does: one file per mode, and what several modes share.
+"""The modes of `python -m cfd.main --mode=X`: one file per mode, and the functions that several modes share.
 
 Only these files and `cfd.main` read a ConfigDict.
 """

@@ -1,4 +1,4 @@
-"""What the pictures show: curves over w with the paper's in grey, the curves of training, and grids of images."""
+"""The content of the pictures: curves over w with the paper's in grey, the curves of training, and image grids."""
 
 import base64
 import io
