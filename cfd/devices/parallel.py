@@ -89,7 +89,7 @@ def make_mesh(data: int, fsdp: int) -> Mesh:
     return Mesh(grid, ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
-def placed(mesh: Mesh, tree: Any) -> Any:
+def with_shardings(mesh: Mesh, tree: Any) -> Any:
     """The same shapes, with shardings: each array is split over "fsdp" along its longest axis that fsdp divides."""
     fsdp = mesh.shape["fsdp"]
 

@@ -4,7 +4,6 @@ import os
 from collections.abc import Sequence
 
 from cfd.config import Config
-from cfd.evaluation import paper
 from cfd.modes import figures, tables
 from cfd.runs import manifest, results, workdir
 
@@ -30,17 +29,11 @@ def compare(config: Config, folder: str, others: Sequence[str]) -> str:
     curves = tables.curves(rows)
     if sum(map(len, curves.values())) < len(rows):
         raise ValueError(f"{', '.join((folder, *others))} hold rows of the same settings: nothing tells them apart")
-    published = paper.table_of(
-        name=config.data.name,
-        num_classes=len(workdir.read_config(folder)["class_names"]),
-        image_size=config.data.image_size,
-        features=config.eval.features,
-    )
-    theirs = [] if published is None else paper.rows(published)
-    text = tables.table({"ours": rows, "paper": theirs} if published else {"": rows})
+    published = tables.published_rows(config, len(workdir.read_config(folder)["class_names"]))
+    text = tables.table({"ours": rows, "paper": published} if published else {"": rows})
     with open(os.path.join(folder, "compare.md"), "w") as file:
         file.write(text + "\n")
-    figures.save_curve(os.path.join(folder, "compare.png"), curves, tables.curves(theirs, "paper"))
+    figures.save_curve(os.path.join(folder, "compare.png"), curves, tables.curves(published, "paper"))
     return text
 
 

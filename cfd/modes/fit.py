@@ -77,7 +77,7 @@ def fit(
     workdir.write_config(folder, config_json, DEFAULTS)
     key_init, key_steps = jax.random.split(jax.random.key(training.seed))
     init_state = partial(initial_state, init, optimizer)
-    abstract = parallel.placed(mesh, jax.eval_shape(init_state, key_init))
+    abstract = parallel.with_shardings(mesh, jax.eval_shape(init_state, key_init))
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
 
     # Restore: the newest good checkpoint, if there is one.

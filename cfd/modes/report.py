@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cfd.evaluation import paper
 from cfd.modes import figures, tables
 from cfd.runs import files, log, manifest, npz, results, workdir
 from cfd.runs.results import Row, samples_path
@@ -35,7 +34,7 @@ def report(folder: str) -> str:
         line = max(with_images.values(), key=lambda line: (line[0]["step"], len(line)))
         sections.append(explorer(folder, line, content["class_names"], len(with_images) > 1))
     if curves:
-        published = published_rows(content)
+        published = tables.published_rows(content["config"], len(content["class_names"]))
         sections.append(trade_off(curves, tables.curves(published, "paper")))
         sections.append(result_tables(curves, rows, published))
     if metrics:
@@ -63,18 +62,6 @@ def read_metrics(path: str) -> list[Row]:
         except (ValueError, TypeError, KeyError):
             raise ValueError(f"{path}: line {number} is damaged: delete it, and ask for the report again") from None
     return rows
-
-
-def published_rows(content: dict[str, Any]) -> list[Row]:
-    """The paper's results for the experiment of a config.json; none if the paper does not have it."""
-    config = content["config"]
-    table = paper.table_of(
-        name=config["data"]["name"],
-        num_classes=len(content["class_names"]),
-        image_size=config["data"]["image_size"],
-        features=config["eval"]["features"],
-    )
-    return [] if table is None else paper.rows(table)
 
 
 def summary(content: dict[str, Any], rows: list[Row], metrics: list[Row]) -> str:

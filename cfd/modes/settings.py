@@ -120,9 +120,7 @@ def check_classifier(config: Config, folder: str) -> None:
             "--mode=train_classifier"
         )
     data = config.data
-    workdir.check_images(
-        place, image_size=data.image_size, channels=data.channels, num_classes=config.classifier.num_classes
-    )
+    workdir.check_images(place, image_size=data.image_size, channels=data.channels, num_classes=data.num_classes)
 
 
 def check_weights(config: Config, weights: Sequence[int | float]) -> None:

@@ -9,31 +9,28 @@ import functools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from itertools import product
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Int, UInt8
+from jaxtyping import UInt8
 from tqdm import tqdm
 
 from cfd.config import Config, complete, with_classes
 from cfd.data.sources import Dataset, check_classes
 from cfd.devices import parallel, preemption
-from cfd.evaluation import inception, metrics, paper
+from cfd.evaluation import inception, metrics
 from cfd.evaluation.features import FeatureNetwork, open_classifier, open_inception
 from cfd.evaluation.reference import Reference, check_reference, open_reference, reference_hash
-from cfd.evaluation.scores import score
+from cfd.evaluation.scores import Batches, score
 from cfd.modes import figures, settings, tables
 from cfd.modes.sampler import Network, Sampler, SampleSpec, Sampling, compile_sampler, evaluation_flops, evaluations
 from cfd.runs import manifest, npz, results
 from cfd.runs.digest import weights_hash
 from cfd.runs.results import MEASURED, SETTINGS, Row
-
-Batches = Iterator[tuple[UInt8[np.ndarray, "n h w c"], Int[np.ndarray, " n"]]]
-"""(images, labels), batch by batch."""
 
 
 class Model(NamedTuple):
@@ -95,12 +92,7 @@ def sweep(config: Config, folder: str) -> list[Row]:
 
     rows = list(measured_rows(folder, cells).values())
     if jax.process_index() == 0:
-        published = paper.table_of(
-            name=config.data.name,
-            num_classes=len(run.class_names),
-            image_size=config.data.image_size,
-            features=config.eval.features,
-        )
+        published = tables.published_rows(config, len(run.class_names))
         show(folder, rows + comparable_rows(folder, rows), run.class_names, published)
     return rows
 
@@ -304,11 +296,10 @@ def comparable_rows(folder: str, rows: list[Row]) -> list[Row]:
     return [row for row in results.latest(folder) if row["guidance"] not in kinds and setting(row) in measured]
 
 
-def show(folder: str, rows: list[Row], class_names: tuple[str, ...], published: paper.Table | None) -> None:
+def show(folder: str, rows: list[Row], class_names: tuple[str, ...], published: list[Row]) -> None:
     """Write sweep.png and a grid of images per curve, and print the table, with the paper's if there is one."""
-    theirs = [] if published is None else paper.rows(published)
     curves = tables.curves(rows)
-    figures.save_curve(os.path.join(folder, "sweep.png"), curves, tables.curves(theirs, "paper"))
+    figures.save_curve(os.path.join(folder, "sweep.png"), curves, tables.curves(published, "paper"))
     for number, line in enumerate(curves.values()):
         name = f"sweep_{number}.png" if len(curves) > 1 else "sweep.png"
         kept = [row for row in line if os.path.exists(results.samples_path(folder, row))]
@@ -317,7 +308,7 @@ def show(folder: str, rows: list[Row], class_names: tuple[str, ...], published: 
             print(f"The images of w = {lost} are not in {folder}/samples: {name} there leaves them out.", flush=True)
         if kept:
             figures.save(os.path.join(folder, "samples", name), picture_of(kept, folder, class_names))
-    print(tables.table({"ours": rows, "paper": theirs} if published else {"": rows}), flush=True)
+    print(tables.table({"ours": rows, "paper": published} if published else {"": rows}), flush=True)
 
 
 def picture_of(line: list[Row], folder: str, class_names: tuple[str, ...]) -> UInt8[np.ndarray, "height width 3"]:

@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from typing import Any
 
+from cfd.config import Config
+from cfd.evaluation import paper
 from cfd.runs.results import SETTINGS, Row, fid_name
 
 SYMBOLS = {"num_steps": "T", "num_samples": "N"}
@@ -17,7 +19,7 @@ def varied(rows: Iterable[Row]) -> tuple[str, ...]:
 def curves(rows: list[Row], prefix: str = "") -> dict[str, list[Row]]:
     """The curves over w that rows form, each named by the settings in which it differs from the others.
 
-    Of rows with the same settings, the last one counts.
+    If several rows have the same settings, the last one counts.
     """
     keys = varied(rows)
     grouped: dict[str, dict[float, Row]] = {}
@@ -26,6 +28,17 @@ def curves(rows: list[Row], prefix: str = "") -> dict[str, list[Row]]:
         name = ", ".join(filter(None, [prefix, *settings])) or rows[0]["guidance"] + " guidance"
         grouped.setdefault(name, {})[row["w"]] = row
     return {name: [by_weight[w] for w in sorted(by_weight)] for name, by_weight in grouped.items()}
+
+
+def published_rows(config: Config, num_classes: int) -> list[Row]:
+    """The paper's results for the experiment of `config`, a ConfigDict or a dict; empty if it has none."""
+    table = paper.table_of(
+        name=config["data"]["name"],
+        num_classes=num_classes,
+        image_size=config["data"]["image_size"],
+        features=config["eval"]["features"],
+    )
+    return [] if table is None else paper.rows(table)
 
 
 def table(blocks: dict[str, list[Row]]) -> str:

@@ -1,4 +1,4 @@
-"""The benchmark: its networks, rows, table and command line, and what is left of a run that ends early.
+"""The benchmark: its networks, rows, table and command line, and the output of a run that ends early.
 
 No test asserts a speed.
 """

@@ -40,9 +40,9 @@ def test_parameters_are_divided_along_their_longest_axis_that_fsdp_divides() -> 
         "prime": (None, None),
     }
     tree = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
-    for name, x in parallel.placed(parallel.make_mesh(2, 4), tree).items():
+    for name, x in parallel.with_shardings(parallel.make_mesh(2, 4), tree).items():
         assert x.sharding.spec == PartitionSpec(*specs[name]), name
-    for x in parallel.placed(parallel.make_mesh(8, 1), tree).values():
+    for x in parallel.with_shardings(parallel.make_mesh(8, 1), tree).values():
         assert all(axis is None for axis in x.sharding.spec)
 
 

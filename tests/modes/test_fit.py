@@ -72,7 +72,7 @@ def saved(folder: Path, init: Callable[[Any], Any] = init, mesh: Mesh | None = N
     optimizer = optimizer_of(tiny_config().train)
     abstract = jax.eval_shape(lambda key: initial_state(init, optimizer, key), jax.random.key(0))
     manager = checkpoint.open_manager(folder, keep=2)
-    restored = checkpoint.restore(manager, parallel.placed(mesh or mesh_of(1), abstract))
+    restored = checkpoint.restore(manager, parallel.with_shardings(mesh or mesh_of(1), abstract))
     checkpoint.close(manager)
     assert restored is not None
     return restored[0], jax.tree.map(np.asarray, restored[1])
@@ -369,7 +369,9 @@ def test_fsdp_divides_the_state_and_restores_on_another_mesh(tmp_path: Path) -> 
     mesh = mesh_of(2, 4)
     run(tmp_path, mesh=mesh)
     optimizer = optimizer_of(tiny_config().train)
-    abstract = parallel.placed(mesh, jax.eval_shape(lambda key: initial_state(init, optimizer, key), jax.random.key(0)))
+    abstract = parallel.with_shardings(
+        mesh, jax.eval_shape(lambda key: initial_state(init, optimizer, key), jax.random.key(0))
+    )
     manager = checkpoint.open_manager(tmp_path, keep=2)
     restored = checkpoint.restore(manager, abstract)
     checkpoint.close(manager)
