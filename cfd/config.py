@@ -5,10 +5,12 @@ others. `python -m cfd.main --config=NAME --mode=config` prints the result.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 from ml_collections import ConfigDict
+
+from cfd.errors import UserError
 
 Config: TypeAlias = Any
 """A ConfigDict that holds every field of FIELDS, with the types given there, once `complete` has returned it."""
@@ -23,11 +25,15 @@ class Check(NamedTuple):
 
 
 class Field(NamedTuple):
-    """One row of the table."""
+    """One row of the table.
+
+    `before` is the value that means what the code did before the field existed; None if the default does.
+    """
 
     default: Any
     check: Check
     meaning: str
+    before: Any = None
 
 
 def accepts(check: Check, value: Any) -> bool:
@@ -182,6 +188,10 @@ FIELDS: dict[str, Field] = {
 }
 
 DEFAULTS: dict[str, Any] = {name: field.default for name, field in FIELDS.items()}
+BEFORE: dict[str, Any] = {
+    name: field.default if field.before is None else field.before for name, field in FIELDS.items()
+}
+"""The value of each field in a run that is older than the field."""
 
 
 def complete(config: ConfigDict) -> Config:
@@ -193,7 +203,7 @@ def complete(config: ConfigDict) -> Config:
     whole = with_defaults(config)
     for name, value in _leaves(whole, ""):
         if not accepts(FIELDS[name].check, value):
-            raise ValueError(f"config.{name} is {value!r}; expected {FIELDS[name].check.words}")
+            raise UserError(f"config.{name} is {value!r}; expected {FIELDS[name].check.words}")
     _check_together(whole)
     return whole.lock()
 
@@ -226,6 +236,19 @@ def with_classes(config: Config, num_classes: int) -> Config:
     return filled.lock()
 
 
+def as_recorded(config: Config, recorded: Mapping[str, Any]) -> Config:
+    """A copy of a complete config for a run whose config.json holds the fields `recorded`, by full name.
+
+    Fields that the run does not record are younger than it. They take the value of BEFORE.
+    """
+    old: Config = ConfigDict(config.to_dict())
+    for name, value in _leaves(config, ""):
+        if name not in recorded and value != BEFORE[name]:
+            group, _, field = name.rpartition(".")
+            (old[group] if group else old)[field] = BEFORE[name]
+    return old.lock()
+
+
 def listing(config: Config) -> str:
     """The whole config as text, in the order of the table, with a blank line between groups.
 
@@ -245,9 +268,9 @@ def listing(config: Config) -> str:
 def check_name(name: str) -> None:
     """Raises ValueError, with the names to choose from, unless `name`, such as "train.num_steps", is a field."""
     if any(field.startswith(f"{name}.") for field in FIELDS):
-        raise ValueError(f"config.{name} is a group, not a field; the group has {_siblings(f'{name}.')}")
+        raise UserError(f"config.{name} is a group, not a field; the group has {_siblings(f'{name}.')}")
     if name not in FIELDS:
-        raise ValueError(f"config.{name} is not a field; the group has {_siblings(name)}")
+        raise UserError(f"config.{name} is not a field; the group has {_siblings(name)}")
 
 
 def _check_together(config: Config) -> None:
@@ -256,35 +279,35 @@ def _check_together(config: Config) -> None:
     for group in ("model", "classifier"):
         _check_network(group, config[group], data.image_size)
     if config.model.out_channels not in (0, data.channels):
-        raise ValueError(
+        raise UserError(
             f"config.model.out_channels is {config.model.out_channels}, data.channels {data.channels}: "
             "set both to the same number, or leave model.out_channels out"
         )
     if config.process.logsnr_min >= config.process.logsnr_max:
-        raise ValueError(
+        raise UserError(
             f"config.process.logsnr_min is {config.process.logsnr_min}; "
             f"it must be below logsnr_max, {config.process.logsnr_max}"
         )
     for group in ("train", "classifier_train"):
         if config[group].batch_size % train.num_microbatches:
-            raise ValueError(
+            raise UserError(
                 f"config.{group}.batch_size is {config[group].batch_size}, "
                 f"which num_microbatches {train.num_microbatches} does not divide: make it a multiple"
             )
     if sample.sampler != "ancestral" and config.eval.v:
-        raise ValueError(
+        raise UserError(
             f"config.eval.v is {config.eval.v}, but sample.sampler {sample.sampler!r} has no v: set eval.v to ()"
         )
     if data.num_classes:
         _check_classes(config, data.num_classes, "data.num_classes")
     if config.eval.features == "inception":
         if not config.eval.inception_path:
-            raise ValueError(
+            raise UserError(
                 "config.eval.features is 'inception' without eval.inception_path; "
                 "make the file with `python -m cfd.convert inception FILE OUT`"
             )
         if data.channels != 3:
-            raise ValueError(
+            raise UserError(
                 f"config.eval.features is 'inception', which takes RGB, and data.channels is {data.channels}: "
                 "set eval.features to 'classifier', or data.channels to 3"
             )
@@ -293,13 +316,13 @@ def _check_together(config: Config) -> None:
 def _check_network(group: str, net: Config, image_size: int) -> None:
     """Raises ValueError if the fields of a network contradict each other or the size of the images."""
     if (net.head_channels > 0) == (net.num_heads > 0):
-        raise ValueError(
+        raise UserError(
             f"config.{group}.head_channels is {net.head_channels} and num_heads {net.num_heads}: "
             "give one of them, and 0 for the other"
         )
     levels = [image_size // 2**i for i in range(len(net.channel_mult))]
     if set(net.attention_resolutions) - set(levels):
-        raise ValueError(
+        raise UserError(
             f"config.{group}.attention_resolutions is {net.attention_resolutions}; the network works at {levels}: "
             "choose among these"
         )
@@ -307,13 +330,13 @@ def _check_network(group: str, net: Config, image_size: int) -> None:
     # The last level's channels are those of the middle block, which always has attention.
     for channels in (net.base_channels * m for m in (*mults, net.channel_mult[-1])):
         if channels % (net.head_channels or net.num_heads):
-            raise ValueError(
+            raise UserError(
                 f"config.{group}.head_channels is {net.head_channels} and num_heads {net.num_heads}; an attention "
                 f"layer has {channels} channels: give a divisor"
             )
     factor = 2 ** (len(net.channel_mult) - 1)
     if image_size % factor:
-        raise ValueError(
+        raise UserError(
             f"config.data.image_size is {image_size}; {len(net.channel_mult)} levels of {group}.channel_mult "
             f"need a multiple of {factor}"
         )
@@ -323,13 +346,13 @@ def _check_classes(config: Config, num_classes: int, source: str) -> None:
     """Raises ValueError unless the fields about classes agree with `num_classes`, which `source` gives."""
     for group in ("data", "model", "classifier"):
         if config[group].num_classes not in (0, num_classes):
-            raise ValueError(
+            raise UserError(
                 f"config.{group}.num_classes is {config[group].num_classes}, and {source} is {num_classes}: set both "
                 f"to the same number, or leave {group}.num_classes out"
             )
     for label in config.sample.classes:
         if label >= num_classes:
-            raise ValueError(f"config.sample.classes has {label}; classes are 0 to {num_classes - 1}")
+            raise UserError(f"config.sample.classes has {label}; classes are 0 to {num_classes - 1}")
 
 
 def _leaves(group: Any, prefix: str) -> Iterator[tuple[str, Any]]:

@@ -14,6 +14,7 @@ from jax.core import Tracer
 from jax.sharding import Sharding, SingleDeviceSharding
 from jaxtyping import Float, Int
 
+from cfd.errors import UserError
 from cfd.guidance import without_null
 from cfd.networks.classifier import Classifier, ClassifierFn
 from cfd.networks.unet import UNet
@@ -53,7 +54,7 @@ def load(workdir: str | os.PathLike[str], step: int | None = None, *, sharding: 
 
     def eps_fn(params: Any, z: Array, logsnr: Array, labels: Array) -> Array:
         if not isinstance(labels, Tracer) and np.max(np.asarray(labels), initial=-1) >= num_classes:
-            raise ValueError(
+            raise UserError(
                 f"label {np.max(np.asarray(labels))} is not below the number of classes, {num_classes}; -1 is no class"
             )
 
@@ -103,21 +104,21 @@ def load_ema(
     config_json = read_config(workdir)
     if config_json["kind"] != kind:
         opened_by = {"diffusion": "cfd.loading.load", "classifier": "cfd.loading.load_classifier"}
-        raise ValueError(
+        raise UserError(
             f"{workdir} holds a {config_json['kind']} run; a {kind} run was expected: give its "
             f"folder, or open this one with {opened_by.get(config_json['kind'], 'the program that wrote it')}"
         )
     directory = Path(workdir).absolute() / CHECKPOINTS
     steps = sorted(int(p.name) for p in directory.glob("*") if p.name.isdecimal())
     if not steps or (step is not None and step not in steps):
-        raise ValueError(f"{directory} has no step{'' if step is None else f' {step}'}; its steps are {steps}")
+        raise UserError(f"{directory} has no step{'' if step is None else f' {step}'}; its steps are {steps}")
     sharding = sharding or SingleDeviceSharding(jax.local_devices()[0])
     # A newer version that resumes a run adds its new fields to config.json, and older checkpoints lack them.
     younger = flatten(config_json["config"])
 
     def template(meta: dict[str, Any]) -> Any:
         if differences := config_differences(meta["config"], config_json, younger):
-            raise ValueError(
+            raise UserError(
                 f"step {meta['step']} was not written with {workdir}/config.json: {abbreviate(differences)}. Restore "
                 f"the config.json of this run, from {directory}/{meta['step']}/meta or a backup"
             )

@@ -17,9 +17,9 @@ from ml_collections import ConfigDict, config_flags
 
 from cfd.config import FIELDS, Config, check_name, complete, listing, with_defaults
 from cfd.devices import parallel, preemption, watchdog, xla
+from cfd.errors import UserError
 from cfd.modes import compare, report, sample, sweep, train, train_classifier
 from cfd.runs import workdir
-from cfd.runs.checkpoint import CheckpointError
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment: the name of a config of the package, such as digits, or a file.", lock_config=True
@@ -96,14 +96,14 @@ def main(argv: Sequence[str]) -> None:
         preemption.install()
         watchdog.install(config.train.watchdog_seconds)
         if MODE.value not in ("train", "train_classifier") and not os.path.exists(os.path.join(folder, workdir.CONFIG)):
-            raise ValueError(
+            raise UserError(
                 f"{folder} holds no run: train it first, with --mode=train, or give the --workdir of another"
             )
         with workdir.lock(folder):
             MODES[MODE.value](config, folder)
     except preemption.Stopped as stopped:
         print(f"{stopped}; the same command resumes.", flush=True)
-    except (ValueError, OSError, CheckpointError, FloatingPointError) as error:
+    except UserError as error:
         sys.exit(f"error: {in_one_line(error)}")
     finally:
         watchdog.off()
@@ -114,9 +114,9 @@ def run_folder() -> str:
     if WORKDIR.value is None:
         return os.path.join("runs", Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem)
     if not WORKDIR.value:
-        raise ValueError("--workdir is empty: name a folder, or leave the flag out for runs/<config name>")
+        raise UserError("--workdir is empty: name a folder, or leave the flag out for runs/<config name>")
     if "://" in WORKDIR.value:
-        raise ValueError(
+        raise UserError(
             f"--workdir is {WORKDIR.value!r}, a URL; a run needs a file system with locks and renames: mount one, such "
             "as a network disk, and give a path there"
         )
@@ -146,7 +146,7 @@ def config_file(name_or_file: str) -> str:
     path = config_folder() / f"{name_or_file}.py"
     if not path.is_file():
         names = sorted(file.stem for file in config_folder().glob("*.py"))
-        raise ValueError(f"--config={name_or_file} names no config; choose one of {', '.join(names)}, or give a file")
+        raise UserError(f"--config={name_or_file} names no config; choose one of {', '.join(names)}, or give a file")
     return str(path)
 
 
@@ -167,7 +167,7 @@ def load_config(path: str, load: Callable[[str], Any]) -> ConfigDict:
         reason = (str(error).splitlines() or [""])[-1]
         reason = f"{type(error).__name__}: {reason.removeprefix(f'{type(error).__name__}: ')}"
     if not isinstance(config, ConfigDict):
-        raise ValueError(
+        raise UserError(
             f"{path} is no config ({reason}): give a Python file with get_config() -> ConfigDict, or the name of a "
             "config of the package, such as digits"
         )
@@ -192,7 +192,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
             name = flag.removeprefix("config.")
             check_name(name)
             if name in tuples:
-                raise ValueError(f"--{flag} is given twice: give it once, as --{flag}='(A, B)'")
+                raise UserError(f"--{flag} is given twice: give it once, as --{flag}='(A, B)'")
             if FIELDS[name].check.type is tuple:
                 tuples.add(name)
         return flags.FLAGS(argv)

@@ -33,6 +33,7 @@ from jaxtyping import Float64
 
 from cfd.benchmark.ours import our_side
 from cfd.benchmark.side import NETWORKS, PEER_ROW, Died, Setting, Side
+from cfd.errors import UserError
 
 BATCH_SIZE = {"small": 16, "adm64": 2}
 
@@ -163,7 +164,7 @@ def build(setting: Setting, sides: dict[str, Side]) -> float | None:
     ours, theirs = sides["ours"].output, sides["peer"].output
     difference = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
     if not difference <= (1e-3 if setting.dtype == "float32" else 5e-2):
-        raise ValueError(f"the outputs differ by {difference:.2g} of the largest: nothing was timed")
+        raise UserError(f"the outputs differ by {difference:.2g} of the largest: nothing was timed")
     print(f"Same weights; outputs agree to {difference:.1e} of the largest value.", flush=True)
     return difference
 

@@ -10,6 +10,7 @@ from jax import Array
 from cfd.convert.adm_network import Hidden, Network, adm_network
 from cfd.convert.adm_weights import adm_params
 from cfd.convert.torch_file import read_torch
+from cfd.errors import UserError
 from cfd.networks.times import logsnr_table
 from cfd.runs import checkpoint, workdir
 
@@ -36,17 +37,17 @@ def convert_adm(
     Each stage is printed in a line. Returns the network. Raises ValueError for any other file, and if `out` exists.
     """
     if Path(out).exists():
-        raise ValueError(f"{out} exists: give the name of a folder to make")
+        raise UserError(f"{out} exists: give the name of a folder to make")
     print(f"Reading {path}.", flush=True)
     state = read_torch(path)
     try:
         network = adm_network({name: x.shape for name, x in state.items()}, hidden)
         if kind not in (None, network.kind):
-            raise ValueError(f"this is a {network.kind} network of ADM; --kind asks for a {kind} network")
+            raise UserError(f"this is a {network.kind} network of ADM; --kind asks for a {kind} network")
         print(f"Converting {len(state)} tensors, {sum(x.nbytes for x in state.values()) / 1e9:.2f} GB.", flush=True)
         params = adm_params(network, state)
     except ValueError as e:
-        raise ValueError(f"{path}: {e}") from None
+        raise UserError(f"{path}: {e}") from None
     count = sum(x.size for x in jax.tree.leaves(params))
     size, heads = network.image_size, network.fields["num_heads"] or f"channels / {network.fields['head_channels']}"
     print(f"{path}: ADM {network.kind} network for {size}x{size} images, {count:,} parameters.")

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from cfd.convert.torch_file import ADM_CLASSIFIER, ADM_UNET, identify
+from cfd.errors import UserError
 from cfd.networks.classifier import Classifier
 from cfd.networks.unet import UNet
 
@@ -70,29 +71,29 @@ def adm_network(shapes: Shapes, hidden: Hidden = Hidden()) -> Network:
     """
     found = identify(list(shapes))
     if found not in (ADM_UNET, ADM_CLASSIFIER):
-        raise ValueError(f"this is no network of ADM but {found}")
+        raise UserError(f"this is no network of ADM but {found}")
     try:
         return _infer(found, shapes, hidden)
     except (KeyError, IndexError) as e:
-        raise ValueError(f"this is {found} with a tensor missing or of another rank: {e}") from None
+        raise UserError(f"this is {found} with a tensor missing or of another rank: {e}") from None
 
 
 def _infer(found: str, shapes: Shapes, hidden: Hidden) -> Network:
     kind = "diffusion" if found == ADM_UNET else "classifier"
     if kind == "classifier" and "out.2.positional_embedding" not in shapes:
-        raise ValueError('this is a classifier of ADM without attention pooling; only pool="attention" is supported')
+        raise UserError('this is a classifier of ADM without attention pooling; only pool="attention" is supported')
     if shapes["input_blocks.0.0.weight"][1] not in (1, 3):
         channels = shapes["input_blocks.0.0.weight"][1]
-        raise ValueError(f"its first convolution takes {channels} channels: ADM's upsamplers are not supported")
+        raise UserError(f"its first convolution takes {channels} channels: ADM's upsamplers are not supported")
 
     base, last, levels = shapes["time_embed.0.weight"][1], _last(shapes, "input_blocks."), _levels(shapes, hidden)
     blocks, rest = divmod(last + 1, levels)  # per level: the residual blocks, and the block that halves the resolution
     if rest:
-        raise ValueError(f"this is {found} whose levels have unequal numbers of residual blocks: not supported")
+        raise UserError(f"this is {found} whose levels have unequal numbers of residual blocks: not supported")
     starts = range(1, last + 1, blocks)
     widths = [shapes[f"input_blocks.{k}.0.in_layers.2.weight"][0] for k in starts]
     if any(width % base for width in widths):
-        raise ValueError(f"its levels have {widths} channels, not all multiples of its base of {base}: not supported")
+        raise UserError(f"its levels have {widths} channels, not all multiples of its base of {base}: not supported")
     mult = tuple(width // base for width in widths)
     attention = tuple(level for level, k in enumerate(starts) if f"input_blocks.{k}.1.qkv.weight" in shapes)
     updown = not any(name.endswith(".op.weight") for name in shapes)
@@ -127,7 +128,7 @@ def _settle(found: str, hidden: Hidden, published: Published | None) -> Publishe
     """The properties that the flags give; the published model gives the others."""
     heads = dict(head_channels=hidden.head_channels or 0, num_heads=hidden.num_heads or 0)
     if all(heads.values()):
-        raise ValueError(
+        raise UserError(
             "--head-channels and --num-heads are both given: give --head-channels alone, because ADM ignores the "
             "number of heads if both are given"
         )
@@ -138,7 +139,7 @@ def _settle(found: str, hidden: Hidden, published: Published | None) -> Publishe
         f"--{name.replace('_', '-')}" for name in ("image_size", "attention_order", "schedule") if given[name] is None
     ] + ([] if any(heads.values()) else ["--head-channels or --num-heads"])
     if missing:
-        raise ValueError(
+        raise UserError(
             f"this is {found}, of none of the published sizes, and its tensors do not show all of its properties: "
             f"give {', '.join(missing)}"
         )
@@ -176,7 +177,7 @@ def _classifier_levels(shapes: Shapes, hidden: Hidden) -> int:
     if hidden.num_res_blocks is not None:
         fitting = [n for n in fitting if n == hidden.num_res_blocks]
     if len(fitting) != 1:
-        raise ValueError(f"its {last} input blocks fit {fitting} residual blocks per level: give --num-res-blocks")
+        raise UserError(f"its {last} input blocks fit {fitting} residual blocks per level: give --num-res-blocks")
     return (last + 1) // (fitting[0] + 1)
 
 

@@ -12,6 +12,7 @@ from jax import Array
 from jaxtyping import Float, Shaped
 
 from cfd.convert.adm_network import Network
+from cfd.errors import UserError
 
 LAYERS = {
     "time_0": "time_embed.0",
@@ -62,7 +63,7 @@ def adm_params(network: Network, state: Mapping[str, Shaped[np.ndarray, "..."]])
         layer = LAYERS.get(f"{path[0]}/{inner}", LAYERS.get(inner, inner))
         name = ".".join(part for part in (blocks[path[0]], layer, TENSORS[path[-1]]) if part)
         if name not in state:
-            raise ValueError(f"no tensor {name!r}, although the other tensors are those of a network that has it")
+            raise UserError(f"no tensor {name!r}, although the other tensors are those of a network that has it")
         unused.discard(name)
         legacy = network.attention_order == "legacy" and path[0] != "pool"
         x = _to_flax(name, state[name], path, leaf.shape)
@@ -70,7 +71,7 @@ def adm_params(network: Network, state: Mapping[str, Shaped[np.ndarray, "..."]])
             x = _heads_last(x, network.fields)
         params[path] = jnp.asarray(x)
     if unused:
-        raise ValueError(f"{len(unused)} tensors have no place in the network, the first are {sorted(unused)[:3]}")
+        raise UserError(f"{len(unused)} tensors have no place in the network, the first are {sorted(unused)[:3]}")
     return unflatten_dict(params)
 
 
@@ -81,9 +82,9 @@ def _to_flax(
     if path[-1] in ("kernel", "position"):
         x = x.transpose(*range(2, x.ndim), 1, 0)
     if x.shape[-len(shape) :] != shape or x.size != math.prod(shape):
-        raise ValueError(f"tensor {name!r} has shape {x.shape}, with its axes in the order of Flax; expected {shape}")
+        raise UserError(f"tensor {name!r} has shape {x.shape}, with its axes in the order of Flax; expected {shape}")
     if not np.isfinite(x).all():
-        raise ValueError(f"tensor {name!r} holds NaN or infinity: download the file again")
+        raise UserError(f"tensor {name!r} holds NaN or infinity: download the file again")
     return np.ascontiguousarray(x.reshape(shape), np.float32)
 
 

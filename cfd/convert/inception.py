@@ -9,6 +9,7 @@ from flax.traverse_util import unflatten_dict
 from jaxtyping import Float, Shaped
 
 from cfd.convert.torch_file import INCEPTION, identify, read_torch
+from cfd.errors import UserError
 from cfd.evaluation.inception import BATCH_NORM_EPS, param_shapes, save_params
 
 
@@ -18,11 +19,11 @@ def convert_inception(path: str | Path, out: str | Path) -> None:
     Raises ValueError for any other file, and if `out` exists.
     """
     if Path(out).exists():
-        raise ValueError(f"{out} exists: give the name of a file to make")
+        raise UserError(f"{out} exists: give the name of a file to make")
     print(f"Reading {path}.", flush=True)
     state = read_torch(path)
     if (found := identify(list(state))) != INCEPTION:
-        raise ValueError(f"{path} does not hold InceptionV3 but {found}")
+        raise UserError(f"{path} does not hold InceptionV3 but {found}")
     print(f"Converting {len(state)} tensors.", flush=True)
     params = inception_params_from_torch(state)
     print(f"Saving {out}.", flush=True)
@@ -41,13 +42,13 @@ def inception_params_from_torch(state: Mapping[str, Shaped[np.ndarray, "..."]]) 
 
     def take(key: str, *shape: int) -> Float[np.ndarray, "..."]:
         if key not in state:
-            raise ValueError(f"no tensor {key!r}: give pt_inception-2015-12-05-6726825d.pth or a file with its tensors")
+            raise UserError(f"no tensor {key!r}: give pt_inception-2015-12-05-6726825d.pth or a file with its tensors")
         unused.discard(key)
         array = np.asarray(state[key], np.float64)
         if array.shape != shape:
-            raise ValueError(f"tensor {key!r} has shape {array.shape}, expected {shape}")
+            raise UserError(f"tensor {key!r} has shape {array.shape}, expected {shape}")
         if not np.isfinite(array).all():
-            raise ValueError(f"tensor {key!r} holds NaN or infinity: download the file again")
+            raise UserError(f"tensor {key!r} holds NaN or infinity: download the file again")
         return array
 
     params = {}
@@ -66,5 +67,5 @@ def inception_params_from_torch(state: Mapping[str, Shaped[np.ndarray, "..."]]) 
             params[path] = kernel.transpose(2, 3, 1, 0) * gain
             params[(*path[:-1], "bias")] = offset - mean * gain
     if unused:
-        raise ValueError(f"{len(unused)} tensors are not InceptionV3's: {sorted(unused)[:3]}")
+        raise UserError(f"{len(unused)} tensors are not InceptionV3's: {sorted(unused)[:3]}")
     return unflatten_dict({path: np.ascontiguousarray(array, np.float32) for path, array in params.items()})

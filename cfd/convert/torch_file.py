@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
+from cfd.errors import UserError
+
 ADM_UNET = "a U-Net of ADM"
 ADM_CLASSIFIER = "a noisy classifier of ADM"
 INCEPTION = "InceptionV3: convert it with `python -m cfd.convert inception`"
@@ -44,7 +46,7 @@ def read_torch(path: str | Path) -> dict[str, Shaped[np.ndarray, "..."]]:
     except ModuleNotFoundError:
         raise ModuleNotFoundError('reading PyTorch files needs PyTorch: pip install "cfd[convert]"') from None
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
-        raise ValueError(
+        raise UserError(
             f"PyTorch {torch.__version__} runs code that a file can carry (CVE-2025-32434, CVE-2026-24747): "
             'pip install "cfd[convert]" brings 2.10 or later'
         )
@@ -55,19 +57,17 @@ def read_torch(path: str | Path) -> dict[str, Shaped[np.ndarray, "..."]]:
         with warnings.catch_warnings(action="ignore"):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError:
-        raise ValueError(
+        raise UserError(
             f"{path} is refused: its pickle asks to run code on loading, or is damaged. Give a file that holds a plain "
             "dict of tensors (torch.save(model.state_dict(), FILE) writes one)"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
-        raise ValueError(f"{path} is damaged or no PyTorch file: {str(e).splitlines()[0][:200]}") from None
+        raise UserError(f"{path} is damaged or no PyTorch file: {str(e).splitlines()[0][:200]}") from None
     if not isinstance(state, dict) or not state or not all(isinstance(x, torch.Tensor) for x in state.values()):
-        raise ValueError(f"{path} is not one flat dict of tensors. It holds {identify(_names(state))}")
+        raise UserError(f"{path} is not one flat dict of tensors. It holds {identify(_names(state))}")
     strided = all(x.layout == torch.strided for x in state.values())
     if not strided or sum(x.nbytes for x in state.values()) > path.stat().st_size:
-        raise ValueError(
-            f"{path} is refused: its tensors are sparse, or repeat their bytes to more than the file holds"
-        )
+        raise UserError(f"{path} is refused: its tensors are sparse, or repeat their bytes to more than the file holds")
     state = {str(name): x.detach() for name, x in state.items()}
     return {name: x.float().numpy() if x.is_floating_point() else x.numpy() for name, x in state.items()}
 
@@ -78,30 +78,28 @@ def _check_container(path: Path) -> bool:
     Raises ValueError if the first bytes show that the file is neither.
     """
     if not path.is_file():
-        raise ValueError(f"{path} is not a file")
+        raise UserError(f"{path} is not a file")
     size = path.stat().st_size
     with open(path, "rb") as file:
         head = file.read(64)
     if head.startswith(b"version https://git-lfs"):
-        raise ValueError(
-            f"{path} is a git-LFS pointer of {size} bytes, not the weights: fetch them with `git lfs pull`"
-        )
+        raise UserError(f"{path} is a git-LFS pointer of {size} bytes, not the weights: fetch them with `git lfs pull`")
     if head.lstrip()[:1] == b"<":
-        raise ValueError(f"{path} is a web page, not weights: download the file itself")
+        raise UserError(f"{path} is a web page, not weights: download the file itself")
     if head[8:10] == b'{"':
-        raise ValueError(f"{path} is a safetensors file: give the PyTorch checkpoint of the original release")
+        raise UserError(f"{path} is a safetensors file: give the PyTorch checkpoint of the original release")
     if head.startswith(b"PK"):
         if not zipfile.is_zipfile(path):
-            raise ValueError(f"{path} is a truncated PyTorch zip, of which {size} bytes are here: download it again")
+            raise UserError(f"{path} is a truncated PyTorch zip, of which {size} bytes are here: download it again")
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
         if not any(entry.filename.endswith("data.pkl") for entry in entries):
-            raise ValueError(f"{path} is a zip archive without PyTorch's data.pkl; its first file is {entries[:1]}")
+            raise UserError(f"{path} is a zip archive without PyTorch's data.pkl; its first file is {entries[:1]}")
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise ValueError(f"{path} is refused: its entries are compressed, but PyTorch never compresses them")
+            raise UserError(f"{path} is refused: its entries are compressed, but PyTorch never compresses them")
         return True
     if not head.startswith(b"\x80"):
-        raise ValueError(f"{path} is no PyTorch file: it begins with {head[:16]!r}")
+        raise UserError(f"{path} is no PyTorch file: it begins with {head[:16]!r}")
     return False
 
 

@@ -21,6 +21,7 @@ from jaxtyping import Int32, UInt8
 
 from cfd.data.decode import BadImage
 from cfd.data.sources import Dataset
+from cfd.errors import UserError
 
 MAX_SKIPPED_IN_A_ROW = 1000
 """Reading gives up after this many consecutive bad images.
@@ -95,7 +96,7 @@ def batches(
     BadImage for a bad image or, if bad images are skipped, ValueError for too many of them in a row.
     """
     if batch_size < 1 or batch_size % process_count:
-        raise ValueError(
+        raise UserError(
             f"train.batch_size is {batch_size} with {process_count} processes: "
             f"give a positive multiple of {process_count}"
         )
@@ -150,7 +151,7 @@ def _next_good(dataset: Dataset, index: int) -> tuple[np.ndarray, int, int]:
         except BadImage as error:
             _raise_or_log(dataset, error)
             last = error
-    raise ValueError(f"{tries} images in a row cannot be used: check the data; the last error is: {last}")
+    raise UserError(f"{tries} images in a row cannot be used: check the data; the last error is: {last}")
 
 
 def load_arrays(

@@ -6,6 +6,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from cfd.errors import UserError
+
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 2**25
 """Largest image, in pixels. A decoded image takes 4 bytes per pixel: at most 128 MiB per thread,
@@ -13,7 +15,7 @@ whatever a file declares.
 """
 
 
-class BadImage(ValueError):
+class BadImage(UserError):
     """An image that cannot be used; the message names it. `on_bad_image = "skip"` skips such images."""
 
 

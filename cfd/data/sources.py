@@ -16,6 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from cfd.data.decode import BadImage, decode
+from cfd.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MAX_BYTES = 2**26
@@ -85,9 +86,9 @@ def open_dataset(
         ("source", source, ("digits", "folder", "tfds")),
     ):
         if value not in allowed:
-            raise ValueError(f"data.{field} is {value!r}; it must be one of {allowed}")
+            raise UserError(f"data.{field} is {value!r}; it must be one of {allowed}")
     if image_size < 1:
-        raise ValueError(f"data.image_size is {image_size}; it must be at least 1")
+        raise UserError(f"data.image_size is {image_size}; it must be at least 1")
     if source == "digits":
         read, read_labels, num_examples, class_names = _digits(split, image_size, channels)
         described = "the digits data set"
@@ -99,7 +100,7 @@ def open_dataset(
         described = f"the tfds data set {name!r}"
     if num_classes not in (0, len(class_names)):
         first_names = ", ".join(class_names[:5]) + (", ..." if len(class_names) > 5 else "")
-        raise ValueError(
+        raise UserError(
             f"data.num_classes is {num_classes}, but {described} has {len(class_names)} ({first_names}): "
             f"set data.num_classes = {len(class_names)}, or leave it out"
         )
@@ -116,10 +117,10 @@ def check_classes(there: Sequence[str], whose: str, here: Sequence[str], split: 
     """
     remedy = "give the data.path and the splits that have the run's own classes"
     if len(there) != len(here):
-        raise ValueError(f"{whose} has {len(there)} classes, and {split} has {len(here)}: {remedy}")
+        raise UserError(f"{whose} has {len(there)} classes, and {split} has {len(here)}: {remedy}")
     for number, (expected, found) in enumerate(zip(there, here, strict=True)):
         if expected != found:
-            raise ValueError(
+            raise UserError(
                 f"class {number} is {expected!r} in {whose} and {found!r} in {split}: {remedy}, or rename the folders"
             )
 
@@ -131,14 +132,12 @@ _Source = tuple[Callable[[int], tuple[np.ndarray, int]], Callable[[], np.ndarray
 def _digits(split: str, image_size: int, channels: int) -> _Source:
     """scikit-learn's digits. Raises ValueError if they have no such split, or cannot have this size."""
     if split not in ("train", "test"):
-        raise ValueError(
+        raise UserError(
             f"data.split or eval.test_split is {split!r}; the digits have the splits 'train' and 'test': "
             "give one of the two"
         )
     if image_size > 8 and image_size % 8:
-        raise ValueError(
-            f"data.image_size is {image_size}; the digits are 8x8: give 8, a multiple of 8, or less than 8"
-        )
+        raise UserError(f"data.image_size is {image_size}; the digits are 8x8: give 8, a multiple of 8, or less than 8")
     # `sklearn.datasets.load_digits` reads the same file, but importing it takes ten times as long as reading the file.
     sklearn = importlib.util.find_spec("sklearn")
     assert sklearn is not None and sklearn.origin is not None
@@ -157,28 +156,28 @@ def _folder(path: str, split: str, image_size: int, channels: int) -> _Source:
     """The image files below a folder; each of its folders is a class. Raises ValueError if there is nothing to read."""
     root = Path(path).expanduser()
     if not path or not root.is_dir():
-        raise ValueError(
+        raise UserError(
             f"data.path is {path!r}, which is not a folder: give the folder that contains one folder per class"
         )
     if (root / split).is_dir():
         root = root / split
     elif split != "train":
-        raise ValueError(
+        raise UserError(
             f"data.split or eval.test_split is {split!r}, but there is no folder {root / split}: create it, with one "
             "folder per class, or use the split 'train', which is data.path itself if that is not divided into splits"
         )
     root = root.resolve()
     folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not folders:
-        raise ValueError(f"{root} contains no folder: put the images of each class into a folder named after the class")
+        raise UserError(f"{root} contains no folder: put the images of each class into a folder named after the class")
     files: list[str] = []
     counts: list[int] = []
     for folder in folders:
         if not folder.resolve().is_relative_to(root):
-            raise ValueError(f"{folder} is a link that leads out of {root}: move the class there, or remove the link")
+            raise UserError(f"{folder} is a link that leads out of {root}: move the class there, or remove the link")
         found = sorted(f.name for f in os.scandir(folder) if f.name.lower().endswith(SUFFIXES))
         if not found:
-            raise ValueError(f"the class folder {folder} contains no {'/'.join(SUFFIXES)} file: fill it or remove it")
+            raise UserError(f"the class folder {folder} contains no {'/'.join(SUFFIXES)} file: fill it or remove it")
         files += [f"{folder.name}/{f}" for f in found]
         counts.append(len(found))
     labels = np.repeat(np.arange(len(folders), dtype=np.int32), counts)
@@ -213,7 +212,7 @@ def _read_file(file: str, root: Path) -> bytes:
     except OSError as error:
         # This is not a BadImage, because on_bad_image = "skip" must not skip it: whether a disk fails or a permission
         # is missing depends on the moment, and the batches must not.
-        raise ValueError(f"{file} cannot be read ({error.strerror}): repair the file or its permissions") from error
+        raise UserError(f"{file} cannot be read ({error.strerror}): repair the file or its permissions") from error
 
 
 def _tfds(name: str, split: str, path: str, image_size: int, channels: int) -> _Source:
@@ -237,22 +236,22 @@ def _tfds(name: str, split: str, path: str, image_size: int, channels: int) -> _
     except (ValueError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().split("\n")[0]
         if "split" in reason.lower():
-            raise ValueError(
+            raise UserError(
                 f"data.split or eval.test_split is {split!r} for the tfds data set {name!r}: {reason}"
             ) from error
-        raise ValueError(
+        raise UserError(
             f"the tfds data set {name!r} is not prepared as ArrayRecord in {data_dir or '~/tensorflow_datasets'} "
             f'({reason}). Prepare it once: pip install "cfd[prepare]" && '
             f'python -c "import tensorflow_datasets as tfds; {builder}.download_and_prepare()"'
         ) from error
     features = records.dataset_info.features
     if "image" not in features or "label" not in features or not hasattr(features["label"], "names"):
-        raise ValueError(
+        raise UserError(
             f"the tfds data set {name!r} has the features {sorted(features)}: "
             "choose a data set with an 'image' and a 'label' that is a class"
         )
     if len(records) == 0:
-        raise ValueError(f"split {split!r} of the tfds data set {name!r} is empty: choose another split")
+        raise UserError(f"split {split!r} of the tfds data set {name!r} is empty: choose another split")
 
     example_type: Any = tf_example_pb2.Example  # pyright: ignore[reportAttributeAccessIssue] (made at import)
 
@@ -261,7 +260,7 @@ def _tfds(name: str, split: str, path: str, image_size: int, channels: int) -> _
         feature = example_type.FromString(record).features.feature
         label = feature["label"].int64_list.value[0]
         if label < 0:
-            raise ValueError(f"{name} {split} record {i} has no label (it is {label}): choose a split with labels")
+            raise UserError(f"{name} {split} record {i} has no label (it is {label}): choose a split with labels")
         return feature["image"].bytes_list.value[0], label
 
     def read(i: int) -> tuple[np.ndarray, int]:
@@ -292,7 +291,7 @@ def _in_memory(
     """
     needed, available = math.prod(shape), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > available:  # the allocation would succeed, and the system would kill the process an epoch later
-        raise ValueError(
+        raise UserError(
             f"data.in_memory is True, but {shape[0]} images of {shape[1]}x{shape[2]}x{shape[3]} take {needed:,} bytes, "
             f"and the machine has {available:,}: set data.in_memory = False"
         )

@@ -9,6 +9,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from cfd.errors import UserError
+
 BATCH = PartitionSpec(("data", "fsdp"))
 """The batch axis is divided among all devices, whatever the shape of the mesh."""
 
@@ -36,7 +38,7 @@ def init_distributed() -> None:
     if address and address != "auto":
         count, number = _from_environment("CFD_NUM_PROCESSES"), _from_environment("CFD_PROCESS_ID")
         if not 0 <= number < count:
-            raise ValueError(
+            raise UserError(
                 f"CFD_PROCESS_ID is {number} of CFD_NUM_PROCESSES {count}: give each process its own number, from 0 to "
                 f"CFD_NUM_PROCESSES - 1"
             )
@@ -50,7 +52,7 @@ def init_distributed() -> None:
     ):
         who = "Joining the other processes of the cluster"
     elif any(os.environ.get(name, alone) not in ("", alone) for name, alone in ALONE.items()):
-        raise ValueError(
+        raise UserError(
             "CFD_NUM_PROCESSES or CFD_PROCESS_ID announces other processes, but CFD_COORDINATOR (host:port) is not "
             "set: set it, or unset all CFD_* variables"
         )
@@ -65,7 +67,7 @@ def init_distributed() -> None:
 def _from_environment(name: str, default: int | None = None) -> int:
     text = os.environ.get(name, "" if default is None else str(default))
     if not text.isdecimal():
-        raise ValueError(
+        raise UserError(
             f"{name} is {text!r} in the environment; expected an integer >= 0: set it, or unset all CFD_* variables"
         )
     return int(text)
@@ -78,7 +80,7 @@ def make_mesh(data: int, fsdp: int) -> Mesh:
     """
     devices = jax.device_count()
     if fsdp < 1 or (data == -1 and devices % fsdp) or (data != -1 and data * fsdp != devices):
-        raise ValueError(
+        raise UserError(
             f"mesh is data={data} x fsdp={fsdp} for {devices} devices; their product must be {devices} "
             "(data=-1 stands for the number of devices / fsdp)"
         )
@@ -140,9 +142,7 @@ def check_batch(name: str, batch_size: int, mesh: Mesh) -> None:
     devices = math.prod(mesh.shape.values())
     if batch_size % devices:
         near = max(devices, batch_size // devices * devices)
-        raise ValueError(
-            f"{name} is {batch_size}, which {devices} devices do not divide: use a multiple such as {near}"
-        )
+        raise UserError(f"{name} is {batch_size}, which {devices} devices do not divide: use a multiple such as {near}")
 
 
 def total(count: int) -> int:

@@ -11,6 +11,8 @@ import jax
 from absl import logging
 from jax.stages import Compiled
 
+from cfd.errors import UserError
+
 # - XLA:CPU's experimental YNN library is fast at matrix products and slow at convolutions: use it for the former alone.
 # - Without region-based live-range analysis, XLA copies the entire donated state on every training step.
 # - Without the memory-optimized scheduler, it transposes every kernel in the forward pass and keeps the copies alive
@@ -121,7 +123,7 @@ def use_compilation_cache(folder: str) -> None:
     os.makedirs(folder, mode=0o700, exist_ok=True)
     found = os.stat(folder)
     if found.st_mode & 0o022 or found.st_uid not in (os.getuid(), 0):
-        raise ValueError(
+        raise UserError(
             f"compilation cache {folder} is another user's, or can be written by others, although it holds native "
             "code: chmod go-w it, or give a folder of your own"
         )

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from cfd.data.batches import batches, load_arrays
 from cfd.data.sources import Dataset
 from cfd.devices import parallel, preemption, watchdog, xla
+from cfd.errors import UserError
 from cfd.evaluation import inception
 from cfd.runs import npz
 
@@ -84,11 +85,11 @@ def open_classifier(
                 trained_steps = json.load(file)["classifier_steps"]
             npz.read_npz(path)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{os.path.dirname(path)} is damaged ({error}): remove this folder, and --mode=sweep creates it again"
             ) from None
         if trained_steps != num_steps:
-            raise ValueError(
+            raise UserError(
                 f"{path} was trained with eval.classifier_steps = {trained_steps}, not {num_steps}: set it to "
                 f"{trained_steps}, or delete the features folder and sweep.csv, whose metrics use this classifier"
             )
@@ -194,5 +195,5 @@ def count_correct(net: Any, params: Any, held_out: Dataset) -> tuple[int, int]:
             count += len(labels)
             bar.update(len(rows))
     if not count:
-        raise ValueError("eval.test_split holds no image that can be read: check its files, or name another split")
+        raise UserError("eval.test_split holds no image that can be read: check its files, or name another split")
     return correct, count

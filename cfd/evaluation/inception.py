@@ -18,6 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 from jaxtyping import Float, UInt8
 
+from cfd.errors import UserError
 from cfd.runs import npz
 
 SIZE = 299
@@ -145,7 +146,7 @@ class InceptionV3(nn.Module):
     @nn.compact
     def __call__(self, images: UInt8[Array, "b h w c"] | Float[Array, "b h w c"]) -> Features:
         if images.shape[-1] != 3:
-            raise ValueError(
+            raise UserError(
                 f"InceptionV3 takes RGB images, got shape {images.shape}: repeat a grey channel three times"
             )
         x = (resize_tf1(images.astype(jnp.float32), SIZE) - 128.0) / 128.0
@@ -211,7 +212,7 @@ def load_params(path: str | Path) -> dict[str, Any]:
         if key not in arrays or arrays[key].shape != expected.get(key)
     ]
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"{path} does not hold InceptionV3: {len(wrong)} arrays differ, the first is {wrong[0]}; make the file "
             "with `python -m cfd.convert inception FILE OUT`"
         )

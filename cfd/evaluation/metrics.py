@@ -17,6 +17,8 @@ import scipy  # scipy imports its submodules on first use
 from jax import Array
 from jaxtyping import Float, Int
 
+from cfd.errors import UserError
+
 Rows = Float[np.ndarray, "_n _d"] | Float[Array, "_n _d"]  # jaxtyping ignores these sizes; mismatches get a ValueError
 
 SPLIT_SIZE = 5000  # images per split of the Inception Score, as in ADM's evaluator
@@ -47,7 +49,7 @@ def merge(a: Moments, b: Moments) -> Moments:
     Raises ValueError if the sets differ in their number of features.
     """
     if a.mean.shape != b.mean.shape:
-        raise ValueError(
+        raise UserError(
             f"moments of {len(a.mean)} and {len(b.mean)} features cannot be merged: compute both with the same feature "
             "network"
         )
@@ -74,7 +76,7 @@ def mean_and_cov(m: Moments) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray,
     Warns if all feature vectors are equal. Raises ValueError for fewer than 2 samples.
     """
     if m.count < 2:
-        raise ValueError(f"a covariance needs at least 2 samples, got {m.count}")
+        raise UserError(f"a covariance needs at least 2 samples, got {m.count}")
     if np.trace(m.scatter) <= 1e-24 * m.count * (m.mean @ m.mean):
         warnings.warn(f"all {m.count} feature vectors are equal: the set is constant", stacklevel=2)
     return m.mean, m.scatter / (m.count - 1)
@@ -103,10 +105,10 @@ def frechet_distance(
     """
     if not mu1.shape * 2 == mu2.shape * 2 == sigma1.shape == sigma2.shape:
         shapes = f"means {mu1.shape} and {mu2.shape}, covariances {sigma1.shape} and {sigma2.shape}"
-        raise ValueError(f"the statistics differ in size: {shapes}; compute both with the same feature network")
+        raise UserError(f"the statistics differ in size: {shapes}; compute both with the same feature network")
     mu1, mu2 = np.asarray(mu1, np.float64), np.asarray(mu2, np.float64)
     if not (np.isfinite(mu1).all() and np.isfinite(mu2).all()):
-        raise ValueError("a mean holds NaN or infinity: look for broken images in the set that it describes")
+        raise UserError("a mean holds NaN or infinity: look for broken images in the set that it describes")
     sigma1, root1 = covariance_root(sigma1, "first")
     sigma2, root2 = covariance_root(sigma2, "second")
     # With Σ = R Rᵀ, the eigenvalues of Σ1^½ Σ2 Σ1^½ are the squares of the singular values of R1ᵀ R2. Take the Gram
@@ -129,15 +131,15 @@ def covariance_root(
     """
     sigma = np.asarray(sigma, np.float64)
     if not np.isfinite(sigma).all():
-        raise ValueError(
+        raise UserError(
             f"the {which} covariance holds NaN or infinity: look for broken images in the set that it describes"
         )
     if not np.allclose(sigma, sigma.T, rtol=1e-3, atol=1e-6 * np.abs(sigma).max(initial=0.0)):
-        raise ValueError(f"the {which} covariance is not symmetric: compute the statistics again")
+        raise UserError(f"the {which} covariance is not symmetric: compute the statistics again")
     eigenvalues, vectors = scipy.linalg.eigh(sigma, check_finite=False, driver="evd")
     largest = eigenvalues[-1]
     if eigenvalues[0] < -1e-4 * max(largest, 0.0) or largest < 0.0:
-        raise ValueError(
+        raise UserError(
             f"the {which} covariance has the eigenvalue {eigenvalues[0]:.3g}, and those of a covariance are >= 0: "
             "compute the statistics again"
         )
@@ -161,13 +163,11 @@ def score_sums(probs: Rows, index: Int[np.ndarray, " _n"], num_samples: int, spl
     """
     p = finite_rows(probs, "class probabilities").astype(np.float64)
     if (p < 0.0).any() or (np.abs(p.sum(axis=1) - 1.0) > 1e-3).any():
-        raise ValueError(
+        raise UserError(
             "class probabilities must be >= 0 and add up to 1 in each row: pass the softmax, not the logits"
         )
     if index.shape != (len(p),) or (index < 0).any() or (index >= num_samples).any():
-        raise ValueError(
-            f"image numbers must be one per row and in [0, {num_samples}), got {index!r} for {len(p)} rows"
-        )
+        raise UserError(f"image numbers must be one per row and in [0, {num_samples}), got {index!r} for {len(p)} rows")
     splits, split = -(-num_samples // split_size), index // split_size
     sums = np.zeros((splits, p.shape[1]))
     np.add.at(sums, split, p)
@@ -181,7 +181,7 @@ def merge_score_sums(a: ScoreSums, b: ScoreSums) -> ScoreSums:
     Raises ValueError if the numbers of splits or classes differ.
     """
     if a.p.shape != b.p.shape:
-        raise ValueError(
+        raise UserError(
             f"sums of {a.p.shape} and {b.p.shape} (splits, classes) cannot be merged: both must be sums over parts "
             "of the same set"
         )
@@ -194,7 +194,7 @@ def inception_score_from_sums(s: ScoreSums) -> float:
     Raises ValueError if a split has no images.
     """
     if (s.count == 0).any():
-        raise ValueError(f"splits without images: {s.count.tolist()} images per split; add the sums of all images")
+        raise UserError(f"splits without images: {s.count.tolist()} images per split; add the sums of all images")
     mean = s.p / s.count[:, None]
     return float(np.exp(s.plogp / s.count - scipy.special.xlogy(mean, mean).sum(axis=1)).mean())
 
@@ -223,7 +223,7 @@ def precision_recall(
     reference = finite_rows(reference_features, "reference features")
     samples = finite_rows(sample_features, "sample features")
     if reference.shape[1] != samples.shape[1]:
-        raise ValueError(
+        raise UserError(
             f"{reference.shape[1]} reference and {samples.shape[1]} sample features: compute both with the same "
             "feature network"
         )
@@ -238,7 +238,7 @@ def squared_radii(x: Rows, k: int = 3, what: str = "references") -> Float[np.nda
     Raises ValueError, in which `what` names the rows, if there are at most k.
     """
     if len(x) <= k:
-        raise ValueError(f"k = {k} neighbours need more than {k} {what}, and there are {len(x)}")
+        raise UserError(f"k = {k} neighbours need more than {k} {what}, and there are {len(x)}")
     blocks = candidates(x, x, np.zeros(len(x)), k + 1 + SPARE_CANDIDATES)
     return np.concatenate([np.partition(squared, k, axis=1)[:, k] for squared, _ in blocks])
 
@@ -287,10 +287,8 @@ def finite_rows(x: Rows, what: str) -> Float[np.ndarray, "n d"]:
     """x on the host. Raises ValueError, in which `what` names x, unless it is [n, d], not empty, and finite."""
     rows = np.asarray(x)
     if rows.ndim != 2 or rows.size == 0:
-        raise ValueError(f"{what} must be [n, d] with n and d > 0, got shape {rows.shape}")
+        raise UserError(f"{what} must be [n, d] with n and d > 0, got shape {rows.shape}")
     broken = np.flatnonzero(~np.isfinite(rows).all(axis=1))
     if len(broken):
-        raise ValueError(
-            f"{what}: {len(broken)} of {len(rows)} rows hold NaN or infinity; the first is row {broken[0]}"
-        )
+        raise UserError(f"{what}: {len(broken)} of {len(rows)} rows hold NaN or infinity; the first is row {broken[0]}")
     return rows

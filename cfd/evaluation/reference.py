@@ -19,6 +19,7 @@ from tqdm import tqdm
 from cfd.data.batches import load_arrays
 from cfd.data.sources import Dataset
 from cfd.devices import parallel, preemption
+from cfd.errors import UserError
 from cfd.evaluation import metrics
 from cfd.evaluation.features import FeatureNetwork
 from cfd.runs import npz
@@ -126,27 +127,27 @@ def check_reference(path: str, image_shape: tuple[int, int, int], features_name:
     """
     headers = npz.npz_headers(path)
     if "arr_0" not in headers:
-        raise ValueError(
+        raise UserError(
             f"{path} holds {sorted(headers)} and no images arr_0, which precision and recall need: give a file that "
             "has them"
         )
     images = headers["arr_0"]
     if images.shape[1:] != image_shape or images.dtype != np.uint8:
-        raise ValueError(
+        raise UserError(
             f"{path} holds {images.dtype} images of shape {images.shape[1:]}, but the config is for uint8 images of "
             f"shape {image_shape}: give a reference of the config's own resolution"
         )
     if "mu" not in headers:
         return headers
     if features_name != "inception":
-        raise ValueError(
+        raise UserError(
             f"{path} holds statistics of InceptionV3, but eval.features is {features_name!r}: set eval.features to "
             "'inception', or eval.reference to ''"
         )
     for name, expected in STATISTICS.items():
         found = headers[name].shape if name in headers else "missing"
         if found != expected:
-            raise ValueError(
+            raise UserError(
                 f"{path}: {name} is {found}, expected {expected}: give a file with the statistics of OpenAI's "
                 "evaluator, or one with images arr_0 alone"
             )
@@ -170,7 +171,7 @@ def measure(images: Iterable[UInt8[np.ndarray, "n h w c"]], count: int, features
         chosen_features.append(outputs.pool[chosen[first : first + len(block)]])
         first += len(block)
     if pool is None:
-        raise ValueError("the reference set holds no image that can be read: check the data, or set eval.reference")
+        raise UserError("the reference set holds no image that can be read: check the data, or set eval.reference")
     metrics.check_rank(pool.count, len(pool.mean))
     mu_s, sigma_s = (None, None) if spatial is None else metrics.mean_and_cov(spatial)
     return Reference(*metrics.mean_and_cov(pool), mu_s, sigma_s, np.concatenate(chosen_features))

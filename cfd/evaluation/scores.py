@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
+from cfd.errors import UserError
 from cfd.evaluation import metrics
 from cfd.evaluation.features import FeatureNetwork
 from cfd.evaluation.reference import Reference
@@ -39,7 +40,7 @@ def score(
         pool_rows.append(outputs.pool)
         first += len(images)
     if pool is None or sums is None or first != count:
-        raise ValueError(f"got {first} images, expected {count}: give the number of images in all batches")
+        raise UserError(f"got {first} images, expected {count}: give the number of images in all batches")
     sfid = None
     if spatial is not None and reference.mu_s is not None and reference.sigma_s is not None:
         sfid = metrics.frechet_distance(reference.mu_s, reference.sigma_s, *metrics.mean_and_cov(spatial))

@@ -16,12 +16,17 @@ from jax import Array
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from cfd.config import DEFAULTS
+from cfd.config import BEFORE
 from cfd.data.batches import batches
 from cfd.data.sources import Dataset
 from cfd.devices import parallel, preemption, watchdog, xla
+from cfd.errors import UserError
 from cfd.modes.train_step import LossFn, TrainState, initial_state, train_step
 from cfd.runs import checkpoint, log, workdir
+
+
+class Diverged(UserError, FloatingPointError):
+    """Training met too many non-finite steps in a row."""
 
 
 class Training(NamedTuple):
@@ -74,7 +79,7 @@ def fit(
     parallel.check_batch(
         f"{group}.batch_size / train.num_microbatches", training.batch_size // training.num_microbatches, mesh
     )
-    workdir.write_config(folder, config_json, DEFAULTS)
+    workdir.write_config(folder, config_json, BEFORE)
     key_init, key_steps = jax.random.split(jax.random.key(training.seed))
     init_state = partial(initial_state, init, optimizer)
     abstract = parallel.with_shardings(mesh, jax.eval_shape(init_state, key_init))
@@ -215,7 +220,7 @@ def check_same_data(folder: str, data_state: dict[str, Any], num_images: int) ->
     # Checkpoints of the first versions do not record the number of images.
     trained_on = data_state.get("num_images", num_images)
     if trained_on != num_images:
-        raise ValueError(
+        raise UserError(
             f"{folder} was trained on {trained_on:,} images, and the data set now has {num_images:,}, so the order of "
             "the images would change: resume on the same data (data.path), or give another --workdir"
         )
@@ -239,7 +244,7 @@ def check_finite(unchecked: tuple[int, dict[str, Array]] | None, limit: int, man
     step, metrics = unchecked
     if int(metrics["nonfinite_in_a_row"]) >= limit:
         good = checkpoint.latest_step(manager)
-        raise FloatingPointError(
+        raise Diverged(
             f"the loss or its gradient is not finite at step {step} (loss {float(metrics['loss'])}), {limit} in a row; "
             f"the last good checkpoint is {'none' if good is None else f'step {good}'} of {manager.directory}: "
             "look at the data, or start a new --workdir with a lower train.learning_rate"

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cfd.errors import UserError
 from cfd.modes import figures, tables
 from cfd.runs import files, log, manifest, npz, results, workdir
 from cfd.runs.results import Row, samples_path
@@ -60,7 +61,7 @@ def read_metrics(path: str) -> list[Row]:
             float(row["step"])
             rows.append(row)
         except (ValueError, TypeError, KeyError):
-            raise ValueError(f"{path}: line {number} is damaged: delete it, and ask for the report again") from None
+            raise UserError(f"{path}: line {number} is damaged: delete it, and ask for the report again") from None
     return rows
 
 

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float, UInt8
 
 from cfd.devices import parallel, watchdog, xla
+from cfd.errors import UserError
 from cfd.guidance import Interval, classifier_guidance
 from cfd.networks.classifier import ClassifierFn
 from cfd.sampling import EpsFn, SecondOrder, StepRule, guided_sample, schedule
@@ -108,7 +109,7 @@ def compile_sampler(network: Network, sampling: Sampling, mesh: Mesh) -> Sampler
             )
             if not finite.all():
                 i = int(finite.argmin())
-                raise ValueError(
+                raise UserError(
                     f"{np.count_nonzero(~finite)} of {size} images hold NaN or infinity, such as number "
                     f"{rows.index[i]} of seed {rows.seed[i]} at w = {rows.w[i]:g}: look at the run's loss, or lower w"
                 )

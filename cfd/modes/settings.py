@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 import optax
 
-from cfd.config import DEFAULTS, Config, complete, with_classes
+from cfd.config import BEFORE, Config, as_recorded, complete, with_classes
 from cfd.data.sources import Dataset, open_dataset
+from cfd.errors import UserError
 from cfd.loading import Loaded, load, load_classifier
 from cfd.modes.fit import Training
 from cfd.modes.sampler import Network, Sampling
@@ -90,14 +91,30 @@ class Run(NamedTuple):
     classifier: ClassifierFn | None
 
 
+def of_run(config: Config, folder: str) -> Config:
+    """The whole config of the run in `folder`, which may not exist yet.
+
+    Fields that are younger than the run take the value that means what the code did then; a line names them.
+    """
+    config = complete(config)
+    if not os.path.exists(os.path.join(folder, workdir.CONFIG)):
+        return config
+    recorded = workdir.flatten(workdir.read_config(folder)["config"])
+    old = as_recorded(config, recorded)
+    here, there = workdir.flatten(config.to_dict()), workdir.flatten(old.to_dict())
+    if changed := [f"{name} = {there[name]!r}" for name in here if here[name] != there[name]]:
+        print(f"{folder} is older than some fields, which keep their old meaning: {', '.join(changed)}.", flush=True)
+    return old
+
+
 def open_run(config: Config, folder: str) -> Run:
     """The newest checkpoint of the run in `folder`, which must be the run of `config`.
 
     Raises ValueError if the folder holds no checkpoint or another config's run, and as `check_classifier` does.
     """
     content = workdir.read_config(folder)
-    config = with_classes(complete(config), len(content["class_names"]))
-    workdir.check_config(folder, workdir.describe("diffusion", config.to_dict(), content["class_names"]), DEFAULTS)
+    config = with_classes(of_run(config, folder), len(content["class_names"]))
+    workdir.check_config(folder, workdir.describe("diffusion", config.to_dict(), content["class_names"]), BEFORE)
     model = load(folder)
     check_classifier(config, folder)
     by_classifier = config.sample.guidance == "classifier"
@@ -115,7 +132,7 @@ def check_classifier(config: Config, folder: str) -> None:
         return
     place = classifier_folder(folder)
     if not os.path.exists(os.path.join(place, workdir.CONFIG)):
-        raise ValueError(
+        raise UserError(
             f"config.sample.guidance is 'classifier', and {place} holds no noisy classifier: train it with "
             "--mode=train_classifier"
         )
@@ -127,12 +144,12 @@ def check_weights(config: Config, weights: Sequence[int | float]) -> None:
     """Raises ValueError if a weight needs a score, conditional or unconditional, that the run does not train."""
     p_uncond, free = config.train.p_uncond, config.sample.guidance == "classifier-free"
     if p_uncond == 0 and any(weights) and free:
-        raise ValueError(
+        raise UserError(
             f"w = {next(filter(None, weights)):g} needs the unconditional score, which train.p_uncond = 0 does not "
             "train: sample.w and eval.weights can only be (0.0,)"
         )
     if p_uncond == 1 and not (free and set(weights) == {-1}):
-        raise ValueError(
+        raise UserError(
             f"w in {tuple(weights)} needs the conditional score, which train.p_uncond = 1 does not train: sample.w and "
             "eval.weights can only be (-1.0,), with sample.guidance 'classifier-free'"
         )

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from cfd.config import Config, complete, with_classes
 from cfd.data.sources import Dataset, check_classes
 from cfd.devices import parallel, preemption
+from cfd.errors import UserError
 from cfd.evaluation import inception, metrics
 from cfd.evaluation.features import FeatureNetwork, open_classifier, open_inception
 from cfd.evaluation.reference import Reference, check_reference, open_reference, reference_hash
@@ -58,7 +59,7 @@ def sweep(config: Config, folder: str) -> list[Row]:
     the rows of this config. Raises `preemption.Stopped` when asked to stop; the same call resumes.
     """
     if not config.eval.weights:
-        raise ValueError(
+        raise UserError(
             "config.eval.weights is (): give the weights to sweep, such as --config.eval.weights='(0.0, 1.0)'"
         )
     train = check(config, folder)
@@ -113,7 +114,7 @@ def check(config: Config, folder: str) -> Dataset:
             train.class_names, f"data.split {data.split!r}", held_out, f"eval.test_split {evaluate.test_split!r}"
         )
     elif not os.path.isfile(evaluate.inception_path):
-        raise ValueError(
+        raise UserError(
             f"config.eval.inception_path is {evaluate.inception_path!r}, which is no file; make it with "
             "`python -m cfd.convert inception FILE OUT`"
         )
@@ -121,9 +122,7 @@ def check(config: Config, folder: str) -> Dataset:
         inception.load_params(evaluate.inception_path)
     if evaluate.reference:
         if not os.path.isfile(evaluate.reference):
-            raise ValueError(
-                f"config.eval.reference is {evaluate.reference!r}, which is no file; '' takes the data set"
-            )
+            raise UserError(f"config.eval.reference is {evaluate.reference!r}, which is no file; '' takes the data set")
         check_reference(evaluate.reference, settings.image_shape(config), evaluate.features)
     settings.check_weights(config, evaluate.weights)
     settings.check_classifier(config, folder)

@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from cfd.config import Config, complete, with_classes
+from cfd.config import Config, with_classes
 from cfd.devices import parallel, preemption
 from cfd.losses import eps_loss
 from cfd.modes import figures, settings
@@ -28,7 +28,7 @@ def train(config: Config, folder: str, *, allow_fresh_start: bool = False) -> No
     If all checkpoints of the run are damaged, raises CheckpointError, or with `allow_fresh_start` sets them aside and
     starts at step 0. Raises ValueError, FloatingPointError and `preemption.Stopped` as `fit` does.
     """
-    config = complete(config)
+    config = settings.of_run(config, folder)
     mesh = parallel.make_mesh(**config.mesh)
     dataset = settings.open_split(config, config.data.split)
     config = with_classes(config, len(dataset.class_names))

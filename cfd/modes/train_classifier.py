@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from ml_collections import ConfigDict
 
-from cfd.config import Config, complete, with_classes
+from cfd.config import Config, with_classes
 from cfd.data.sources import check_classes
 from cfd.devices import parallel
 from cfd.modes import settings
@@ -23,7 +23,7 @@ def train_classifier(config: Config, folder: str, *, allow_fresh_start: bool = F
     `config.classifier` is the network. `config.classifier_train` takes precedence over `config.train`. Raises
     ValueError if the run in `folder` has other images or classes, and everything that `train` raises.
     """
-    config = complete(config)
+    config = settings.of_run(config, settings.classifier_folder(folder))
     mesh = parallel.make_mesh(**config.mesh)
     dataset = settings.open_split(config, config.data.split)
     config = with_classes(config, len(dataset.class_names))

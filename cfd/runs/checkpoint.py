@@ -22,6 +22,7 @@ from absl import logging
 from etils import epath
 
 from cfd.devices import parallel
+from cfd.errors import UserError
 from cfd.runs.digest import digests, leaves
 from cfd.runs.files import fsync
 from cfd.runs.workdir import CHECKPOINTS, abbreviate
@@ -32,7 +33,7 @@ UNFINISHED = f"*{ocp.path.atomicity_types.TMP_DIR_SUFFIX}*"
 MAX_FAILED_SAVES = 3
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A checkpoint cannot be written or read; the message says what to do about it."""
 
 
@@ -313,7 +314,7 @@ def _match(meta: dict[str, Any], abstract_state: Any, step: int) -> Any:
     saved = {key: (tuple(shape), dtype) for key, (shape, dtype, _) in meta["arrays"].items()}
     wanted = {key: (tuple(x.shape), str(x.dtype)) for key, x in leaves(abstract_state)}
     if unsharded := [key for key, x in leaves(abstract_state) if x.sharding is None]:
-        raise ValueError(f"abstract_state has no sharding for {_some(unsharded)}: give each ShapeDtypeStruct one")
+        raise UserError(f"abstract_state has no sharding for {_some(unsharded)}: give each ShapeDtypeStruct one")
     differ = sorted(key for key in wanted.keys() & saved.keys() if wanted[key] != saved[key])
     faults = [
         *(f"{key} is {_text(saved[key])} in the checkpoint and {_text(wanted[key])} in the state" for key in differ),
@@ -340,7 +341,7 @@ def _seal(meta: dict[str, Any]) -> dict[str, Any]:
 def _unseal(meta: Mapping[str, Any]) -> dict[str, Any]:
     content = {name: value for name, value in meta.items() if name != "sha256"}
     if meta["sha256"] != _sha256(content):
-        raise ValueError("wrong SHA-256 of the metadata")
+        raise UserError("wrong SHA-256 of the metadata")
     return content
 
 

@@ -12,6 +12,8 @@ from flax.traverse_util import flatten_dict
 from jax import Array
 from jax.experimental import multihost_utils
 
+from cfd.errors import UserError
+
 # Work on this many bytes can take more than a few seconds. Measured on one CPU core: the sums of `digests` process 0.1
 # to 0.5 GB/s, and the SHA-256 of `weights_hash` processes 1.1 GB/s.
 SLOW_DIGEST_BYTES = 2**29
@@ -30,7 +32,7 @@ def digests(tree: Any) -> tuple[dict[str, list[Any]], list[str]]:
     named = leaves(tree)
     for key, x in named:
         if not isinstance(x, Array):
-            raise ValueError(f"{key} of the state is a {type(x).__name__}; a state is made of jax arrays")
+            raise UserError(f"{key} of the state is a {type(x).__name__}; a state is made of jax arrays")
     nbytes = sum(x.size * x.dtype.itemsize for _, x in named)
     if nbytes >= SLOW_DIGEST_BYTES and jax.default_backend() == "cpu":
         _announce(f"Computing the digests of {nbytes / 1e9:.1f} GB of arrays.")
@@ -79,7 +81,7 @@ def _shard_sums(x: Array) -> list[Any]:
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     if x.dtype.itemsize > 4:
-        raise ValueError(f"an array of the state is {x.dtype}; digests are of types of up to 32 bits")
+        raise UserError(f"an array of the state is {x.dtype}; digests are of types of up to 32 bits")
     strides = np.array([math.prod(x.shape[axis + 1 :]) % 2**32 for axis in range(x.ndim)], np.uint32)
     sums = []
     for shard in x.addressable_shards:

@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int, Shaped, UInt8
 
+from cfd.errors import UserError
+
 MAX_BYTES = 2**28  # the statistics of two feature layers take 67 MB, the weights of InceptionV3 96 MB
 MAX_HEADER_BYTES = 10_000
 MAX_RATIOS = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: 1032}  # 1032 is the limit of the deflate format
@@ -57,11 +59,11 @@ def read_npz(
         names = present if names is None else names
         missing = [name for name in names if name not in present]
         if missing:
-            raise ValueError(f"{path} holds {present}, not {missing}")
+            raise UserError(f"{path} holds {present}, not {missing}")
         headers = {name: read_header(path, archive, name) for name in names}
         total = sum(header.nbytes for header in headers.values())
         if total > max_bytes:
-            raise ValueError(f"{path}: {', '.join(names)} declare {total:,} bytes, over the limit of {max_bytes:,}")
+            raise UserError(f"{path}: {', '.join(names)} declare {total:,} bytes, over the limit of {max_bytes:,}")
         return {name: read_values(archive, name, header) for name, header in headers.items()}
 
 
@@ -72,13 +74,13 @@ def npz_batches(path: str | Path, name: str, batch_size: int) -> Iterator[Shaped
     """
     with opened(path) as archive:
         if name not in names_of(path, archive):
-            raise ValueError(f"{path} holds {names_of(path, archive)}, not {name!r}")
+            raise UserError(f"{path} holds {names_of(path, archive)}, not {name!r}")
         header = read_header(path, archive, name)
         if header.fortran or not header.shape:
-            raise ValueError(f"{path}: the rows of {name} are not stored one after the other: save it again in C order")
+            raise UserError(f"{path}: the rows of {name} are not stored one after the other: save it again in C order")
         row_bytes = math.prod(header.shape[1:]) * header.dtype.itemsize
         if batch_size * row_bytes > MAX_BYTES:
-            raise ValueError(
+            raise UserError(
                 f"{path}: {batch_size} rows of {name} take {batch_size * row_bytes:,} bytes, over the limit of "
                 f"{MAX_BYTES:,}: ask for fewer"
             )
@@ -119,18 +121,18 @@ def sample_writer(path: str | Path, num_samples: int, image_shape: tuple[int, in
 
             def write(images: Shaped[np.ndarray, "_b ..."], batch_labels: Int[np.ndarray, " _n"]) -> None:
                 if images.shape[1:] != image_shape or images.dtype != np.uint8:
-                    raise ValueError(
+                    raise UserError(
                         f"expected uint8 images of shape {image_shape}, got {images.dtype} {images.shape[1:]}"
                     )
                 if len(batch_labels) != len(images):
-                    raise ValueError(f"{len(images)} images came with {len(batch_labels)} labels")
+                    raise UserError(f"{len(images)} images came with {len(batch_labels)} labels")
                 labels.append(np.asarray(batch_labels, np.int64))
                 append(as_bytes(images))
 
             yield write
         written = sum(map(len, labels))
         if written != num_samples:
-            raise ValueError(f"{path}: {written} samples were written where {num_samples} were announced")
+            raise UserError(f"{path}: {written} samples were written where {num_samples} were announced")
         with new_member(archive, "arr_1", (num_samples,), np.dtype(np.int64)) as append:
             append(as_bytes(np.concatenate(labels)))
 
@@ -143,7 +145,7 @@ def opened(path: str | Path) -> Iterator[zipfile.ZipFile]:
             with zipfile.ZipFile(file) as archive:
                 yield archive
         except DAMAGE as error:
-            raise ValueError(f"{path} is not a sound .npz file: {error or type(error).__name__}") from error
+            raise UserError(f"{path} is not a sound .npz file: {error or type(error).__name__}") from error
 
 
 def names_of(path: str | Path, archive: zipfile.ZipFile) -> list[str]:
@@ -151,9 +153,9 @@ def names_of(path: str | Path, archive: zipfile.ZipFile) -> list[str]:
     members = archive.namelist()
     foreign = [name for name in members if not name.endswith(".npy")]
     if foreign:
-        raise ValueError(f"{path} is not an .npz file: it holds {foreign[0]!r}")
+        raise UserError(f"{path} is not an .npz file: it holds {foreign[0]!r}")
     if len(set(members)) < len(members):
-        raise ValueError(f"{path} holds two arrays of the same name: save it again with numpy.savez")
+        raise UserError(f"{path} holds two arrays of the same name: save it again with numpy.savez")
     return [name.removesuffix(".npy") for name in members]
 
 
@@ -168,25 +170,25 @@ def read_header(path: str | Path, archive: zipfile.ZipFile, name: str) -> Header
     where = f"{path}: {name}"
     archive_bytes = os.fstat(archive.fp.fileno()).st_size if archive.fp else 0
     if info.compress_type not in MAX_RATIOS:  # an LZMA stream may ask for a dictionary of 4 GB
-        raise ValueError(f"{where} is neither stored nor deflated: save it again with numpy.savez")
+        raise UserError(f"{where} is neither stored nor deflated: save it again with numpy.savez")
     # zipfile believes the sizes of the archive's directory, and callers allocate by the shape that is returned here.
     if info.compress_size > archive_bytes or info.file_size > info.compress_size * MAX_RATIOS[info.compress_type]:
-        raise ValueError(f"{where} declares {info.file_size:,} bytes, more than the file can hold")
+        raise UserError(f"{where} declares {info.file_size:,} bytes, more than the file can hold")
     with archive.open(info) as file:
         # NumPy reads a header whole before it checks its length, so give it a start of bounded length.
         start = io.BytesIO(file.read(MAX_HEADER_BYTES))
     try:
         version = np.lib.format.read_magic(start)
         if version not in PARSERS:
-            raise ValueError(f"version {version} of the format is not 1 or 2")
+            raise UserError(f"version {version} of the format is not 1 or 2")
         shape, fortran, dtype = PARSERS[version](start, max_header_size=MAX_HEADER_BYTES)
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
-        raise ValueError(f"{where} has no header of a NumPy array: {error}") from error
+        raise UserError(f"{where} has no header of a NumPy array: {error}") from error
     if dtype.kind not in "biuf":
-        raise ValueError(f"{where} has dtype {dtype}: only numbers are read, never pickled objects")
+        raise UserError(f"{where} has dtype {dtype}: only numbers are read, never pickled objects")
     header = Header(shape, dtype, fortran, start.tell())
     if min(shape, default=0) < 0 or header.values_at + header.nbytes != info.file_size:
-        raise ValueError(f"{where} declares shape {shape} of {dtype}, which is not the {info.file_size:,} bytes it has")
+        raise UserError(f"{where} declares shape {shape} of {dtype}, which is not the {info.file_size:,} bytes it has")
     return header
 
 
@@ -229,7 +231,7 @@ def replacing(path: str | Path) -> Iterator[zipfile.ZipFile]:
 def new_member(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], dtype: np.dtype) -> Iterator[Callable]:
     """Begins an array in the archive; yields a function that appends the bytes of its values."""
     if dtype.kind not in "biuf":
-        raise ValueError(f"{name} has dtype {dtype}: only numbers are written")
+        raise UserError(f"{name} has dtype {dtype}: only numbers are written")
     # Its default date, 1980, makes the bytes of the file a function of the arrays alone.
     info = zipfile.ZipInfo(member(name))
     info.file_size = math.prod(shape) * dtype.itemsize + MAX_HEADER_BYTES

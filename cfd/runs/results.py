@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from cfd.errors import UserError
 from cfd.runs.files import write_atomically
 from cfd.runs.manifest import SAMPLING, measured_with
 
@@ -45,13 +46,13 @@ def read_rows(folder: str) -> list[Row]:
         return []
     reader = csv.reader(lines)
     if tuple(next(reader)) != COLUMNS:
-        raise ValueError(f"{path} has other columns than this version writes: move it away to measure again")
+        raise UserError(f"{path} has other columns than this version writes: move it away to measure again")
     rows = []
     for cells in filter(None, reader):
         try:
             rows.append({key: _value(key, text) for key, text in zip(COLUMNS, cells, strict=True)})
         except ValueError:
-            raise ValueError(
+            raise UserError(
                 f"{path}: line {reader.line_num} is damaged: delete it, and --mode=sweep measures its row again"
             ) from None
     return rows

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 
 from cfd.devices import parallel
+from cfd.errors import UserError
 from cfd.runs.files import write_atomically
 from cfd.runs.log import METRICS
 
@@ -90,12 +91,12 @@ def lock(workdir: str | os.PathLike[str]) -> Iterator[None]:
             file = None
         except OSError as e:
             file.close()
-            raise ValueError(
+            raise UserError(
                 f"{path} cannot be locked ({e.strerror}): mount its file system with flock (Lustre: -o flock), or give "
                 "another --workdir"
             ) from e
     if not parallel.total(int(file is not None)):
-        raise ValueError(
+        raise UserError(
             f"{os.fspath(workdir)} is {_describe_holder(holder)}: two jobs cannot write to one workdir; stop the other "
             "job or give another --workdir"
         )
@@ -137,12 +138,12 @@ def write_config(
         write_atomically(path, json.dumps(new, indent=2) + "\n")
     parallel.barrier("cfd.workdir.write_config")
     if not path.exists() and has_steps:
-        raise ValueError(
+        raise UserError(
             f"{os.fspath(workdir)} has checkpoints but no {CONFIG}: put it back, from {CHECKPOINTS}/<step>/meta or a "
             "backup, or give another --workdir"
         )
     if not path.exists():
-        raise ValueError(
+        raise UserError(
             f"process 0 wrote {path}, but this process does not see it: put the workdir on a disk that all processes "
             "share"
         )
@@ -169,7 +170,7 @@ def check_config(
     """
     old = read_config(workdir)
     if differences := config_differences(old, json.loads(json.dumps(config_json)), defaults):
-        raise ValueError(
+        raise UserError(
             f"{Path(workdir) / CONFIG} is another run's: {abbreviate(differences)}. Give another --workdir, "
             f"or the same config (only {', '.join(FREE_FIELDS)} may change)"
         )
@@ -182,7 +183,7 @@ def check_images(workdir: str | os.PathLike[str], *, image_size: int, channels: 
     expected = dict(image_size=image_size, channels=channels, num_classes=num_classes)
     for name, value in expected.items():
         if recorded[name] != value:
-            raise ValueError(
+            raise UserError(
                 f"{os.fspath(workdir)} was trained with data.{name} = {recorded[name]}, not {value}: give the config "
                 "of its run, or move the folder away and train again"
             )
@@ -197,13 +198,13 @@ def read_config(workdir: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
-        raise ValueError(f"{path} does not exist: {os.fspath(workdir)} is not the folder of a run") from None
+        raise UserError(f"{path} does not exist: {os.fspath(workdir)} is not the folder of a run") from None
     except ValueError as e:
-        raise ValueError(f"{path} is not JSON ({e}): restore it from {CHECKPOINTS}/<step>/meta or a backup") from None
+        raise UserError(f"{path} is not JSON ({e}): restore it from {CHECKPOINTS}/<step>/meta or a backup") from None
     parts = {"kind": str, "config": dict, "class_names": list}
     content = content if isinstance(content, dict) else {}
     if wrong := [f'"{name}"' for name, kind in parts.items() if not isinstance(content.get(name), kind)]:
-        raise ValueError(
+        raise UserError(
             f"{path} has no valid {', '.join(wrong)}: restore it from {CHECKPOINTS}/<step>/meta or a backup"
         )
     return content
