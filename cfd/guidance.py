@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.core import Tracer
-from jaxtyping import Float, Int, Key, PyTree, UInt32
+from jax.typing import ArrayLike
+from jaxtyping import Bool, Float, Int, Key, PyTree, Real, UInt32
 
+from cfd.arguments import FLOAT32_MAX, check_numbers, check_returned, concrete, is_zero, known_labels, threefry
 from cfd.process import alpha_sigma, per_example
 
 NULL_LABEL = -1
@@ -21,24 +22,28 @@ NULL_LABEL = -1
 
 
 def drop_labels(
-    key: Key[Array, ""] | UInt32[Array, "2"],
+    key: Key[Array, ""] | UInt32[Array, "2"] | UInt32[Array, "4"],
     labels: PyTree,
-    p_uncond: Float[Array, ""] | float,
+    p_uncond: Real[ArrayLike, "*b"],
     null: PyTree = NULL_LABEL,
 ) -> PyTree:
     """The labels, each replaced by ∅ with probability p_uncond, independently: Algorithm 1, line 3.
 
     `labels` and `null` are as in `guided_sample`: int32 [B] and NULL_LABEL, or a pytree (text embeddings) and its ∅.
-    Raises ValueError if p_uncond is a number outside [0, 1] or if labels share no batch axis. Unless p_uncond is a
-    Python 0, also raises ValueError as `nulls_like` does.
+    p_uncond is a scalar or [B]. The key is as in `threefry`.
+
+    Raises ValueError if a concrete p_uncond is outside [0, 1], if it has another shape, or if labels share no batch
+    axis. Unless p_uncond is a concrete 0, also raises ValueError as `nulls_like` does.
     """
-    number = isinstance(p_uncond, (int, float))
-    if number and not 0.0 <= p_uncond <= 1.0:
-        raise ValueError(f"p_uncond is {p_uncond}; it is a probability: give a value in [0, 1]")
+    check_numbers(
+        "p_uncond", p_uncond, lambda p: (p >= 0.0) & (p <= 1.0), "it is a probability: give a value in [0, 1]"
+    )
     batch, labels = batch_size(labels), jax.tree.map(jnp.asarray, labels)
-    if number and p_uncond == 0:
+    if jnp.shape(p_uncond) not in ((), (batch,)):
+        raise ValueError(f"p_uncond has shape {jnp.shape(p_uncond)}; give a scalar, or shape ({batch},)")
+    if is_zero(p_uncond):
         return labels
-    dropped = jax.random.bernoulli(key, p_uncond, (batch,))
+    dropped = jax.random.bernoulli(threefry(key), jnp.asarray(p_uncond, jnp.float32), (batch,))
     return jax.tree.map(
         lambda c, n: jnp.where(dropped.reshape(-1, *[1] * (c.ndim - 1)), n, c), labels, nulls_like(labels, null)
     )
@@ -47,8 +52,8 @@ def drop_labels(
 def nulls_like(labels: PyTree, null: PyTree) -> PyTree:
     """One ∅ per label: `null`, which has no batch axis, repeated along the batch axis of `labels`.
 
-    Raises ValueError if `null` does not have the structure and shape of one label, or if it is negative and labels are
-    unsigned.
+    Raises ValueError if `null` does not have the structure and shape of one label, or if the dtype of the labels cannot
+    represent it: −1 as uint8, 0.5 as int32.
     """
     if jax.tree.structure(null) != jax.tree.structure(labels):
         raise ValueError(f"null is {null!r}; it must have the structure of labels, {jax.tree.structure(labels)}")
@@ -56,8 +61,15 @@ def nulls_like(labels: PyTree, null: PyTree) -> PyTree:
     def repeated(n: Any, c: Array) -> Array:
         if jnp.shape(n) != c.shape[1:]:
             raise ValueError(f"null has shape {jnp.shape(n)}; it must be that of one label, {c.shape[1:]}")
-        if c.dtype.kind in "ub" and not isinstance(n, Tracer) and np.any(np.asarray(n) < 0):
-            raise ValueError(f"null is {n!r}, which labels of dtype {c.dtype} cannot represent: give labels as int32")
+        number = concrete(n)
+        if c.dtype.kind in "iub" and number is not None:
+            with np.errstate(invalid="ignore"):  # a cast of NaN
+                same = np.array_equal(number.astype(c.dtype), number)
+            if not same:
+                raise ValueError(
+                    f"null is {n!r}, which labels of dtype {c.dtype} cannot represent: give an integer, and labels as "
+                    "int32"
+                )
         return jnp.broadcast_to(jnp.asarray(n, c.dtype), c.shape)
 
     return jax.tree.map(repeated, null, labels)
@@ -75,9 +87,13 @@ def batch_size(labels: PyTree) -> int:
 
 
 def guide(
-    eps_cond: Float[Array, "..."], eps_uncond: Float[Array, "..."], w: Float[Array, "*b"] | float
+    eps_cond: Float[Array, "..."], eps_uncond: Float[Array, "..."], w: Real[ArrayLike, "*b"]
 ) -> Float[Array, "..."]:
-    """ε̃ = (1 + w) ε(z, c) − w ε(z): Eq. 6. w is a scalar or [B]. The result is exact at w = 0 and at w = −1."""
+    """ε̃ = (1 + w) ε(z, c) − w ε(z): Eq. 6. w is a scalar or [B]. The result is exact at w = 0 and at w = −1.
+
+    Raises ValueError if a concrete w is not finite.
+    """
+    check_weight(w)
     w = per_example(w, eps_cond)
     return (1.0 + w) * eps_cond - w * eps_uncond
 
@@ -87,11 +103,57 @@ class Interval(NamedTuple):
 
     Kynkäänniemi et al., Applying Guidance in a Limited Interval (arXiv:2404.07724). All three fields are traced: new
     values never recompile. Outside the interval, the sampler evaluates the network once per step instead of twice.
+
+    `guided_sample` refuses an interval that none of its steps falls into. `classifier_guidance` and `shift_mean` do not
+    know the steps: there, such an interval means no guidance.
     """
 
-    w: Float[Array, "*b"] | float
-    logsnr_lo: Float[Array, ""] | float
-    logsnr_hi: Float[Array, ""] | float
+    w: Real[ArrayLike, "*b"]
+    logsnr_lo: Real[ArrayLike, ""]
+    logsnr_hi: Real[ArrayLike, ""]
+
+    def contains(self, logsnr: Float[Array, "*t"]) -> Bool[Array, "*t"]:
+        """Whether each λ lies in the interval, whose ends belong to it."""
+        lo, hi = jnp.asarray(self.logsnr_lo, jnp.float32), jnp.asarray(self.logsnr_hi, jnp.float32)
+        return (logsnr >= lo) & (logsnr <= hi)
+
+
+def check_weight(w: Any, batch: int | None = None) -> None:
+    """Raises ValueError for a concrete weight that is not finite, or for an `Interval` that contains no λ.
+
+    w is as in `guided_sample`. If `batch` is given, w must be a scalar or have the shape [batch]. The numbers of traced
+    arrays and of functions are not checked.
+    """
+    weight = w.w if isinstance(w, Interval) else w
+    if isinstance(w, Interval) and callable(weight):
+        raise ValueError(
+            f"w is {w}; give numbers, or, for a function of λ, the function alone, with values of 0 outside"
+        )
+    check_numbers("w", weight, lambda x: abs(x) <= FLOAT32_MAX, "give finite guidance weights")
+    if not callable(weight) and batch is not None and jnp.shape(weight) not in ((), (batch,)):
+        raise ValueError(f"w has shape {jnp.shape(weight)}; give a scalar or one weight per label, shape ({batch},)")
+    if isinstance(w, Interval):
+        remedy = "give logsnr_lo <= logsnr_hi, two numbers"
+        lo, hi = (
+            check_numbers(f"w is {w}: {name}", end, lambda x: ~np.isnan(x) & (x.ndim == 0), remedy)
+            for name, end in (("logsnr_lo", w.logsnr_lo), ("logsnr_hi", w.logsnr_hi))
+        )
+        if lo is not None and hi is not None and lo > hi:
+            raise ValueError(f"w is {w}, which contains no λ: {remedy}")
+
+
+def trained_range(*functions: Any) -> tuple[float, float] | None:
+    """The range of λ on which all these networks were trained, for those that say it; None if none does.
+
+    A network says it by an attribute, `logsnr_range = (lo, hi)`, which is also looked for behind `functools.wraps`,
+    `functools.partial` and `jax.tree_util.Partial`.
+    """
+    ranges = []
+    for function in functions:
+        while function is not None and getattr(function, "logsnr_range", None) is None:
+            function = getattr(function, "func", getattr(function, "__wrapped__", None))
+        ranges += [] if function is None else [function.logsnr_range]
+    return (max(lo for lo, _ in ranges), min(hi for _, hi in ranges)) if ranges else None
 
 
 def classifier_guidance(
@@ -107,9 +169,11 @@ def classifier_guidance(
     To guide an unconditional model, ignore the label:
     `lambda z, logsnr, c: eps_fn(z, logsnr, 0 * c - 1)`.
 
-    The returned function raises ValueError if w has another shape, or is an `Interval` that contains no λ.
+    Raises ValueError as `check_weight` does. The returned function raises ValueError if w has another shape, and as
+    `class_gradient` does. It has the `logsnr_range` of eps_fn, and of classifier_fn if w is the same for all λ.
     """
-    if isinstance(w, (int, float)) and w == 0:
+    check_weight(w)
+    if not isinstance(w, Interval) and is_zero(w):
         return eps_fn
 
     def guided(z: Array, logsnr: Array, labels: Array) -> Array:
@@ -118,6 +182,8 @@ def classifier_guidance(
             classifier_fn, w, z, logsnr, labels
         )
 
+    everywhere = not (isinstance(w, Interval) or callable(w))
+    vars(guided).update(logsnr_range=trained_range(eps_fn, *[classifier_fn] * everywhere))
     return guided
 
 
@@ -133,9 +199,9 @@ def shift_mean(
     applied after x̃ is clipped. `classifier_guidance` shifts the same mean by (1 − e^{λ−λ'}) (α'/α) σ² w ∇. That shift
     is larger by α'/α at v = 1 and by (α/α') e^{λ'−λ} at v = 0. The two agree in the limit of small steps.
 
-    Raises ValueError if `sampler` is not a step rule that adds noise.
+    Raises ValueError if `sampler` is not a step rule that adds noise, and as `classifier_guidance` does.
     """
-
+    check_weight(w)
     if not callable(sampler):
         raise ValueError(f"sampler is {sampler!r}; it must be a step rule that adds noise: give ancestral(v)")
 
@@ -155,14 +221,22 @@ def class_gradient(
     logsnr: Float[Array, "b"],
     labels: Int[Array, "b"],
 ) -> Float[Array, "b ..."]:
-    """∇_z log p(c | z), with the shape of z. It is 0 for images whose label is ∅."""
+    """∇_z log p(c | z), with the shape of z. It is 0 for images whose label is ∅.
 
-    def log_p(z: Array) -> Array:
-        log_probs = jax.nn.log_softmax(classifier_fn(z, logsnr))
+    Raises ValueError if a concrete label is neither ∅ nor a class of the classifier, and if the classifier does not
+    return logits [B, K]. Under `jit`, labels are not known; rows of such a label then are NaN.
+    """
+
+    def log_p(z: Array) -> tuple[Array, Array]:
+        logits = classifier_fn(z, logsnr)
+        check_returned("classifier_fn", logits, (len(z), None), "logits [B, K]")
+        known = known_labels(labels, logits, lowest=NULL_LABEL)
+        log_probs = jax.nn.log_softmax(logits)
         chosen = jnp.take_along_axis(log_probs, jnp.maximum(labels, 0)[:, None], axis=-1)[:, 0]
-        return jnp.sum(jnp.where(labels >= 0, chosen, 0.0))
+        return jnp.sum(jnp.where(labels >= 0, chosen, 0.0)), known
 
-    return jax.grad(log_p)(z)
+    gradient, known = jax.grad(log_p, has_aux=True)(z)
+    return jnp.where(known.reshape(-1, *[1] * (z.ndim - 1)), gradient, jnp.nan)
 
 
 def _weighted_gradient(
@@ -180,21 +254,12 @@ def _weighted_gradient(
     return per_example(weight, z) * gradient
 
 
-def check_interval(interval: Interval) -> None:
-    """Raises ValueError if the interval contains no λ. Traced ends are not checked."""
-    numbers = all(isinstance(end, (int, float)) for end in interval[1:])
-    if numbers and not interval.logsnr_lo <= interval.logsnr_hi:
-        raise ValueError(f"w is {interval}, which contains no λ: give logsnr_lo <= logsnr_hi")
-
-
 def _weight_at(w: Any, logsnr: Float[Array, "b"]) -> Float[Array, "b"]:
     if isinstance(w, Interval):
-        check_interval(w)
-        w = jnp.where((logsnr >= w.logsnr_lo) & (logsnr <= w.logsnr_hi), w.w, 0.0)
-    weight = jnp.asarray(w(logsnr) if callable(w) else w, jnp.float32)
-    if weight.shape not in ((), logsnr.shape):
-        raise ValueError(f"w has shape {weight.shape}; give a scalar or one weight per image, shape {logsnr.shape}")
-    return jnp.broadcast_to(weight, logsnr.shape)
+        w = jnp.where(w.contains(logsnr), w.w, 0.0)
+    w = w(logsnr) if callable(w) else w
+    check_weight(w, len(logsnr))
+    return jnp.broadcast_to(jnp.asarray(w, jnp.float32), logsnr.shape)
 
 
 def without_null(eps_fn: Callable[[Array, Array, Array], Array]) -> Callable[[Array, Array, Array], Array]:
@@ -205,7 +270,8 @@ def without_null(eps_fn: Callable[[Array, Array, Array], Array]) -> Callable[[Ar
     """
 
     def guarded(z: Array, logsnr: Array, labels: Array) -> Array:
-        if not isinstance(labels, Tracer) and np.any(np.asarray(labels) < 0):
+        given = concrete(labels)
+        if given is not None and np.any(given < 0):
             raise ValueError(
                 "this model was always trained with a label (p_uncond = 0), so it has no unconditional score: sample "
                 "with a plain w = 0, or use classifier_guidance"
@@ -213,4 +279,5 @@ def without_null(eps_fn: Callable[[Array, Array, Array], Array]) -> Callable[[Ar
         eps = eps_fn(z, logsnr, labels)
         return jnp.where((labels >= 0).reshape(-1, *[1] * (eps.ndim - 1)), eps, jnp.nan)
 
+    vars(guarded).update(logsnr_range=trained_range(eps_fn))
     return guarded

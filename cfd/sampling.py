@@ -3,54 +3,61 @@
 Importing this module is cheap: it pulls in jax, and nothing of the trainer, the data pipeline or the checkpoints.
 """
 
-import math
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
-from jaxtyping import Float, Key, PyTree, UInt32
+from jax.typing import ArrayLike
+from jaxtyping import Float, Key, PyTree, Real, UInt32
 
-from cfd.guidance import NULL_LABEL, Interval, batch_size, check_interval, guide, nulls_like
-from cfd.process import cosine_logsnr, x_from_eps
+from cfd.arguments import check_returned, concrete, is_zero, threefry
+from cfd.guidance import NULL_LABEL, Interval, batch_size, check_weight, guide, nulls_like, trained_range
+from cfd.process import check_ends, cosine_logsnr, x_from_eps
 from cfd.steps import SecondOrder, StepRule, ancestral, ddim, dpm_solver
 
 EpsFn = Callable[[Array, Array, Any], Array]
-"""(z [B, ...], logsnr [B], labels [B]) -> eps [B, ...]."""
+"""(z [B, ...], logsnr [B], labels [B]) -> eps [B, ...].
+
+It may say the range of λ on which it was trained, by an attribute `logsnr_range = (lo, hi)`. `guided_sample` then
+refuses to evaluate it outside.
+"""
 
 __all__ = ["EpsFn", "SecondOrder", "StepRule", "ancestral", "ddim", "dpm_solver", "guided_sample", "schedule"]
 
 
 def guided_sample(
-    key: Key[Array, "*b"] | UInt32[Array, "*b 2"],
+    key: Key[Array, "*b"] | UInt32[Array, "*b 2"] | UInt32[Array, "*b 4"],
     eps_fn: EpsFn,
     labels: PyTree,
     shape: tuple[int, ...],
     *,
     w: Any = 0.0,
     null: PyTree = NULL_LABEL,
-    num_steps: int = 256,
+    num_steps: SupportsIndex = 256,
     sampler: StepRule | SecondOrder = ancestral(v=0.3),
-    logsnr_min: float = -20.0,
-    logsnr_max: float = 20.0,
+    logsnr_min: Real[ArrayLike, ""] = -20.0,
+    logsnr_max: Real[ArrayLike, ""] = 20.0,
     clip: bool = True,
     doubled: bool = False,
 ) -> Float[Array, "b ..."]:
     """Draw one image per label with guidance weight w: Algorithm 2, Ho and Salimans. Pure: jit, vmap or shard_map it.
 
     Args:
-      key: one PRNG key, from which image i takes `fold_in(key, i)`, or [B] keys, one per image. Inside `shard_map` and
-        `pmap`, i is the row on its own device: with one replicated key, all devices draw the same noise. There, the
-        key, the labels or w must vary over every mesh axis over which the result of eps_fn varies. A mesh for `jit`
-        needs Auto axes.
+      key: one PRNG key, from which image i takes `fold_in(key, i)`, or [B] keys, one per image. A key of "rbg" draws as
+        the threefry key of its seed does. Inside `shard_map` and `pmap`, i is the row on its own device: with one
+        replicated key, all devices draw the same noise. There, the key, the labels or w must vary over every mesh axis
+        over which the result of eps_fn varies. A mesh for `jit` needs Auto axes.
       eps_fn: `(z, logsnr, labels) -> eps`.
       labels: int32 [B], or any pytree of arrays with a leading batch axis.
       shape: the shape of one image, without the batch axis.
       w: the guidance weight of Eq. 6: a number, an array (scalar or [B]), a function of λ that returns either, or
-        an `Interval`. It is traced: a new value never recompiles. A Python 0 costs one network evaluation per step
-        instead of two.
+        an `Interval`. It is traced: a new value never recompiles. A concrete scalar 0, such as 0.0 or np.float32(0),
+        costs one network evaluation per step instead of two. The weights of a function are not checked: where they are
+        NaN, so are the images.
       null: the label ∅ of the unconditional score, with the structure and shape of one label. Another class in its
         place guides away from that class.
       num_steps: T, the number of steps from λ_1 = logsnr_min to λ_T = logsnr_max.
@@ -62,10 +69,15 @@ def guided_sample(
 
     Returns: float32 [B, *shape].
 
-    Raises: ValueError on numbers out of range and on arguments whose shapes do not agree.
+    Raises: ValueError on concrete numbers out of range, on λ outside the `logsnr_range` of eps_fn, on an Interval that
+    no step falls into, and on arguments whose shapes do not agree.
     """
-    _check_numbers(num_steps, logsnr_min, logsnr_max, w)
-    batch = batch_size(labels)
+    num_steps, batch = check_num_steps(num_steps), batch_size(labels)
+    check_ends(logsnr_min, logsnr_max)
+    check_weight(w, batch)
+    _check_range(eps_fn, logsnr_min, logsnr_max)
+    if isinstance(w, Interval):
+        _check_interval(w, num_steps, logsnr_min, logsnr_max)
     labels = jax.tree.map(jnp.asarray, labels)
     keys = _image_keys(key, batch)
     guided_eps = _guided(eps_fn, labels, null, w, batch, doubled)
@@ -91,35 +103,63 @@ def guided_sample(
     return z
 
 
-def schedule(num_steps: int, logsnr_min: Any = -20.0, logsnr_max: Any = 20.0) -> Float[Array, "t"]:
-    """The grid λ_1 = logsnr_min < … < λ_T = logsnr_max, [T], with uniformly spaced u: Section 2."""
+def schedule(
+    num_steps: SupportsIndex, logsnr_min: Real[ArrayLike, ""] = -20.0, logsnr_max: Real[ArrayLike, ""] = 20.0
+) -> Float[Array, "t"]:
+    """The grid λ_1 = logsnr_min < … < λ_T = logsnr_max, [T], with uniformly spaced u: Section 2.
+
+    Raises ValueError if num_steps is no integer >= 1, and as `check_ends` does.
+    """
+    num_steps = check_num_steps(num_steps)
+    check_ends(logsnr_min, logsnr_max)
     u = 1.0 - jnp.arange(num_steps, dtype=jnp.float32) / max(num_steps - 1, 1)
     # The ends are set to the bit. Rounded, the last could lie outside an Interval that ends at logsnr_max.
     first, last = jnp.asarray(logsnr_min, jnp.float32), jnp.asarray(logsnr_max, jnp.float32)
     return cosine_logsnr(u, first, last).at[-1].set(last).at[0].set(first)
 
 
-def _check_numbers(num_steps: Any, logsnr_min: Any, logsnr_max: Any, w: Any) -> None:
-    """Raises ValueError for numbers that would give NaN or no guidance. Arrays and traced values are not checked."""
-
-    def numbers(*values: Any) -> bool:
-        return all(isinstance(value, (int, float)) for value in values)
-
-    try:
-        enough = operator.index(num_steps) >= 1
-    except TypeError:
-        enough = False
-    if not enough:
-        raise ValueError(f"num_steps is {num_steps}; it counts steps: give an integer num_steps >= 1")
-    if numbers(logsnr_min, logsnr_max) and not -80.0 <= logsnr_min < logsnr_max <= 80.0:
+def _check_range(eps_fn: EpsFn, logsnr_min: Any, logsnr_max: Any) -> None:
+    """Raises ValueError if an end lies outside the range of λ on which eps_fn was trained. Unknown ends pass."""
+    trained = trained_range(eps_fn)
+    if trained is None:
+        return
+    lo, hi = trained
+    slack = 1e-3 * (hi - lo)  # for ends that were rounded
+    ends = concrete(logsnr_min), concrete(logsnr_max)
+    if not all(end is None or lo - slack <= end <= hi + slack for end in ends):
         raise ValueError(
-            f"logsnr_min is {logsnr_min} and logsnr_max {logsnr_max}: give logsnr_min < logsnr_max, both in [-80, 80], "
-            "because α or σ becomes 0 in float32 not far outside"
+            f"logsnr_min is {logsnr_min} and logsnr_max {logsnr_max}, but eps_fn was trained on λ in [{lo}, {hi}]: "
+            f"give logsnr_min={lo} and logsnr_max={hi}, or **run.process of the run that cfd.loading.load returned"
         )
-    if numbers(w) and not math.isfinite(w):
-        raise ValueError(f"w is {w}; give a finite guidance weight")
-    if isinstance(w, Interval):
-        check_interval(w)
+
+
+def _check_interval(interval: Interval, num_steps: int, logsnr_min: Any, logsnr_max: Any) -> None:
+    """Raises ValueError if no step falls into the interval. Intervals and grids with a traced end pass."""
+    ends = [concrete(end) for end in (logsnr_min, logsnr_max, interval.logsnr_lo, interval.logsnr_hi)]
+    if any(end is None for end in ends):
+        return
+    first, last, lo, hi = (float(end) for end in ends if end is not None)
+    # The grid of `schedule` in float64 and in NumPy, because JAX traces arrays under `jit`.
+    angle = np.linspace(np.arctan(np.exp(-0.5 * first)), np.arctan(np.exp(-0.5 * last)), num_steps)
+    logsnr = -2.0 * np.log(np.tan(angle))
+    logsnr[-1], logsnr[0] = last, first
+    distance = np.maximum(lo - logsnr, logsnr - hi)
+    if distance.min() > 1e-4:  # more than the rounding of λ in float32
+        raise ValueError(
+            f"w is {interval}, and none of the {num_steps} steps falls into the interval, so nothing would be guided. "
+            f"The nearest step is at λ = {logsnr[distance.argmin()]:.6g}: widen the interval, or take more steps"
+        )
+
+
+def check_num_steps(num_steps: Any) -> int:
+    """num_steps as an int. Raises ValueError unless it is an integer >= 1, of any type but bool."""
+    try:
+        count = 0 if isinstance(num_steps, bool) else operator.index(num_steps)
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise ValueError(f"num_steps is {num_steps}; it counts steps: give an integer num_steps >= 1")
+    return count
 
 
 def _extrapolation(sampler: Any, logsnr: Array, logsnr_next: Array) -> tuple[Any, Array | None]:
@@ -141,22 +181,20 @@ def _guided(
     eps_fn: EpsFn, labels: PyTree, null: PyTree, w: Any, batch: int, doubled: bool
 ) -> Callable[[Array, Array], Array]:
     """The function (z, λ) -> ε̃, which evaluates the network once or twice."""
-    unguided = isinstance(w, (int, float)) and w == 0
+    unguided = not isinstance(w, Interval) and is_zero(w)
     nulls = labels if unguided else nulls_like(labels, null)
 
     def evaluate(z: Array, logsnr: Array, labels: PyTree) -> Array:
         eps = eps_fn(z, jnp.broadcast_to(logsnr, z.shape[:1]), labels)
-        if eps.shape != z.shape:
-            raise ValueError(f"eps_fn returned shape {eps.shape}; it must return the noise of z, shape {z.shape}")
+        check_returned("eps_fn", eps, z.shape, "the noise of z")
         return eps.astype(jnp.float32)
 
     def one(z: Array, logsnr: Array) -> Array:
         return evaluate(z, logsnr, labels)
 
     def both(z: Array, logsnr: Array, weight: Any) -> Array:
+        check_weight(weight, batch)
         weight = jnp.asarray(weight, jnp.float32)
-        if weight.shape not in ((), (batch,)):
-            raise ValueError(f"w has shape {weight.shape}; give a scalar or one weight per label, shape ({batch},)")
         if not doubled:
             return guide(evaluate(z, logsnr, labels), evaluate(z, logsnr, nulls), weight)
         # The two rows of a pair are adjacent, so that a sharded batch keeps both on one device.
@@ -165,9 +203,8 @@ def _guided(
         return guide(eps[:, 0], eps[:, 1], weight)
 
     if isinstance(w, Interval):
-        inside, lo, hi = w
         return lambda z, logsnr: jax.lax.cond(
-            (logsnr >= lo) & (logsnr <= hi), lambda z: both(z, logsnr, inside), lambda z: one(z, logsnr), z
+            w.contains(logsnr), lambda z: both(z, logsnr, w.w), lambda z: one(z, logsnr), z
         )
     if callable(w):
         return lambda z, logsnr: both(z, logsnr, w(logsnr))
@@ -182,23 +219,23 @@ def _interleave(a: Array, b: Array) -> Array:
 
 
 def _varying_like(z: Array, *inputs: PyTree) -> Array:
-    """z, marked inside a caller's `shard_map` as varying over the same mesh axes as the inputs.
+    """z. Inside a caller's `shard_map`, it is marked as varying over the same mesh axes as the inputs.
 
     `scan` requires the carry to have the same type on entry and exit, and noise drawn from a replicated key does not
     vary over devices.
     """
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return z
     for x in jax.tree.leaves(inputs):
-        z = z if callable(x) else jnp.where(True, z, jnp.sum(x).astype(z.dtype))
+        z = z if callable(x) else jnp.where(True, z, jnp.sum(jnp.ravel(x)[:1]).astype(z.dtype))
     return z
 
 
 def _image_keys(key: Array, batch: int) -> Array:
     """Keys [B], one per image. From a single key, image i takes `fold_in(key, i)`."""
-    if isinstance(key, int):
-        raise ValueError(f"key is {key}; give a PRNG key, jax.random.key({key})")
-    shape = key.shape if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key.shape[:-1]
-    if shape == ():
+    key = threefry(key)
+    if key.shape == ():
         return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
-    if shape != (batch,):
-        raise ValueError(f"key has batch shape {shape} for {batch} labels; give one key, or one per label")
+    if key.shape != (batch,):
+        raise ValueError(f"key has batch shape {key.shape} for {batch} labels; give one key, or one per label")
     return key

@@ -4,22 +4,22 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from jax import Array
-from jaxtyping import Float
+from jax.typing import ArrayLike
+from jaxtyping import Real
 
-from cfd.process import alpha_sigma, eps_from_x, posterior
+from cfd.process import alpha_sigma, check_v, eps_from_x, posterior
 
 StepRule = Callable[[Array, Array, Array, Array], tuple[Array, Array | None]]
 """(z, x̃, λ, λ') -> mean and standard deviation of z at λ'. The standard deviation is None for a deterministic rule."""
 
 
-def ancestral(v: Float[Array, "*v"] | float = 0.3) -> StepRule:
+def ancestral(v: Real[ArrayLike, "*v"] = 0.3) -> StepRule:
     """The paper's sampler: z' ~ q(z' | z, x̃), Eqs. 3 and 4 of Ho and Salimans (arXiv:2207.12598).
 
     v in [0, 1], a scalar or [B], interpolates the log-variance between its lower (v = 0) and upper bound (v = 1).
-    Raises ValueError for a number outside [0, 1].
+    Raises ValueError for a concrete number outside [0, 1], of any type.
     """
-    if isinstance(v, (int, float)) and not 0.0 <= v <= 1.0:
-        raise ValueError(f"v is {v}; it interpolates between two variances: give a value in [0, 1]")
+    check_v(v)
     return lambda z, x, logsnr, logsnr_next: posterior(z, x, logsnr, logsnr_next, v)
 
 

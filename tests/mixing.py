@@ -5,10 +5,12 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 from cfd.loading import Loaded
 from cfd.modes.sampler import Network
 from cfd.modes.settings import Run
+from cfd.runs.digest import weights_hash
 
 TRACED: list[int] = []
 """One batch size for each time that the network was traced."""
@@ -34,12 +36,19 @@ NETWORK = Network(eps_of_params, (8, 8, 1))
 DIGITS = tuple("0123456789")
 
 
-def opening(params: Any, classifier: Any = None) -> Callable[[Any, str], Run]:
-    """A stand-in for `settings.open_run` that finds step 7 of a run of this network, with the classes of the digits."""
-    eps_fn = eps_of_params(params)
-    return lambda config, folder: Run(
-        config, Loaded(eps_fn, params, (8, 8, 1), 10, DIGITS, config.to_dict(), 7), classifier
-    )
+def opening(params: Any, classifier: Any = None, earlier: dict[int, Any] | None = None) -> Callable[[Any, str], Run]:
+    """A stand-in for `settings.open_run` that finds step 7 of a run of this network, with the classes of the digits.
+
+    `earlier` are the parameters of other steps.
+    """
+    steps = {7: params} | (earlier or {})
+
+    def model_at(step: int) -> Loaded:
+        step = 7 if step == -1 else step
+        eps_fn = Partial(lambda params, *inputs: eps_of_params(params)(*inputs), steps[step])
+        return Loaded(eps_fn, steps[step], (8, 8, 1), 10, DIGITS, {}, step, {}, {}, weights_hash(steps[step]))
+
+    return lambda config, folder: Run(config, DIGITS, model_at, classifier)
 
 
 def brighter(params: Any, z: Any, logsnr: Any) -> Any:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax import Array
 from mixtures import log_densities, mixture_eps
+from recursion import jaxtyping_off
 
 from cfd.guidance import NULL_LABEL, Interval, class_gradient, classifier_guidance, guide, shift_mean
 from cfd.process import alpha_sigma, posterior
@@ -98,12 +99,18 @@ def test_both_kinds_of_guidance_compose(noisy) -> None:
 
 
 def test_weight_zero_is_the_model_itself() -> None:
-    assert classifier_guidance(EPS, exact_classifier, 0.0) is EPS
+    for zero in (0, 0.0, np.float32(0), jnp.zeros(())):
+        assert classifier_guidance(EPS, exact_classifier, zero) is EPS
 
 
-def test_an_interval_without_any_noise_level_is_refused(noisy) -> None:
+def test_a_function_that_gives_no_number_is_refused_where_it_is_seen(noisy) -> None:
+    with pytest.raises(ValueError, match="w is nan at index 0; give finite"):
+        classifier_guidance(EPS, exact_classifier, lambda logsnr: logsnr * jnp.nan)(*noisy)
+
+
+def test_an_interval_without_any_noise_level_is_refused() -> None:
     with pytest.raises(ValueError, match=r"logsnr_lo=3.*which contains no λ"):
-        classifier_guidance(EPS, exact_classifier, Interval(2.0, 3.0, -3.0))(*noisy)
+        classifier_guidance(EPS, exact_classifier, Interval(2.0, 3.0, -3.0))
 
 
 @pytest.mark.parametrize("way", ["eps", "mean"])
@@ -126,6 +133,83 @@ def test_the_classifier_is_evaluated_only_inside_the_interval(way: str) -> None:
 def test_a_weight_of_another_shape_is_refused(noisy) -> None:
     with pytest.raises(ValueError, match=r"shape \(3,\)"):
         classifier_guidance(EPS, exact_classifier, jnp.ones(3))(*noisy)
+
+
+# A class that the classifier does not have
+
+
+@pytest.mark.parametrize("kind", [np.asarray, lambda c: jnp.asarray(c, jnp.int32), lambda c: jnp.asarray(c, jnp.int8)])
+@pytest.mark.parametrize("bad", [3, 10, -2])
+def test_a_class_that_the_classifier_lacks_is_refused(bad: int, kind, noisy) -> None:
+    z, logsnr, labels = noisy
+    labels = kind(np.asarray(labels.at[5].set(bad)))
+    message = rf"label is {bad} at index 5; the classifier has K = 3 classes: give labels of 0 to 2, or -1 for no class"
+    with jaxtyping_off():
+        rule = shift_mean(ancestral(0.3), exact_classifier, labels, 2.0)
+        for call in (
+            lambda: class_gradient(exact_classifier, z, logsnr, labels),
+            lambda: classifier_guidance(unconditional, exact_classifier, 2.0)(z, logsnr, labels),
+            lambda: rule(z, z, logsnr, logsnr + 1.0),
+            lambda: guided_sample(
+                jax.random.key(0), classifier_guidance(EPS, exact_classifier, 2.0), labels, (2,), num_steps=2
+            ),
+        ):
+            with pytest.raises(ValueError, match=message):
+                call()
+
+
+@pytest.mark.parametrize("bad", [3, 10, -2])
+def test_a_class_that_the_classifier_lacks_gives_nan_under_jit(bad: int, noisy) -> None:
+    """All other rows keep their bits."""
+    z, logsnr, labels = noisy
+    wrong = labels.at[5].set(bad)
+    others = np.arange(64) != 5
+
+    @jax.jit
+    def everything(labels):
+        rule = shift_mean(ancestral(0.3), exact_classifier, labels, 2.0)
+        gradient = class_gradient(exact_classifier, z, logsnr, labels)
+        eps = classifier_guidance(unconditional, exact_classifier, 2.0)(z, logsnr, labels)
+        return gradient, eps, rule(z, z, logsnr, logsnr + 1.0)[0]
+
+    for given, expected in zip(everything(wrong), everything(labels), strict=True):
+        assert np.all(np.isnan(given[5])) and np.all(np.isfinite(expected))
+        np.testing.assert_array_equal(given[others], expected[others])
+
+
+def test_an_image_of_a_class_that_the_classifier_lacks_is_nan() -> None:
+    """The unconditional model is guided as the docstring recommends, and the label is one that data of 1 to K have."""
+    guided = classifier_guidance(unconditional, exact_classifier, 2.0)
+    draw = jax.jit(lambda labels: guided_sample(jax.random.key(0), guided, labels, (2,), num_steps=4))
+    images = draw(jnp.array([0, 3, -1]))
+    np.testing.assert_array_equal(np.isnan(images).all(axis=1), [False, True, False])
+    np.testing.assert_array_equal(images[::2], draw(jnp.array([0, 1, -1]))[::2])
+
+
+def test_no_class_has_no_gradient(noisy) -> None:
+    z, logsnr, labels = noisy
+    for gradient in (class_gradient, jax.jit(class_gradient, static_argnums=0)):
+        given = gradient(exact_classifier, z, logsnr, labels.at[5].set(NULL_LABEL))
+        assert np.all(given[5] == 0.0)
+        np.testing.assert_array_equal(np.delete(given, 5, 0), np.delete(gradient(exact_classifier, *noisy), 5, 0))
+
+
+@pytest.mark.parametrize(
+    ("labels", "returned", "message"),
+    [
+        (jnp.zeros(64), lambda z: z, r"labels have dtype float32 and shape \(64,\).*give int32 of shape \(64,\)"),
+        (jnp.zeros(64, bool), lambda z: z, "labels have dtype bool"),
+        (jnp.zeros((64, 1), jnp.int32), lambda z: z, r"labels have dtype int32 and shape \(64, 1\)"),
+        (jnp.zeros(64, jnp.int32), lambda z: (z, z), r"classifier_fn returned a tuple; .*logits \[B, K\].*\(64, K\)"),
+        (jnp.zeros(64, jnp.int32), lambda z: {"logits": z}, "classifier_fn returned a dict"),
+        (jnp.zeros(64, jnp.int32), lambda z: z[:, 0], r"classifier_fn returned shape \(64,\).*\(64, K\)"),
+        (jnp.zeros(64, jnp.int32), lambda z: z[:8], r"classifier_fn returned shape \(8, 2\).*\(64, K\)"),
+    ],
+)
+def test_labels_and_logits_of_another_kind_are_refused(labels: Array, returned, message: str, noisy) -> None:
+    z, logsnr, _ = noisy
+    with jaxtyping_off(), pytest.raises(ValueError, match=message):
+        class_gradient(lambda z, logsnr: returned(z), z, logsnr, labels)
 
 
 # ADM's two algorithms.

@@ -1,6 +1,7 @@
 """Algorithm 1 against closed forms: perfect, zero and Bayes-optimal predictors of Gaussian data."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from mixtures import gaussian_eps
+from recursion import jaxtyping_off
 from scipy.integrate import quad
 
 from cfd.guidance import NULL_LABEL
@@ -201,8 +203,33 @@ def test_float32_under_x64():
     assert loss.dtype == jnp.float32
 
 
+def test_the_implementation_of_a_key_does_not_matter():
+    losses = {
+        float(eps_loss(key, lambda z, *_: 0.3 * z, column(0.5), LABELS, p_uncond=0.5))
+        for impl in ("threefry2x32", "rbg", "unsafe_rbg")
+        for key in (jax.random.key(15, impl=impl), jax.random.key_data(jax.random.key(15, impl=impl)))
+    }
+    assert len(losses) == 1
+
+
+@pytest.mark.parametrize("returned", [lambda z: (z, z), lambda z: {"sample": z}, lambda z: None, lambda z: 1j * z])
+def test_an_output_that_is_not_the_noise_is_refused(returned):
+    with pytest.raises(ValueError, match=r"eps_fn returned .*must return the noise of z, one .*\(20000, 1\)"):
+        eps_loss(jax.random.key(0), lambda z, *_: returned(z), column(0.0), LABELS)
+
+
 def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match=r"eps_fn returned shape \(20000,\).*\(20000, 1\)"):
         eps_loss(jax.random.key(0), lambda z, *_: z[:, 0], column(0.0), LABELS)
     with pytest.raises(ValueError, match="p_uncond is 2"):
         eps_loss(jax.random.key(0), lambda z, *_: z, column(0.0), LABELS, p_uncond=2.0)
+    valid: dict[str, Any] = {"key": jax.random.key(0), "eps_fn": lambda z, *_: z, "x": column(0.0), "labels": LABELS}
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"p_uncond": np.float32(2.0)}, "p_uncond is 2.0"),
+        ({"logsnr_min": np.float32(20), "logsnr_max": jnp.float32(-20)}, "logsnr_min is 20.0 and logsnr_max -20.0"),
+        ({"x": jnp.zeros((N, 1), jnp.uint8)}, r"x has dtype uint8.*x / 127\.5 - 1"),
+        ({"x": column(0.0)[:1]}, r"x has shape \(1, 1\) for labels of shape \(20000,\)"),
+    ]
+    for arguments, message in cases:
+        with jaxtyping_off(), pytest.raises(ValueError, match=message):
+            eps_loss(**valid | arguments)

@@ -1,12 +1,16 @@
 """The process in float32 against mpmath and Bayes' rule, at every noise level from λ = −20 to 20."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import mpmath as mp
 import numpy as np
 import pytest
+from recursion import jaxtyping_off
 
-from cfd.process import alpha_sigma, cosine_logsnr, diffuse, eps_from_x, posterior, x_from_eps
+from cfd.process import alpha_sigma, check_ends, cosine_logsnr, diffuse, eps_from_x, posterior, x_from_eps
+from cfd.steps import ancestral
 
 LOGSNRS = np.linspace(-20.0, 20.0, 81, dtype=np.float32)
 PAIRS = [(-20.0, -19.9), (-20.0, 20.0), (-3.0, -1.0), (0.0, 0.01), (0.0, 20.0), (5.0, 6.0), (19.9, 20.0)]
@@ -184,3 +188,69 @@ def test_one_logsnr_for_all_rows_or_one_per_row(shape):
     one = everything(z, x, lo[1], hi[1])
     for a, b in zip(together, one, strict=True):
         np.testing.assert_allclose(b[1], a[1], rtol=1e-6, atol=1e-7)
+
+
+# Numbers that are not Python's
+
+TYPES = [float, np.float32, np.float64, np.asarray, jnp.float32, lambda x: jnp.asarray([x, 0.5])]
+X = jnp.ones((2, 3))
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_noise_levels_that_are_no_number_are_refused_in_any_type(kind):
+    nan = kind(math.nan)
+    with jaxtyping_off():
+        for call in (
+            lambda: alpha_sigma(nan),
+            lambda: diffuse(X, X, nan),
+            lambda: x_from_eps(X, X, nan),
+            lambda: eps_from_x(X, X, nan),
+            lambda: posterior(X, X, nan, 3.0, 0.3),
+            lambda: posterior(X, X, -3.0, nan, 0.3),
+        ):
+            with pytest.raises(ValueError, match=r"logsnr(_next)? is nan"):
+                call()
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_steps_towards_noise_and_v_outside_0_to_1_are_refused_in_any_type(kind):
+    with jaxtyping_off():
+        with pytest.raises(ValueError, match=r"logsnr is .*logsnr_next.*give logsnr_next >= logsnr"):
+            posterior(X, X, kind(3.0), kind(-3.0), 0.3)
+        for v in (-0.1, 1.5, math.nan):
+            for call in (lambda v=v: posterior(X, X, -3.0, 3.0, kind(v)), lambda v=v: ancestral(kind(v))):
+                with pytest.raises(ValueError, match=rf"v is {str(v)[:3]}.*in \[0, 1\]"):
+                    call()
+
+
+@pytest.mark.parametrize("kind", TYPES[:-1])
+def test_schedules_that_run_backwards_are_refused_in_any_type(kind):
+    with jaxtyping_off():
+        for lo, hi in (
+            (20.0, -20.0),
+            (5.0, 5.0),
+            (-math.inf, 20.0),
+            (-20.0, 90.0),
+            (math.nan, 20.0),
+            (-20.0, math.nan),
+        ):
+            with pytest.raises(ValueError, match=r"logsnr_m(in|ax).*in \[-80, 80\]"):
+                cosine_logsnr(0.5, kind(lo), kind(hi))
+        for u in (-0.1, 1.5, math.nan):
+            with pytest.raises(ValueError, match=rf"u is {str(u)[:3]}.*in \[0, 1\]"):
+                cosine_logsnr(kind(u))
+    with pytest.raises(ValueError, match="logsnr_min is True"):
+        check_ends(True, 20.0)
+
+
+@pytest.mark.parametrize("kind", TYPES[:-1])
+def test_numbers_of_any_type_mean_the_same(kind):
+    expected = jnp.stack([*posterior(X, X, -1.0, 1.5, 0.25)[:1], diffuse(X, X, 1.5)])
+    given = jnp.stack([*posterior(X, X, kind(-1.0), kind(1.5), kind(0.25))[:1], diffuse(X, X, kind(1.5))])
+    np.testing.assert_array_equal(given, expected)
+    np.testing.assert_array_equal(cosine_logsnr(kind(0.25), kind(-8.0), kind(9.0)), cosine_logsnr(0.25, -8.0, 9.0))
+
+
+def test_traced_noise_levels_are_not_checked():
+    assert np.all(np.isnan(jax.jit(lambda logsnr: diffuse(X, X, logsnr))(math.nan)))
+    assert np.all(np.isnan(jax.jit(lambda a, b: posterior(X, X, a, b, 0.3)[1])(3.0, -3.0)))

@@ -233,10 +233,18 @@ def test_a_python_0_costs_one_evaluation_per_step():
 
 @pytest.mark.parametrize(
     ("w", "doubled", "batches"),
-    [(0, True, [8]), (0.0, False, [8]), (0.5, False, [8, 8]), (-1, False, [8, 8]), (0.5, True, [16])],
+    [
+        (0, True, [8]),
+        (0.0, False, [8]),
+        (np.float32(0), True, [8]),
+        (jnp.zeros(()), False, [8]),
+        (0.5, False, [8, 8]),
+        (-1, False, [8, 8]),
+        (0.5, True, [16]),
+    ],
 )
 def test_evaluations_in_the_loop(w, doubled, batches):
-    """Guidance evaluates two batches of B, or one of 2B if doubled."""
+    """Guidance evaluates two batches of B, or one of 2B if doubled; a concrete 0 of any type, one of B."""
     seen = []
 
     def eps_fn(z, logsnr, labels):
@@ -299,6 +307,26 @@ def test_an_image_depends_on_its_key_and_not_on_its_batch():
 def test_raw_keys_are_keys():
     for keys in (KEY, image_keys(8)):
         np.testing.assert_array_equal(sample(jax.random.key_data(keys), LABELS, 0.5), sample(keys, LABELS, 0.5))
+
+
+@pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
+def test_a_seed_gives_the_same_images_whatever_the_implementation_of_its_key(impl):
+    expected = sample(KEY, LABELS, 0.5)
+    with jax.default_prng_impl(impl):
+        for key in (jax.random.key(20), jax.random.PRNGKey(20), jax.random.key_data(KEY)):
+            np.testing.assert_array_equal(sample(key, LABELS, 0.5), expected)
+
+
+@pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
+def test_an_image_of_any_implementation_depends_on_its_key_and_not_on_its_row(impl):
+    key, order = jax.random.key(20, impl=impl), np.array([5, 2, 7, 0, 1, 6, 3, 4])
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(8))
+    together = np.asarray(sample(keys, LABELS, 0.5))
+    assert len(np.unique(together[:, 0])) == 8
+    if impl == "rbg":
+        np.testing.assert_array_equal(together, sample(image_keys(8), LABELS, 0.5))
+    for given in (keys, jax.random.key_data(keys)):
+        np.testing.assert_array_equal(sample(given[order], LABELS[order], 0.5), together[order])
 
 
 def test_labels_may_be_embeddings():

@@ -24,8 +24,8 @@ from recursion import (
     sampler_of,
 )
 
-from cfd.guidance import Interval, shift_mean
-from cfd.sampling import SecondOrder, ancestral, ddim, dpm_solver, guided_sample
+from cfd.guidance import Interval, classifier_guidance, shift_mean
+from cfd.sampling import SecondOrder, ancestral, ddim, dpm_solver, guided_sample, schedule
 
 # Transformations
 
@@ -43,6 +43,12 @@ def test_the_sampler_is_one_loop():
     for w in (0.0, 1.0, Interval(1.0, -3.0, 3.0)):
         closed = jax.make_jaxpr(lambda key, w=w: guided_sample(key, network, LABELS, (3,), w=w, num_steps=64))(KEY)
         assert loops(closed.jaxpr) == ["scan"]
+
+
+def test_the_program_does_not_read_labels_that_the_network_ignores():
+    embeddings = jnp.ones((8, 50))
+    closed = jax.make_jaxpr(lambda key, text: guided_sample(key, lambda z, *_: 0.5 * z, text, (3,)))(KEY, embeddings)
+    assert not any(operand is closed.jaxpr.invars[1] for eqn in closed.jaxpr.eqns for operand in eqn.invars)
 
 
 def test_vmap_over_keys():
@@ -139,7 +145,17 @@ def test_a_bfloat16_network_gives_float32_images():
         ({"logsnr_min": 20.0, "logsnr_max": -20.0}, "logsnr_min is 20.0 and logsnr_max -20.0"),
         ({"logsnr_min": -math.inf}, r"logsnr_min is -inf.*in \[-80, 80\]"),
         ({"logsnr_max": 90.0}, r"logsnr_max 90.0.*in \[-80, 80\]"),
+        ({"num_steps": np.float32(4)}, "num_steps is 4.0.*give an integer"),
+        ({"num_steps": np.int64(0)}, "num_steps is 0"),
+        ({"num_steps": True}, "num_steps is True"),
+        ({"logsnr_min": np.float32(20), "logsnr_max": np.float32(-20)}, "logsnr_min is 20.0 and logsnr_max -20.0"),
+        ({"logsnr_min": jnp.float32(math.nan)}, "logsnr_min is nan"),
         ({"w": math.nan}, "w is nan.*finite"),
+        ({"w": np.float32(math.nan)}, "w is nan.*finite"),
+        ({"w": jnp.full(8, math.inf)}, "w is inf at index 0.*finite"),
+        ({"w": [0.0] * 7 + [math.nan]}, "w is nan at index 7.*finite"),
+        ({"w": True}, "w is True.*finite"),
+        ({"w": "1"}, "w is '1'.*finite"),
         ({"w": Interval(1.0, 3.0, -3.0)}, r"logsnr_lo=3.0.*give logsnr_lo <= logsnr_hi"),
         ({"w": jnp.ones(3)}, r"w has shape \(3,\).*\(8,\)"),
         ({"w": jnp.ones((8, 1))}, r"w has shape \(8, 1\)"),
@@ -159,6 +175,10 @@ def test_a_bfloat16_network_gives_float32_images():
         ({"labels": jnp.zeros((8, 4))}, r"null has shape \(\).*one label, \(4,\)"),
         ({"labels": LABELS.astype(jnp.uint8)}, "null is -1, which labels of dtype uint8 cannot represent.*int32"),
         ({"eps_fn": lambda z, *_: z[:, :1]}, r"eps_fn returned shape \(8, 1\).*\(8, 3\)"),
+        ({"eps_fn": lambda z, *_: (z, z)}, r"eps_fn returned a tuple.*the noise of z.*\(8, 3\)"),
+        ({"eps_fn": lambda z, *_: {"sample": z}}, "eps_fn returned a dict.*the noise of z"),
+        ({"eps_fn": lambda z, *_: z.astype(jnp.int32)}, "eps_fn returned dtype int32.*float32"),
+        ({"key": np.int64(7)}, r"key is .*7.*jax\.random\.key\(7\)"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message):
@@ -171,6 +191,86 @@ def test_bad_arguments_are_refused(arguments, message):
 def test_v_outside_0_to_1_is_refused(v):
     with pytest.raises(ValueError, match=rf"v is {v}.*\[0, 1\]"):
         ancestral(v)
+
+
+def test_numbers_of_any_type_mean_the_same():
+    def draw(**settings):
+        return jax.jit(lambda key: guided_sample(key, network, LABELS, (3,), **settings))(KEY)
+
+    expected = draw(w=0.5, num_steps=3, logsnr_min=-9.0, logsnr_max=11.0)
+    given = draw(w=np.float16(0.5), num_steps=np.int64(3), logsnr_min=np.float32(-9), logsnr_max=11)
+    np.testing.assert_array_equal(given, expected)
+
+
+# Intervals that no step falls into, and noise levels that the network does not know
+
+
+def shape_of(transform, **arguments):
+    """Traces the sampler inside a transformation, with arguments that stay concrete."""
+    arguments = {"w": 1.0, "num_steps": 4, "eps_fn": network} | arguments
+    draw = lambda keys, labels: guided_sample(keys, labels=labels, shape=(3,), **arguments)  # noqa: E731
+    return jax.eval_shape(transform(draw), image_keys(8), LABELS)
+
+
+def sharded(draw):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    return jax.jit(jax.shard_map(draw, mesh=mesh, in_specs=P("data"), out_specs=P("data")))
+
+
+TRANSFORMS = {"none": lambda draw: draw, "jit": jax.jit, "shard_map": sharded}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS.keys())
+def test_an_interval_between_two_steps_is_refused(transform):
+    """The four steps are at λ = −20, −1.0985, 1.0985 and 20."""
+    for lo, hi, nearest in (
+        (-1.0, 1.0, r"-1\.098"),
+        (np.float32(-0.5), jnp.float32(1.0), r"1\.098"),
+        (3.0, 15.0, r"1\.098"),
+        (21.0, math.inf, "20:"),
+    ):
+        with pytest.raises(ValueError, match=rf"none of the 4 steps falls into the interval.*λ = {nearest}"):
+            shape_of(transform, w=Interval(4.0, lo, hi))
+        assert shape_of(transform, w=Interval(4.0, lo, hi), num_steps=64 if lo < 20 else 4, logsnr_max=23.0)
+
+
+@pytest.mark.parametrize("ends", [(-20.0, 20.0), (-6.0, 4.0), (10.0, 20.0), (-80.0, 80.0)])
+@pytest.mark.parametrize("num_steps", [1, 2, 7])
+def test_an_interval_of_one_step_is_accepted(num_steps, ends):
+    for logsnr in schedule(num_steps, *ends):
+        w = Interval(4.0, logsnr, logsnr)
+        shape_of(jax.jit, w=w, num_steps=num_steps, logsnr_min=ends[0], logsnr_max=ends[1])
+
+
+def trained_network(z, logsnr, labels):
+    return network(z, logsnr, labels)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS.keys())
+def test_a_network_is_not_asked_outside_the_noise_levels_of_its_training(transform):
+    """The remedies that the message names work: both ends, also in float32."""
+    trained_network.logsnr_range = (-10.12, 9.21)  # pyright: ignore[reportFunctionMemberAccess]
+    partial = jax.tree_util.Partial(trained_network)
+    for eps_fn in (trained_network, partial, classifier_guidance(partial, lambda z, logsnr: z, 1.0)):
+        for ends in (
+            {},
+            {"logsnr_min": np.float32(-10.12)},
+            {"logsnr_max": 9.21},
+            {"logsnr_min": -9, "logsnr_max": 12},
+        ):
+            with pytest.raises(ValueError, match=r"trained on λ in \[-10\.12, 9\.21\]: give logsnr_min=-10\.12 and"):
+                shape_of(transform, eps_fn=eps_fn, **ends)
+        for kind in (float, np.float32, jnp.float32):
+            shape_of(transform, eps_fn=eps_fn, logsnr_min=kind(-10.12), logsnr_max=kind(9.21))
+        shape_of(transform, eps_fn=eps_fn, logsnr_min=-3.0, logsnr_max=3.0)
+
+
+def test_a_loaded_model_is_asked_inside_jit_too():
+    """Its Partial is an argument of the jitted function."""
+    trained_network.logsnr_range = (-10.0, 9.0)  # pyright: ignore[reportFunctionMemberAccess]
+    draw = jax.jit(lambda eps_fn, **ends: guided_sample(KEY, eps_fn, LABELS, (3,), num_steps=2, **ends))
+    with pytest.raises(ValueError, match=r"trained on λ in \[-10\.0, 9\.0\]"):
+        draw(jax.tree_util.Partial(trained_network))
 
 
 def test_the_import_is_light():

@@ -1,0 +1,132 @@
+"""Arguments as callers give them: numbers that are known before a program runs are checked, and keys get one meaning.
+
+A traced number is unknown until the program runs. It is never checked, so these functions work under `jit`, `vmap`,
+`grad` and `shard_map` and add nothing to the program.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.core import Tracer
+from jaxtyping import Bool, Float, Int, Key, UInt32
+
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+
+def concrete(value: Any) -> np.ndarray | None:
+    """The value as a NumPy array. None for a function, and for arrays that this process cannot read.
+
+    Such arrays are those that are traced, and those that are divided among several processes.
+    """
+
+    def unknown(leaf: Any) -> bool:
+        if isinstance(leaf, Tracer) or callable(leaf):
+            return True
+        return isinstance(leaf, Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated)
+
+    if any(map(unknown, jax.tree.leaves(value))):
+        return None
+    return np.asarray(jax.device_get(value))  # an explicit transfer, which `jax.transfer_guard("disallow")` permits
+
+
+def check_numbers(name: str, value: Any, holds: Callable[[np.ndarray], Any], remedy: str) -> np.ndarray | None:
+    """The concrete numbers of `value` in float64, or None if it has none, as `concrete` says.
+
+    Raises ValueError if they are not real numbers (bool is not), or if `holds` is false for one of them.
+    """
+    given = concrete(value)
+    if given is None:
+        return None
+    if given.dtype == bool or not any(jnp.issubdtype(given.dtype, kind) for kind in (jnp.integer, jnp.floating)):
+        raise ValueError(f"{name} is {value!r}; {remedy}")
+    numbers = given.astype(np.float64)
+    if not np.all(fits := np.asarray(holds(numbers))):
+        index = np.argwhere(~fits)[0].tolist()
+        place = f" at index {', '.join(map(str, index))}" if index else ""
+        raise ValueError(f"{name} is {given[tuple(index)]}{place}; {remedy}")
+    return numbers
+
+
+def is_zero(value: Any) -> bool:
+    """Whether a value is one concrete number, 0, of any type."""
+    number = concrete(value)
+    return number is not None and number.shape == () and bool(number == 0)
+
+
+def check_returned(function: str, value: Any, shape: tuple[int | None, ...], meaning: str) -> None:
+    """Raises ValueError unless `value`, which the caller's `function` returned, is one floating array of `shape`.
+
+    None in `shape` stands for any length.
+    """
+    given = f"a {type(value).__name__}"
+    if isinstance(value, Array | np.ndarray):
+        same = len(value.shape) == len(shape) and all(b in (None, a) for a, b in zip(value.shape, shape, strict=True))
+        if same and jnp.issubdtype(value.dtype, jnp.floating):
+            return
+        given = f"dtype {value.dtype}" if same else f"shape {value.shape}"
+    expected = str(shape).replace("None", "K")
+    raise ValueError(f"{function} returned {given}; it must return {meaning}, one float32 array of shape {expected}")
+
+
+def check_data(x: Array, labels_shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless x holds floating numbers, and one example for each label, of which there are [B]."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x has dtype {x.dtype}; data lie in [-1, 1]: give float32, of uint8 images x / 127.5 - 1")
+    if x.shape[:1] != labels_shape:
+        raise ValueError(f"x has shape {x.shape} for labels of shape {labels_shape}; give one label per example, [B]")
+
+
+def known_labels(labels: Int[Array, "b"], logits: Float[Array, "b k"], lowest: int) -> Bool[Array, "b"]:
+    """Which labels are lowest, lowest + 1, ..., K − 1. The caller makes the rows of all others NaN.
+
+    Raises ValueError if a concrete label is another one, or if labels are not integers [B].
+    """
+    batch, num_classes = logits.shape
+    if labels.shape != (batch,) or not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(
+            f"labels have dtype {labels.dtype} and shape {labels.shape}; a label is the number of a class: give int32 "
+            f"of shape ({batch},)"
+        )
+    classes = f"0 to {num_classes - 1}" + (f", or {lowest} for no class" if lowest < 0 else "")
+    check_numbers(
+        "label",
+        labels,
+        lambda x: (x >= lowest) & (x < num_classes),
+        f"the classifier has K = {num_classes} classes: give labels of {classes}",
+    )
+    labels = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))
+    return (labels >= lowest) & (labels < num_classes)
+
+
+def threefry(key: Key[Array, "*b"] | UInt32[Array, "*b 2"] | UInt32[Array, "*b 4"]) -> Key[Array, "*b"]:
+    """The threefry keys of the same seeds, so that what a seed draws does not depend on `jax_default_prng_impl`.
+
+    Under `vmap`, a key of "rbg" or "unsafe_rbg" draws numbers that depend on the row. The first two words of its data
+    are the threefry key of the same seed. For "rbg", this also holds after `fold_in` and `split`.
+
+    Raises ValueError for other implementations, for what is no key, and if `jax_threefry_partitionable` is off, because
+    every seed then has another meaning.
+    """
+    dtype, shape = getattr(key, "dtype", None), np.shape(key)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not typed and (dtype != np.uint32 or shape[-1:] not in ((2,), (4,))):
+        number = isinstance(key, int | np.integer)
+        raise ValueError(f"key is {key!r}; give a PRNG key, such as jax.random.key({key if number else 0})")
+    if not getattr(jax.config, "jax_threefry_partitionable", True):
+        raise ValueError(
+            "jax_threefry_partitionable is False, with which a seed draws other numbers: call "
+            'jax.config.update("jax_threefry_partitionable", True), JAX\'s default'
+        )
+    if typed and jax.random.key_impl(key) == "threefry2x32":
+        return key
+    if typed and jax.random.key_impl(key) not in ("rbg", "unsafe_rbg"):
+        raise ValueError(
+            f"key is of the implementation {jax.random.key_impl(key)}; give one of threefry: "
+            'jax.random.key(seed, impl="threefry2x32")'
+        )
+    data = jax.random.key_data(key) if typed else jnp.asarray(key)
+    return jax.random.wrap_key_data(data[..., :2], impl="threefry2x32")
