@@ -1,29 +1,47 @@
 """A trained model from a run's folder: the one place where networks meet checkpoints."""
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from absl import logging
 from flax.traverse_util import unflatten_dict
 from jax import Array
-from jax.core import Tracer
 from jax.sharding import Sharding, SingleDeviceSharding
 from jaxtyping import Float, Int
 
+from cfd.arguments import check_numbers
 from cfd.errors import UserError
 from cfd.guidance import without_null
 from cfd.networks.classifier import Classifier, ClassifierFn
-from cfd.networks.unet import UNet
-from cfd.runs.checkpoint import CheckpointError, read_verified
-from cfd.runs.workdir import CHECKPOINTS, abbreviate, config_differences, flatten, read_config
+from cfd.networks.unet import UNet, check_labels
+from cfd.runs.access import check_run_path
+from cfd.runs.checkpoint import CheckpointError
+from cfd.runs.digest import recorded_hash, weights_hash
+from cfd.runs.reading import find, is_gone, read_verified, steps_of
+from cfd.runs.workdir import CHECKPOINTS, SNAPSHOTS, abbreviate, config_differences, flatten, read_config
+from cfd.steps import SecondOrder, StepRule, ancestral, ddim, dpm_solver
+
+STEP_RULES: dict[str, Callable[[Any], StepRule | SecondOrder]] = {
+    "ancestral": ancestral,
+    "ddim": lambda v: ddim(),
+    "dpm_solver": lambda v: dpm_solver(),
+}
+"""The step rules that sample.sampler names, as functions of sample.v."""
 
 
 class Loaded(NamedTuple):
-    """A trained model, ready to sample from."""
+    """A trained model, ready to sample from: `guided_sample(..., **run.process, **run.sampling)`.
+
+    `process` has the ends of the λ range that the model was trained on, as `logsnr_min` and `logsnr_max`. `sampling`
+    has `num_steps`, `sampler` and `clip` as the run's config says. It lacks those that the config lacks, and is empty
+    for an imported model; `guided_sample` then uses its own defaults. `data_identity` is that of the images of its
+    training, as `cfd.data.dataset.Dataset` defines it, or "" if it is not recorded.
+    """
 
     eps_fn: Callable[[Float[Array, "b h w c"], Float[Array, "b"], Int[Array, "b"]], Float[Array, "b h w c"]]
     params: Any
@@ -32,75 +50,106 @@ class Loaded(NamedTuple):
     class_names: tuple[str, ...]
     config: dict[str, Any]
     step: int
+    process: dict[str, float]
+    sampling: dict[str, Any]
+    weights_hash: str
+    data_identity: str = ""
 
 
-def load(workdir: str | os.PathLike[str], step: int | None = None, *, sharding: Sharding | None = None) -> Loaded:
+def load(
+    workdir: str | os.PathLike[str], step: int | None = None, *, sharding: Sharding | None = None, fast: bool = True
+) -> Loaded:
     """The model in a run's folder, with the EMA weights of its newest undamaged step, or of `step`.
 
-    `eps_fn(z, logsnr, labels)` is a `jax.tree_util.Partial`. It can be an argument of a jitted function, and its
-    weights are then arguments too. It raises ValueError for labels that are not below the number of classes, and for
-    the null label ∅ if the model never saw it in training (p_uncond = 0). Under `jit` it cannot raise, and the rows of
-    ∅ are NaN instead.
+    `eps_fn(z, logsnr, labels)` is a `jax.tree_util.Partial`. Pass it to a jitted function as an argument: its weights
+    are then arguments too. The program of a function that closes over it contains them as constants.
+
+    `eps_fn` raises ValueError for a λ outside the range of `process`, for a label that is not below the number of
+    classes, and for the null label ∅ if the model never saw it in training (p_uncond = 0). Under `jit`, it cannot
+    raise, and such a row is NaN instead. With `fast=False`, `jax.jvp` and `jax.jacfwd` differentiate it; see `UNet`.
 
     The weights are on one device unless `sharding` says otherwise. With several processes, every one must call this.
     Raises ValueError if there is no run or no such step, and CheckpointError if the checkpoints are damaged.
     """
-    params, config_json, step = load_ema(workdir, "diffusion", step, sharding=sharding)
+    ema = load_ema(workdir, "diffusion", step, sharding=sharding)
+    params, config_json = ema.params, ema.config_json
     config = config_json["config"]
     num_classes = config["model"]["num_classes"]
-    net = UNet(**_network_fields(config["model"]))
-    channels = config["data"]["channels"]
+    size, channels = config["data"]["image_size"], config["data"]["channels"]
+    net = UNet(image_size=size, fast=fast, **_network_fields(config["model"]))
+    process = config.get("process", {})
     always_labelled = num_classes > 0 and config["train"]["p_uncond"] == 0
 
     def eps_fn(params: Any, z: Array, logsnr: Array, labels: Array) -> Array:
-        if not isinstance(labels, Tracer) and np.max(np.asarray(labels), initial=-1) >= num_classes:
-            raise UserError(
-                f"label {np.max(np.asarray(labels))} is not below the number of classes, {num_classes}; -1 is no class"
-            )
+        trained = check_labels(labels, num_classes) & _in_range(logsnr, process)
 
         def eps(z: Array, logsnr: Array, labels: Array) -> Array:
             outputs: Any = net.apply({"params": params}, z, logsnr, labels)
             return outputs[..., :channels]  # the outputs after these are a learned variance, kept at import
 
-        return (without_null(eps) if always_labelled else eps)(z, logsnr, labels)
+        return _nan_unless(trained, (without_null(eps) if always_labelled else eps)(z, logsnr, labels))
 
-    size = config["data"]["image_size"]
     return Loaded(
-        eps_fn=jax.tree_util.Partial(eps_fn, params),
+        eps_fn=_bound(eps_fn, params, process),
         params=params,
         image_shape=(size, size, channels),
         num_classes=num_classes,
         class_names=tuple(config_json["class_names"]),
         config=config,
-        step=step,
+        step=ema.step,
+        process=process,
+        sampling=_sampling(config.get("sample", {})),
+        weights_hash=ema.weights_hash,
+        data_identity=ema.data_identity,
     )
 
 
-def load_classifier(workdir: str | os.PathLike[str], step: int | None = None) -> ClassifierFn:
+def load_classifier(workdir: str | os.PathLike[str], step: int | None = None, *, fast: bool = True) -> ClassifierFn:
     """The classifier in the folder of a run of kind "classifier": (z [B, H, W, C], logsnr [B]) -> logits [B, K].
 
+    It treats a λ outside the range that it was trained on as `load` says, and `fast` is as in `load`.
     Its weights are the EMA weights of the newest undamaged step, or of `step`. Raises ValueError if the folder holds
     another kind of run, and CheckpointError if its checkpoints are damaged.
     """
-    params, config_json, _ = load_ema(workdir, "classifier", step)
-    net = Classifier(**_network_fields(config_json["config"]["classifier"]))
+    params, config_json, *_ = load_ema(workdir, "classifier", step)
+    config = config_json["config"]
+    net = Classifier(image_size=config["data"]["image_size"], fast=fast, **_network_fields(config["classifier"]))
+    process = config.get("process", {})
 
     def classifier_fn(params: Any, z: Array, logsnr: Array) -> Array:
-        return net.apply({"params": params}, z, logsnr)  # pyright: ignore[reportReturnType]
+        trained = _in_range(logsnr, process)
+        logits: Any = net.apply({"params": params}, z, logsnr)
+        return _nan_unless(trained, logits)
 
-    return jax.tree_util.Partial(classifier_fn, params)
+    return _bound(classifier_fn, params, process)
+
+
+class Ema(NamedTuple):
+    """The EMA weights of a run, the content of its config.json, the step, and the SHA-256 of the weights.
+
+    `data_identity` is that of the images of its training, or "" if it is not recorded.
+    """
+
+    params: Any
+    config_json: dict[str, Any]
+    step: int
+    weights_hash: str
+    data_identity: str
 
 
 def load_ema(
     workdir: str | os.PathLike[str], kind: str, step: int | None = None, *, sharding: Sharding | None = None
-) -> tuple[Any, dict[str, Any], int]:
-    """(EMA weights, content of config.json, step) of a run whose "kind" is `kind`.
+) -> Ema:
+    """The EMA weights of a run whose "kind" is `kind`: of its newest checkpoint, or of `step`.
 
-    It reads only the EMA of a checkpoint, and changes nothing in the folder: a damaged newest step is skipped with a
-    warning. Raises CheckpointError if `step` is damaged, or if all steps are, and ValueError for a run of another kind,
-    for a step that does not exist, and for one that was written with another config.
+    `step` may also be a snapshot. It reads only the EMA, and changes nothing in the folder, which another job may be
+    training in: a damaged newest step is skipped with a warning, and one that is deleted meanwhile without. With
+    several processes, every one must call this. Raises CheckpointError if `step` is damaged, or if all checkpoints are,
+    and ValueError for a run of another kind, for a step that does not exist, and for one that was written with another
+    config.
     """
-    workdir = os.path.expanduser(workdir)
+    workdir = Path(os.path.expanduser(workdir)).absolute()
+    check_run_path(workdir)
     config_json = read_config(workdir)
     if config_json["kind"] != kind:
         opened_by = {"diffusion": "cfd.loading.load", "classifier": "cfd.loading.load_classifier"}
@@ -108,10 +157,6 @@ def load_ema(
             f"{workdir} holds a {config_json['kind']} run; a {kind} run was expected: give its "
             f"folder, or open this one with {opened_by.get(config_json['kind'], 'the program that wrote it')}"
         )
-    directory = Path(workdir).absolute() / CHECKPOINTS
-    steps = sorted(int(p.name) for p in directory.glob("*") if p.name.isdecimal())
-    if not steps or (step is not None and step not in steps):
-        raise UserError(f"{directory} has no step{'' if step is None else f' {step}'}; its steps are {steps}")
     sharding = sharding or SingleDeviceSharding(jax.local_devices()[0])
     # A newer version that resumes a run adds its new fields to config.json, and older checkpoints lack them.
     younger = flatten(config_json["config"])
@@ -120,7 +165,7 @@ def load_ema(
         if differences := config_differences(meta["config"], config_json, younger):
             raise UserError(
                 f"step {meta['step']} was not written with {workdir}/config.json: {abbreviate(differences)}. Restore "
-                f"the config.json of this run, from {directory}/{meta['step']}/meta or a backup"
+                f"the config.json of this run, from the folder meta of that step or a backup"
             )
         ema = {
             tuple(key.split("/")): jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -129,19 +174,65 @@ def load_ema(
         }
         return unflatten_dict(ema)
 
-    damaged = []
-    for candidate in reversed(steps) if step is None else [step]:
-        result = read_verified(directory, candidate, template)
+    damaged: dict[Path, str] = {}
+    while place := find(workdir, step, damaged):
+        result = read_verified(place, template)
         if not isinstance(result, str):
-            tree, _ = result
-            return tree["ema"], config_json, candidate
-        logging.warning("checkpoint of step %d in %s is damaged and skipped: %s", candidate, directory, result)
-        damaged.append(f"step {candidate}: {result}")
-    raise CheckpointError(
-        f"no undamaged checkpoint in {directory} ({'; '.join(damaged)}): restore the folder from a copy"
+            tree, meta = result
+            arrays = {key.removeprefix("ema/"): x for key, x in meta["arrays"].items() if key.startswith("ema/")}
+            sha256 = recorded_hash(arrays) or weights_hash(tree["ema"])
+            return Ema(tree["ema"], config_json, int(place.name), sha256, meta["data_state"].get("data", ""))
+        if not is_gone(place):
+            logging.warning("step %s in %s is damaged and skipped: %s", place.name, place.parent, result)
+            damaged[place] = result
+    if damaged:
+        reasons = "; ".join(f"step {place.name} in {place.parent.name}: {why}" for place, why in damaged.items())
+        wanted = "checkpoint" if step is None else f"step {step}"
+        raise CheckpointError(f"no undamaged {wanted} in {workdir} ({reasons}): restore the folder from a copy")
+    steps, snapshots = steps_of(workdir / CHECKPOINTS), steps_of(workdir / SNAPSHOTS)
+    raise UserError(
+        f"{workdir / CHECKPOINTS} has no step{'' if step is None else f' {step}'}; its steps are {steps}"
+        + (f", and the snapshots of the EMA are {snapshots}" if snapshots else "")
     )
 
 
 def _network_fields(fields: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a Flax module; JSON made lists of its tuples."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+
+
+def _bound(fun: Callable[..., Array], params: Any, process: dict[str, float]) -> jax.tree_util.Partial:
+    """`fun` with its parameters. It tells `guided_sample` the trained λ range in an attribute, `logsnr_range`."""
+    if process:
+        fun.logsnr_range = process["logsnr_min"], process["logsnr_max"]  # pyright: ignore[reportFunctionMemberAccess]
+    return jax.tree_util.Partial(fun, params)
+
+
+def _in_range(logsnr: Array, process: dict[str, float]) -> Array:
+    """Whether each λ is in the range of `process`, to 1e-3 of its width. Raises ValueError if a concrete one is not.
+
+    Without `process`, every λ is in range.
+    """
+    lo, hi = process.get("logsnr_min", -math.inf), process.get("logsnr_max", math.inf)
+    slack = 1e-3 * (hi - lo) if process else 0.0
+
+    def inside(x: Any) -> Any:
+        return (x >= lo - slack) & (x <= hi + slack)
+
+    trained = f"the network was trained on [{lo:g}, {hi:g}]: stay in this range, in guided_sample by **run.process"
+    check_numbers("logsnr", logsnr, inside, trained)
+    return inside(jnp.asarray(logsnr))
+
+
+def _nan_unless(known: Array, out: Array) -> Array:
+    """`out` [B, ...], with the rows NaN that are not known.
+
+    A NaN as λ would not do. XLA:CPU compiles the exponential in a network's time as if its argument were never NaN.
+    """
+    return jnp.where(known.reshape(-1, *[1] * (out.ndim - 1)), out, jnp.nan)
+
+
+def _sampling(sample: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `guided_sample` that a config's group `sample` means."""
+    found = {name: sample[name] for name in ("num_steps", "clip") if name in sample}
+    return found | ({"sampler": STEP_RULES[sample["sampler"]](sample["v"])} if "sampler" in sample else {})

@@ -1,4 +1,4 @@
-"""Group normalisation: its moments where there is no form for the platform, and its hand-written gradient."""
+"""Group normalisation with a hand-written gradient, and its moments on platforms that have no form of their own."""
 
 from functools import partial
 
@@ -7,8 +7,38 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from cfd.kernels import cpu
 from cfd.kernels.cpu import channel_means, group_means, materialize_on_cpu
 from cfd.kernels.gpu import materialize_on_gpu, means_in_two_stages
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def group_norm(
+    x: Float[Array, "b n c"],
+    gain: Float[Array, "b c"],
+    shift: Float[Array, "b c"],
+    num_groups: int,
+    epsilon: float,
+    silu: bool,
+) -> Float[Array, "b n c"]:
+    """The `group_norm` of `networks.layers` over n positions, with `gradient` as its gradient."""
+    return _forward(x, gain, shift, num_groups, epsilon, silu)[0]
+
+
+@partial(jax.jit, static_argnums=(3, 4, 5))
+def _forward(
+    x: Array, gain: Array, shift: Array, num_groups: int, epsilon: float, silu: bool
+) -> tuple[Array, tuple[Array, ...]]:
+    mean, variance = jax.lax.platform_dependent(
+        x, cpu=partial(cpu.moments, num_groups=num_groups), default=partial(moments, num_groups=num_groups)
+    )
+    rstd = jax.lax.rsqrt(variance + epsilon)
+    y = (x.astype(jnp.float32) - mean[:, None]) * (rstd * gain)[:, None] + shift[:, None]
+    if silu:
+        # A quotient instead of a product with the sigmoid: XLA:CPU recomputes a product for every copy that `upsample`
+        # makes of it.
+        y = y / (1.0 + jnp.exp(-y))
+    return y.astype(x.dtype), (x, mean, rstd, gain, shift)
 
 
 def moments(x: Float[Array, "b n c"], num_groups: int) -> tuple[Float[Array, "b c"], Float[Array, "b c"]]:
@@ -67,3 +97,6 @@ def gradient(
     slope = rstd * rstd * group_means(gain * along_x, num_groups)
     dx = g_in * (rstd * gain)[:, None] - constant[:, None] - centred * slope[:, None]
     return materialize_on_cpu((materialize_on_gpu(dx.astype(x.dtype)), x.shape[1] * along_x, x.shape[1] * along_one))
+
+
+group_norm.defvjp(_forward, lambda num_groups, epsilon, silu, residuals, g: gradient(num_groups, silu, residuals, g))

@@ -10,9 +10,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int, Key, UInt32
+from jax.typing import ArrayLike
+from jaxtyping import Float, Int, Key, Real, UInt32
 
-from cfd.networks.unet import ConditionEmbedding, Norm, blocks, encode
+from cfd.arguments import check_data, check_returned, known_labels, threefry
+from cfd.networks.unet import ConditionEmbedding, Norm, blocks, check_shapes, encode
 from cfd.process import cosine_logsnr, diffuse
 
 ClassifierFn = Callable[[Array, Array], Array]
@@ -22,31 +24,41 @@ ClassifierFn = Callable[[Array, Array], Array]
 class Classifier(nn.Module):
     """Logits of p(c | z) at noise level λ. The fields are those of `UNet`, with the same meaning.
 
-    The attention pooling learns one vector per position. Therefore a trained classifier accepts a single image size.
+    The attention pooling learns one vector per position. Therefore a classifier accepts images of `image_size` alone.
     """
 
+    image_size: int
     num_classes: int
-    base_channels: int
-    channel_mult: tuple[int, ...]
-    num_res_blocks: int
-    attention_resolutions: tuple[int, ...]
-    head_channels: int
-    num_heads: int
-    resblock_updown: bool
-    scale_shift_norm: bool
-    dropout: float
-    time: str
-    dtype: str
-    remat: bool
+    base_channels: int = 128
+    channel_mult: tuple[int | float, ...] = (1, 2, 2, 2)
+    num_res_blocks: int = 2
+    attention_resolutions: tuple[int, ...] = (16, 8)
+    head_channels: int = 64
+    num_heads: int = 0
+    resblock_updown: bool = True
+    scale_shift_norm: bool = True
+    dropout: float = 0.0
+    time: str = "cosine"
+    dtype: str = "float32"
+    remat: bool = False
+    fast: bool = True
 
     @nn.compact
-    def __call__(
-        self, z: Float[Array, "b h w c"], logsnr: Float[Array, "b"], train: bool = False
-    ) -> Float[Array, "b k"]:
-        """One float32 logit per class. `train` turns dropout on. Raises ValueError as `UNet` does."""
+    def __call__(self, z: Float[Array, "..."], logsnr: Float[Array, "..."], train: bool = False) -> Float[Array, "b k"]:
+        """One float32 logit per class, for z [B, H, W, C] and logsnr [B]. `train` turns dropout on.
+
+        Raises ValueError as `UNet` does, and for z of another size than `image_size`.
+        """
+        check_shapes(self, z, logsnr=logsnr)
+        if z.shape[1:3] != (self.image_size, self.image_size):
+            raise ValueError(
+                f"z is {z.shape[1]}x{z.shape[2]}, but this classifier takes {self.image_size}x{self.image_size} images "
+                "alone, because its attention pooling has a vector for each position: resize z, or train a classifier "
+                "at the size of z"
+            )
         emb = ConditionEmbedding(0, self.base_channels, self.time, name="embed")(logsnr, None)
         h, _ = encode(self, *blocks(self, emb.astype(self.dtype), train), z)
-        h = nn.silu(Norm(name="norm_out")(h.astype(jnp.float32)))
+        h = nn.silu(Norm(fast=self.fast, name="norm_out")(h.astype(jnp.float32)))
         return AttentionPool(self.num_classes, self.head_channels, self.num_heads, name="pool")(h)
 
 
@@ -66,25 +78,32 @@ class AttentionPool(nn.Module):
         init = nn.initializers.normal(channels**-0.5)
         x = x + self.param("position", init, (height * width + 1, channels), jnp.float32)[None]
         qkv = nn.Dense(3 * channels, name="qkv")(x).reshape(b, -1, 3, heads, channels // heads)
-        h = jax.nn.dot_product_attention(qkv[:, :1, 0], qkv[:, :, 1], qkv[:, :, 2])
+        h = jax.nn.dot_product_attention(qkv[:, :1, 0], qkv[:, :, 1], qkv[:, :, 2], implementation="xla")
         return nn.Dense(self.out_features, name="out")(h.reshape(b, channels))
 
 
 def classifier_loss(
-    key: Key[Array, ""] | UInt32[Array, "2"],
+    key: Key[Array, ""] | UInt32[Array, "2"] | UInt32[Array, "4"],
     classifier_fn: ClassifierFn,
     x: Float[Array, "b ..."],
     labels: Int[Array, "b"],
     *,
-    logsnr_min: float = -20.0,
-    logsnr_max: float = 20.0,
+    logsnr_min: Real[ArrayLike, ""] = -20.0,
+    logsnr_max: Real[ArrayLike, ""] = 20.0,
 ) -> Float[Array, ""]:
     """E[−log p(c | z_λ)]: the mean cross entropy over the batch, with λ sampled as in `eps_loss`.
 
-    x [B, ...] is data in [−1, 1], and `labels` [B] are its classes.
+    x [B, ...] is data in [−1, 1], and `labels` [B] are its classes. The key is as in `threefry`.
+
+    Raises ValueError as `cosine_logsnr` does, if x and labels do not agree, if a concrete label is no class, and if the
+    classifier does not return logits [B, K]. Under `jit`, labels are not known; the loss and its gradient then are NaN.
     """
-    key_u, key_eps = jax.random.split(key)
+    check_data(x, labels.shape)
+    key_u, key_eps = jax.random.split(threefry(key))
     logsnr = cosine_logsnr(jax.random.uniform(key_u, x.shape[:1], jnp.float32), logsnr_min, logsnr_max)
     z = diffuse(x, jax.random.normal(key_eps, x.shape, jnp.float32), logsnr)
-    log_p = jax.nn.log_softmax(classifier_fn(z, logsnr))
-    return -jnp.mean(jnp.take_along_axis(log_p, labels[:, None], axis=-1))
+    logits = classifier_fn(z, logsnr)
+    check_returned("classifier_fn", logits, (len(x), None), "logits [B, K]")
+    known = jnp.where(known_labels(labels, logits, lowest=0), 1.0, jnp.nan)
+    log_p = jax.nn.log_softmax(logits)
+    return -jnp.mean(known[:, None] * jnp.take_along_axis(log_p, labels[:, None], axis=-1, mode="clip"))

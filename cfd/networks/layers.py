@@ -1,9 +1,10 @@
 """The layers of the U-Net, each with its equation: convolution, bias, attention, group normalisation.
 
-A layer whose plain form is slow on some platform chooses its form in one line, `jax.lax.platform_dependent`; the forms
-are in `cfd.kernels`. They all compute the same function up to rounding. Functions that many layers call are jitted:
-JAX then traces each once per shape, which saves three tenths of the time to trace a training step. Several gradients
-are hand-written. Therefore only reverse mode works, and `jax.jvp` of the network is a TypeError.
+Every layer has a plain form, and with `fast` (the default) the forms of `cfd.kernels` for some platforms, among which
+`jax.lax.platform_dependent` chooses. They all compute the same function up to rounding. The fast forms have
+hand-written gradients, which JAX can use in reverse mode only: `jax.jvp`, `jax.jacfwd` and `jax.linearize` need
+`fast=False`. Functions that many layers call are jitted: JAX then traces each once per shape, which saves three tenths
+of the time to trace a training step.
 """
 
 from functools import partial
@@ -32,6 +33,7 @@ class Conv(nn.Module):
     size: int = 3
     stride: int = 1
     zero: bool = False
+    fast: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 k"]:
@@ -39,11 +41,17 @@ class Conv(nn.Module):
         window = (self.size, self.size) if self.size > 1 else ()
         kernel = self.param("kernel", init, (*window, x.shape[-1], self.channels), jnp.float32).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.channels,), jnp.float32)
-        x, kernel, bias = cpu.barrier_gradients(cast_varying(x.astype(self.dtype), kernel, bias))
+        x = x.astype(self.dtype)
+        if not self.fast:
+            y = convolve(x, kernel, self.stride, fast=False).astype(jnp.float32) + bias[None, None, None]
+            return y.astype(self.dtype)
+        x, kernel, bias = cpu.barrier_gradients(cast_varying(x, kernel, bias))
         return add_bias(convolve(x, kernel, self.stride), bias)
 
 
-def convolve(x: Float[Array, "b h w c"], kernel: Float[Array, "... c k"], stride: int) -> Float[Array, "b h2 w2 k"]:
+def convolve(
+    x: Float[Array, "b h w c"], kernel: Float[Array, "... c k"], stride: int, *, fast: bool = True
+) -> Float[Array, "b h2 w2 k"]:
     """y[i, j, k] = Σ_{u, v, c} x[s·i + u − 1, s·j + v − 1, c] · kernel[u, v, c, k], with stride s and padding 1.
 
     A kernel of shape [c, k] is 1x1, without padding and stride: y[i, j, k] = Σ_c x[i, j, c] · kernel[c, k].
@@ -55,7 +63,7 @@ def convolve(x: Float[Array, "b h w c"], kernel: Float[Array, "... c k"], stride
     plain = partial(
         jax.lax.conv_general_dilated, window_strides=strides, padding=padding, dimension_numbers=winograd.LAYOUT
     )
-    if stride > 1 or not winograd.pays(x, kernel):
+    if not fast or stride > 1 or not winograd.pays(x, kernel):
         return plain(x, kernel)
     return jax.lax.platform_dependent(x, kernel, cpu=winograd.convolve, default=plain)
 
@@ -69,18 +77,22 @@ def add_bias(x: Float[Array, "b h w c"], bias: Float[Array, "c"]) -> Float[Array
 add_bias.defvjp(lambda x, bias: (add_bias(x, bias), None), cpu.add_bias_gradient)
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="fast")
 def attention(
-    q: Float[Array, "b t n d"], k: Float[Array, "b s n d"], v: Float[Array, "b s n d"]
+    q: Float[Array, "b t n d"], k: Float[Array, "b s n d"], v: Float[Array, "b s n d"], *, fast: bool = True
 ) -> Float[Array, "b t n d"]:
     """softmax(q kᵀ / √d) v for each of n heads: Vaswani et al. (arXiv:1706.03762), Eq. 1. The softmax is float32."""
     plain = partial(jax.nn.dot_product_attention, implementation="xla")
+    if not fast:
+        return plain(*(x.astype(jnp.float32) for x in (q, k, v))).astype(q.dtype)
     cudnn = {"cuda": gpu.attention} if gpu.cudnn_takes(q) else {}
-    return jax.lax.platform_dependent(q, k, v, cpu=cpu.attention, default=plain, **cudnn)
+    # JAX's attention itself promotes 16 bits to float32, which `jax_numpy_dtype_promotion="strict"` would refuse.
+    with jax.numpy_dtype_promotion("standard"):
+        return jax.lax.platform_dependent(q, k, v, cpu=cpu.attention, default=plain, **cudnn)
 
 
 def group_norm(
-    x: Float[Array, "b h w c"], gain: Float[Array, "b c"], shift: Float[Array, "b c"], *, silu: bool
+    x: Float[Array, "b h w c"], gain: Float[Array, "b c"], shift: Float[Array, "b c"], *, silu: bool, fast: bool = True
 ) -> Float[Array, "b h w c"]:
     """gain · (x − μ) / sqrt(σ² + ε) + shift over 32 groups, then SiLU if asked: Wu and He (arXiv:1803.08494).
 
@@ -91,35 +103,24 @@ def group_norm(
         raise ValueError(
             f"{channels} channels do not divide into {GROUPS} groups: choose base_channels as a multiple of {GROUPS}"
         )
-    x, gain, shift = cast_varying(x, gain, shift)
-    y: Array = _group_norm(x.reshape(b, height * width, channels), gain, shift, silu)
-    return y.reshape(x.shape)
+    if fast:
+        x, gain, shift = cast_varying(x, gain, shift)
+        rows = x.reshape(b, height * width, channels)
+        y: Array = group_norm_kernel.group_norm(rows, gain, shift, GROUPS, EPSILON, silu)
+        return y.reshape(x.shape)
+    groups = x.astype(jnp.float32).reshape(b, height, width, GROUPS, channels // GROUPS)
+    centred = groups - groups.mean((1, 2, 4), keepdims=True)
+    normal = centred * jax.lax.rsqrt(jnp.square(centred).mean((1, 2, 4), keepdims=True) + EPSILON)
+    y = normal.reshape(x.shape) * gain[:, None, None] + shift[:, None, None]
+    return (jax.nn.silu(y) if silu else y).astype(x.dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _group_norm(x: Array, gain: Array, shift: Array, silu: bool) -> Array:
-    return _group_norm_forward(x, gain, shift, silu)[0]
-
-
-@partial(jax.jit, static_argnums=3)
-def _group_norm_forward(x: Array, gain: Array, shift: Array, silu: bool) -> tuple[Array, tuple[Array, ...]]:
-    mean, variance = jax.lax.platform_dependent(
-        x, cpu=partial(cpu.moments, num_groups=GROUPS), default=partial(group_norm_kernel.moments, num_groups=GROUPS)
-    )
-    rstd = jax.lax.rsqrt(variance + EPSILON)
-    y = (x.astype(jnp.float32) - mean[:, None]) * (rstd * gain)[:, None] + shift[:, None]
-    if silu:
-        # A quotient instead of a product with the sigmoid: XLA:CPU recomputes a product for every copy that `upsample`
-        # makes of it.
-        y = y / (1.0 + jnp.exp(-y))
-    return y.astype(x.dtype), (x, mean, rstd, gain, shift)
-
-
-_group_norm.defvjp(_group_norm_forward, partial(group_norm_kernel.gradient, GROUPS))
-
-
-def concatenate(x: Float[Array, "b h w c"], skip: Float[Array, "b h w k"]) -> Float[Array, "b h w c+k"]:
+def concatenate(
+    x: Float[Array, "b h w c"], skip: Float[Array, "b h w k"], *, fast: bool = True
+) -> Float[Array, "b h w c+k"]:
     """[x, skip] along the channels."""
+    if not fast:
+        return jnp.concatenate((x, skip), -1)
     return gpu.materialize_on_gpu(jnp.concatenate(cpu.barrier_gradients((x, skip)), -1))
 
 

@@ -8,10 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Shaped
 
+from cfd.arguments import concrete
 from cfd.networks.layers import Conv, attention, concatenate, group_norm
 from cfd.networks.times import network_time, sinusoidal
 
@@ -19,57 +22,93 @@ from cfd.networks.times import network_time, sinusoidal
 class UNet(nn.Module):
     """ε_θ(z, λ, c): a residual U-Net with attention, conditioned on λ and the class.
 
-    `attention_resolutions` lists the heights of the feature maps that get attention; the middle block always has it.
-    Set either `head_channels` or `num_heads`, and the other to 0. `num_classes` = 0 makes an unconditional network.
-    `time` selects the embedded time (see `network_time`): "cosine" for networks trained here, "adm_cosine" or
-    "adm_linear" for the discrete time of imported ones. `dtype` is the compute dtype; parameters, input and output are
-    float32. With `remat`, the backward pass recomputes the activations of each block instead of keeping them.
+    `image_size` is the height and width, in pixels, of the images that the network is trained on. At that size, level i
+    has feature maps of height `image_size` / 2^i. It has attention if this height is in `attention_resolutions`, and
+    keeps it for z of any other size. The middle block always has attention.
+
+    `num_classes` = 0 makes an unconditional network, which ignores labels. `out_channels` = 0 means as many as z has.
+    Set either `head_channels` or `num_heads`, and the other to 0. `time` selects the embedded time (see
+    `network_time`): "cosine" for networks trained here, "adm_cosine" or "adm_linear" for the discrete time of imported
+    ones. `dtype` is the compute dtype; parameters, input and output are float32. With `remat`, the backward pass
+    recomputes the activations of each block instead of keeping them. `fast` uses the forms of the layers that are fast
+    on the platform. They have no forward mode: `jax.jvp`, `jax.jacfwd` and `jax.linearize` need `fast=False`, which is
+    the same function up to rounding.
     """
 
+    image_size: int
     num_classes: int
-    out_channels: int
-    base_channels: int
-    channel_mult: tuple[int, ...]
-    num_res_blocks: int
-    attention_resolutions: tuple[int, ...]
-    head_channels: int
-    num_heads: int
-    resblock_updown: bool
-    scale_shift_norm: bool
-    dropout: float
-    time: str
-    dtype: str
-    remat: bool
+    out_channels: int = 0
+    base_channels: int = 128
+    channel_mult: tuple[int | float, ...] = (1, 2, 2, 2)
+    num_res_blocks: int = 2
+    attention_resolutions: tuple[int, ...] = (16, 8)
+    head_channels: int = 64
+    num_heads: int = 0
+    resblock_updown: bool = True
+    scale_shift_norm: bool = True
+    dropout: float = 0.0
+    time: str = "cosine"
+    dtype: str = "float32"
+    remat: bool = False
+    fast: bool = True
 
     @nn.compact
     def __call__(
-        self,
-        z: Float[Array, "b h w c"],
-        logsnr: Float[Array, "b"],
-        labels: Int[Array, "b"],
-        train: bool = False,
+        self, z: Float[Array, "..."], logsnr: Float[Array, "..."], labels: Shaped[Array, "..."], train: bool = False
     ) -> Float[Array, "b h w k"]:
         """ε, with the height and width of z and `out_channels` channels. Label NULL_LABEL (any label below 0) is ∅.
 
-        `train` turns dropout on. Raises ValueError for sizes or fields that do not fit together.
+        z is [B, H, W, C], of any height and width that the levels can halve; logsnr and labels are [B]. `train` turns
+        dropout on. Raises ValueError for shapes or fields that do not fit together, for labels that are no integers,
+        and for a label that is not below `num_classes`. Under `jit`, labels are not known, and such a row is NaN.
         """
+        check_shapes(self, z, logsnr=logsnr, labels=labels)
         emb = ConditionEmbedding(self.num_classes, self.base_channels, self.time, name="embed")(logsnr, labels)
         res, attend = blocks(self, emb.astype(self.dtype), train)
         h, skips = encode(self, res, attend, z)
+        attended = levels_with_attention(self)
         for level, mult in reversed(tuple(enumerate(self.channel_mult))):
             for i in range(self.num_res_blocks + 1):
-                h = concatenate(h, skips.pop())
-                h = res(f"up_{level}_{i}_res", h, mult * self.base_channels)
-                if h.shape[1] in self.attention_resolutions:
+                h = concatenate(h, skips.pop(), fast=self.fast)
+                h = res(f"up_{level}_{i}_res", h, round(mult * self.base_channels))
+                if level in attended:
                     h = attend(f"up_{level}_{i}_attn", h)
             if level > 0:
                 if self.resblock_updown:
                     h = res(f"up_{level}_sample", h, h.shape[-1], "up")
                 else:
-                    h = Conv(h.shape[-1], self.dtype, name=f"up_{level}_sample")(upsample(h))
+                    h = Conv(h.shape[-1], self.dtype, fast=self.fast, name=f"up_{level}_sample")(upsample(h))
 
-        h = Norm(silu=True, name="norm_out")(h.astype(jnp.float32))
-        return Conv(self.out_channels, "float32", zero=True, name="conv_out")(h)
+        h = Norm(silu=True, fast=self.fast, name="norm_out")(h.astype(jnp.float32))
+        return Conv(self.out_channels or z.shape[-1], "float32", zero=True, fast=self.fast, name="conv_out")(h)
+
+
+def check_shapes(net: Any, z: Array, **per_image: Array) -> None:
+    """Raises ValueError unless z is [B, H, W, C] with the channels of the parameters of `net`, and the others [B]."""
+    trained = net.has_variable("params", "conv_in")
+    channels = net.get_variable("params", "conv_in")["kernel"].shape[-2] if trained else None
+    if z.ndim != 4 or (trained and z.shape[3] != channels):
+        raise ValueError(
+            f"z has shape {z.shape}; this network takes [B, H, W, {channels or 'C'}]. `guided_sample` makes z as "
+            "[B, *shape]: give its `shape` as (H, W, C)"
+        )
+    for name, x in per_image.items():
+        if x.shape != z.shape[:1]:
+            raise ValueError(f"{name} has shape {x.shape}; give one value per image of z, shape {z.shape[:1]}")
+
+
+def levels_with_attention(net: Any) -> set[int]:
+    """The levels of `net` whose height, for images of `image_size`, is in `attention_resolutions`.
+
+    Raises ValueError if `attention_resolutions` has a height of no level.
+    """
+    heights = [net.image_size // 2**level for level in range(len(net.channel_mult))]
+    if not set(net.attention_resolutions) <= set(heights):
+        raise ValueError(
+            f"attention_resolutions is {net.attention_resolutions}; with image_size {net.image_size} and "
+            f"{len(heights)} levels, the network works at {heights}: choose among these"
+        )
+    return {level for level, height in enumerate(heights) if height in net.attention_resolutions}
 
 
 def blocks(net: Any, emb: Float[Array, "b d"], train: bool) -> tuple[Callable[..., Array], Callable[..., Array]]:
@@ -80,11 +119,12 @@ def blocks(net: Any, emb: Float[Array, "b d"], train: bool) -> tuple[Callable[..
 
     def res(name: str, h: Array, channels: int, resample: str = "none") -> Array:
         block = nn.remat(ResBlock, static_argnums=(3,)) if net.remat else ResBlock
-        return block(channels, resample, net.scale_shift_norm, net.dropout, net.dtype, name=name)(h, emb, train)
+        module = block(channels, resample, net.scale_shift_norm, net.dropout, net.dtype, net.fast, name=name)
+        return module(h, emb, train)
 
     def attend(name: str, h: Array) -> Array:
         block = nn.remat(AttentionBlock) if net.remat else AttentionBlock
-        return block(net.head_channels, net.num_heads, net.dtype, name=name)(h)
+        return block(net.head_channels, net.num_heads, net.dtype, net.fast, name=name)(h)
 
     return res, attend
 
@@ -94,27 +134,29 @@ def encode(
 ) -> tuple[Float[Array, "b h2 w2 k"], list[Array]]:
     """The downward half of `net` and its middle: the lowest feature map, and those of the skip connections.
 
-    Raises ValueError if the levels cannot halve the sides of z.
+    Raises ValueError if the levels cannot halve the sides of z or `image_size`.
     """
     levels = len(net.channel_mult)
-    if z.shape[1] % 2 ** (levels - 1) or z.shape[2] % 2 ** (levels - 1):
-        raise ValueError(
-            f"z is {z.shape[1]}x{z.shape[2]}, but {levels} levels need sides divisible by {2 ** (levels - 1)}: "
-            "change image_size or channel_mult"
-        )
-    h = Conv(net.base_channels * net.channel_mult[0], net.dtype, name="conv_in")(z)
+    for name, sides in (("image_size", [net.image_size] * 2), ("z", z.shape[1:3])):
+        if any(side % 2 ** (levels - 1) for side in sides):
+            raise ValueError(
+                f"{name} is {sides[0]}x{sides[1]}, but {levels} levels need sides divisible by {2 ** (levels - 1)}: "
+                "change the size or channel_mult"
+            )
+    attended = levels_with_attention(net)
+    h = Conv(round(net.base_channels * net.channel_mult[0]), net.dtype, fast=net.fast, name="conv_in")(z)
     skips = [h]
     for level, mult in enumerate(net.channel_mult):
         for i in range(net.num_res_blocks):
-            h = res(f"down_{level}_{i}_res", h, mult * net.base_channels)
-            if h.shape[1] in net.attention_resolutions:
+            h = res(f"down_{level}_{i}_res", h, round(mult * net.base_channels))
+            if level in attended:
                 h = attend(f"down_{level}_{i}_attn", h)
             skips.append(h)
         if level < levels - 1:
             if net.resblock_updown:
                 h = res(f"down_{level}_sample", h, h.shape[-1], "down")
             else:
-                h = Conv(h.shape[-1], net.dtype, stride=2, name=f"down_{level}_sample")(h)
+                h = Conv(h.shape[-1], net.dtype, stride=2, fast=net.fast, name=f"down_{level}_sample")(h)
             skips.append(h)
 
     h = res("mid_0_res", h, h.shape[-1])
@@ -130,14 +172,36 @@ class ConditionEmbedding(nn.Module):
     time: str
 
     @nn.compact
-    def __call__(self, logsnr: Float[Array, "b"], labels: Int[Array, "b"] | None) -> Float[Array, "b d"]:
+    def __call__(self, logsnr: Float[Array, "b"], labels: Shaped[Array, "b"] | None) -> Float[Array, "b d"]:
+        """The embedding. Raises ValueError as `UNet` does for labels; the row of an unknown class is NaN."""
         width = 4 * self.base_channels
         emb = sinusoidal(network_time(logsnr, self.time), self.base_channels)
         emb = nn.Dense(width, name="time_1")(nn.silu(nn.Dense(width, name="time_0")(emb)))
         if self.num_classes and labels is not None:
+            known = check_labels(labels, self.num_classes)
             vector = nn.Embed(self.num_classes, width, embedding_init=nn.initializers.normal(1.0), name="label")(labels)
+            # `nn.Embed` gives every label the only row of a table for one class.
+            vector = jnp.where(known[:, None], vector, jnp.nan)
             emb = emb + jnp.where(labels[:, None] >= 0, vector, 0.0)
         return emb
+
+
+def check_labels(labels: Shaped[Array, "b"], num_classes: int) -> Bool[Array, "b"]:
+    """Whether each label is below `num_classes`, for labels of any integer dtype.
+
+    Raises ValueError if labels are not integers, and if a concrete one is not below `num_classes`.
+    """
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(f"labels have dtype {labels.dtype}: give them as int32")
+
+    def known(x: Any) -> Any:
+        # A Python number in a comparison takes the dtype of x, which must be able to represent it.
+        return x <= min(num_classes - 1, int(jnp.iinfo(x.dtype).max)) if num_classes else x < 0
+
+    given = concrete(labels)
+    if given is not None and not np.all(known(given)):
+        raise ValueError(f"label {given.max()} is not below the number of classes, {num_classes}; -1 is no class")
+    return known(labels)
 
 
 class ResBlock(nn.Module):
@@ -151,22 +215,21 @@ class ResBlock(nn.Module):
     scale_shift_norm: bool
     dropout: float
     dtype: str
+    fast: bool
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], emb: Float[Array, "b d"], train: bool) -> Float[Array, "b h2 w2 k"]:
         change = {"none": lambda h: h, "down": downsample, "up": upsample}[self.resample]
-        h = change(Norm(silu=True, name="norm_0")(x))
-        h = Conv(self.channels, self.dtype, name="conv_0")(h)
+        h = change(Norm(silu=True, fast=self.fast, name="norm_0")(x))
+        h = Conv(self.channels, self.dtype, fast=self.fast, name="conv_0")(h)
         emb = nn.Dense((1 + self.scale_shift_norm) * self.channels, dtype=self.dtype, name="emb")(nn.silu(emb))
-        if self.scale_shift_norm:
-            h = Norm(silu=True, name="norm_1")(h, *jnp.split(emb, 2, -1))
-        else:
-            h = Norm(silu=True, name="norm_1")(h + emb[:, None, None, :])
+        norm = Norm(silu=True, fast=self.fast, name="norm_1")
+        h = norm(h, *jnp.split(emb, 2, -1)) if self.scale_shift_norm else norm(h + emb[:, None, None, :])
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
-        h = Conv(self.channels, self.dtype, zero=True, name="conv_1")(h)
+        h = Conv(self.channels, self.dtype, zero=True, fast=self.fast, name="conv_1")(h)
         x = change(x)
         if x.shape[-1] != self.channels:
-            x = Conv(self.channels, self.dtype, size=1, name="skip")(x)
+            x = Conv(self.channels, self.dtype, size=1, fast=self.fast, name="skip")(x)
         return x + h
 
 
@@ -176,6 +239,7 @@ class AttentionBlock(nn.Module):
     head_channels: int
     num_heads: int
     dtype: str
+    fast: bool
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -187,16 +251,17 @@ class AttentionBlock(nn.Module):
                 f"{self.head_channels}: set one of them to a divisor of {channels}, and the other to 0"
             )
         heads = self.num_heads or channels // unit
-        qkv = Conv(3 * channels, self.dtype, size=1, name="qkv")(Norm(name="norm")(x))
+        qkv = Conv(3 * channels, self.dtype, size=1, fast=self.fast, name="qkv")(Norm(fast=self.fast, name="norm")(x))
         qkv = qkv.reshape(b, height * width, 3, heads, channels // heads)
-        h = attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]).reshape(x.shape)
-        return x + Conv(channels, self.dtype, size=1, zero=True, name="out")(h)
+        h = attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], fast=self.fast).reshape(x.shape)
+        return x + Conv(channels, self.dtype, size=1, zero=True, fast=self.fast, name="out")(h)
 
 
 class Norm(nn.Module):
     """Group normalisation, then · (1 + scale) + shift if given (ADM's scale-shift norm), then SiLU if `silu`."""
 
     silu: bool = False
+    fast: bool = True
 
     @nn.compact
     def __call__(
@@ -209,7 +274,7 @@ class Norm(nn.Module):
         if scale is not None and shift is not None:
             scale, shift = scale.astype(jnp.float32), shift.astype(jnp.float32)
             gain, bias = gain * (1.0 + scale), bias * (1.0 + scale) + shift
-        return group_norm(x, gain, bias, silu=self.silu)
+        return group_norm(x, gain, bias, silu=self.silu, fast=self.fast)
 
 
 class Affine(nn.Module):
@@ -223,7 +288,8 @@ class Affine(nn.Module):
 
 def downsample(h: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
     """The means of 2x2 blocks, at half the resolution."""
-    return nn.avg_pool(h, (2, 2), (2, 2))
+    # `nn.avg_pool` divides by an integer array, which `jax_numpy_dtype_promotion="strict"` refuses.
+    return nn.pool(h, 0.0, jax.lax.add, (2, 2), (2, 2), "VALID") / 4.0
 
 
 def upsample(h: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:

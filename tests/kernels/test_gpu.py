@@ -1,31 +1,37 @@
-"""The test of whether cuDNN's attention can be used. cuDNN's attention itself needs a GPU."""
-
-from types import SimpleNamespace
+"""Attention, whose form depends on the device: the formula in float64, and cuDNN's form where there is a GPU."""
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax import Array
 
 from cfd.kernels import gpu
+from cfd.networks.layers import attention
 
 
-@pytest.mark.parametrize(
-    "version, capability, dtype, size, taken",
-    [
-        ("PJRT C API\ncuda 13000", "9.0", "bfloat16", 64, True),
-        ("PJRT C API\ncuda 13000", "8.0", "float16", 128, True),
-        ("PJRT C API\ncuda 13000", "7.5", "bfloat16", 64, False),
-        ("PJRT C API\nrocm 60000", "9.0", "bfloat16", 64, False),
-        ("PJRT C API\ncuda 13000", "9.0", "float32", 64, False),
-        ("PJRT C API\ncuda 13000", "9.0", "bfloat16", 136, False),
-        ("PJRT C API\ncuda 13000", "9.0", "bfloat16", 60, False),
-        ("cpu", "", "bfloat16", 64, False),
-    ],
-)
-def test_cudnn_is_used_only_for_supported_queries_and_devices(
-    version: str, capability: str, dtype: str, size: int, taken: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    q = jnp.zeros((1, 4, 2, size), dtype)
-    device = SimpleNamespace(client=SimpleNamespace(platform_version=version), compute_capability=capability)
-    monkeypatch.setattr(jax, "devices", lambda: [device])
-    assert gpu.cudnn_takes(q) == taken
+def heads(dtype: str) -> list[Array]:
+    return [jax.random.normal(jax.random.key(i), (2, 16, 3, 64), dtype) for i in range(3)]
+
+
+@pytest.mark.parametrize("dtype, error", [("float32", 1e-5), ("bfloat16", 0.02), ("float16", 0.002)])
+def test_attention_is_the_softmax_of_scaled_products(dtype: str, error: float) -> None:
+    q, k, v = (np.asarray(x, np.float64) for x in heads(dtype))
+    scores = np.exp(np.einsum("btnd,bsnd->bnts", q, k) / 64**0.5)
+    expected = np.einsum("bnts,bsnd->btnd", scores / scores.sum(axis=-1, keepdims=True), v)
+    np.testing.assert_allclose(np.asarray(attention(*heads(dtype)), np.float64), expected, rtol=0, atol=error)
+
+
+def test_cudnn_is_not_part_of_a_program_for_another_platform() -> None:
+    for platform in ("cpu", "tpu"):
+        program = attention.trace(*heads("bfloat16")).lower(lowering_platforms=(platform,)).as_text()
+        assert "cudnn" not in program.lower()
+
+
+@pytest.mark.skipif("cuda" not in jax.devices()[0].client.platform_version, reason="cuDNN needs an NVIDIA GPU")
+def test_cudnns_attention_is_the_same_function() -> None:
+    q, k, v = heads("bfloat16")
+    assert gpu.cudnn_takes(q)
+    plain = jax.nn.dot_product_attention(q, k, v, implementation="xla")
+    np.testing.assert_allclose(
+        np.asarray(attention(q, k, v), np.float32), np.asarray(plain, np.float32), rtol=0, atol=0.02
+    )

@@ -50,23 +50,58 @@ def test_logits_and_gradients_are_those_of_the_original_network(name: str) -> No
 )
 def test_adms_classifiers_have_its_parameters(size: int, depth: int, mult: tuple, parameters: int) -> None:
     """The parameter counts are those of ADM's `create_classifier` with the flags of its README."""
-    net = Classifier(
-        num_classes=1000,
-        base_channels=128,
-        channel_mult=mult,
-        num_res_blocks=depth,
-        attention_resolutions=(32, 16, 8),
-        head_channels=64,
-        num_heads=0,
-        resblock_updown=True,
-        scale_shift_norm=True,
-        dropout=0.0,
-        time="adm_linear",
-        dtype="float32",
-        remat=False,
-    )
+    fields: dict = dict(channel_mult=mult, num_res_blocks=depth, attention_resolutions=(32, 16, 8), time="adm_linear")
+    net = Classifier(image_size=size, num_classes=1000, **fields)
     shapes = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, size, size, 3)), jnp.zeros(1))
     assert sum(x.size for x in jax.tree.leaves(shapes)) == parameters
+
+
+SMALL: dict = dict(
+    image_size=8,
+    num_classes=4,
+    base_channels=32,
+    channel_mult=(1, 1),
+    num_res_blocks=1,
+    attention_resolutions=(4,),
+    head_channels=32,
+)
+
+
+@pytest.mark.parametrize(
+    ("shape", "logsnr", "message"),
+    [
+        ((2, 16, 16, 3), jnp.zeros(2), "z is 16x16, but this classifier takes 8x8 images alone"),
+        ((2, 8, 16, 3), jnp.zeros(2), "z is 8x16, but this classifier takes 8x8"),
+        ((2, 8, 8, 1), jnp.zeros(2), r"z has shape \(2, 8, 8, 1\); this network takes \[B, H, W, 3\]"),
+        ((8, 8, 3), jnp.zeros(8), r"z has shape \(8, 8, 3\)"),
+        ((2, 8, 8, 3), jnp.zeros(3), r"logsnr has shape \(3,\); give one value per image of z, shape \(2,\)"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(shape: tuple, logsnr: Array, message: str) -> None:
+    net = Classifier(**SMALL)
+    params = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)), jnp.zeros(1))
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(net.apply, params, jnp.zeros(shape), logsnr)
+
+
+def test_plain_layers_are_the_same_classifier_and_have_a_forward_mode() -> None:
+    """⟨J v, u⟩ = ⟨v, Jᵀ u⟩, with the forward mode of the plain layers and the reverse mode of the fast ones."""
+    net: Any = Classifier(**SMALL)
+    plain: Any = Classifier(**SMALL, fast=False)
+    z, v = (jax.random.normal(jax.random.key(i), (2, 8, 8, 3)) for i in (1, 2))
+    logsnr, u = jnp.array([-1.0, 2.0]), jax.random.normal(jax.random.key(3), (2, 4))
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(net.init, jax.random.key(0), z, logsnr)
+    params = jax.tree.map(lambda x: jnp.asarray(0.1 * rng.normal(size=x.shape), jnp.float32), shapes)
+
+    def derivatives(z: Array) -> tuple[Array, ...]:
+        out, pullback = jax.vjp(lambda z: net.apply(params, z, logsnr), z)
+        expected, forward = jax.jvp(lambda z: plain.apply(params, z, logsnr), (z,), (v,))
+        return out, expected, jnp.vdot(forward, u), jnp.vdot(v, *pullback(u))
+
+    out, expected, forward, reverse = jax.jit(derivatives, compiler_options=QUICK)(z)
+    assert relative(out, np.asarray(expected)) < 1e-5
+    assert float(forward) == pytest.approx(float(reverse), rel=1e-4)
 
 
 # Class-conditional Gaussians, for which the classifier is exact.
@@ -107,3 +142,28 @@ def test_loss_is_least_at_the_exact_classifier() -> None:
         lambda z, logsnr: exact_classifier(z + 0.1, logsnr),
     ):
         assert exact < loss(other)
+
+
+@pytest.mark.parametrize("bad", [3, -1])
+def test_a_label_that_is_no_class_is_refused_and_under_jit_the_loss_and_its_gradient_are_nan(bad: int) -> None:
+    labels, x = (jnp.arange(8) % 3).at[2].set(bad), jnp.zeros((8, 2))
+
+    def loss(scale, labels):
+        return classifier_loss(jax.random.key(0), lambda z, logsnr: scale * exact_classifier(z, logsnr), x, labels)
+
+    with pytest.raises(ValueError, match=rf"label is {bad} at index 2; the classifier has K = 3 classes.*0 to 2"):
+        loss(1.0, labels)
+    assert np.all(np.isnan(jax.jit(jax.value_and_grad(loss))(1.0, labels)))
+    assert np.all(np.isfinite(jax.jit(jax.value_and_grad(loss))(1.0, labels.at[2].set(0))))
+
+
+def test_the_loss_checks_its_numbers_and_takes_a_key_of_any_implementation() -> None:
+    def loss(key, **ends) -> float:
+        return float(classifier_loss(key, exact_classifier, jnp.zeros((3, 2)), jnp.arange(3), **ends))
+
+    expected, *others = (loss(jax.random.key(1, impl=impl)) for impl in ("threefry2x32", "rbg", "unsafe_rbg"))
+    assert others == [expected] * 2
+    with pytest.raises(ValueError, match=r"logsnr_min is 20\.0 and logsnr_max -20\.0"):
+        loss(jax.random.key(1), logsnr_min=np.float32(20), logsnr_max=np.float32(-20))
+    with pytest.raises(ValueError, match=r"classifier_fn returned a tuple; it must return logits"):
+        classifier_loss(jax.random.key(1), lambda *args: args, jnp.zeros((3, 2)), jnp.arange(3))  # pyright: ignore

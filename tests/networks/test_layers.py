@@ -1,10 +1,11 @@
-"""The layers against float64 NumPy and against their plain forms, gradients included.
+"""The layers against float64 NumPy and against JAX's and Flax's layers, gradients included.
 
-Each test runs with the layers' forms for a CPU, for a GPU and for other platforms. cuDNN's attention needs a GPU and is
-not tested here.
+Each test runs with the layers' forms for a CPU, for a GPU and for other platforms, and with the plain forms of
+`fast=False`. cuDNN's attention needs a GPU and is not tested here.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -21,9 +22,14 @@ from cfd.networks.layers import Conv, add_bias, attention, group_norm
 Inputs = tuple[Array, Array, Array]
 
 
-@pytest.fixture(params=["cpu", "cuda", "default"], autouse=True)
-def platform(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The platform whose forms `jax.lax.platform_dependent` selects, whatever the device is."""
+@pytest.fixture(params=["cpu", "cuda", "default", "plain"], autouse=True)
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The platform whose forms `jax.lax.platform_dependent` selects, whatever the device is, or the plain forms."""
+    if request.param == "plain":
+        for name in ("Conv", "attention", "group_norm"):
+            monkeypatch.setitem(globals(), name, partial(globals()[name], fast=False))
+        yield
+        return
 
     def form_for_platform(*arguments: Any, **forms: Callable[..., Any]) -> Any:
         return forms.get(request.param, forms["default"])(*arguments)
