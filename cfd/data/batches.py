@@ -3,15 +3,18 @@
 The step number is the only state of a run's input pipeline. Row r of the global batch of step s is position
 p = s · batch_size + r of an endless sequence of examples. With N examples, position p belongs to epoch p // N and holds
 entry p mod N of that epoch's own shuffle. Every example therefore occurs once per epoch, and a batch may straddle two
-epochs. Each process reads a contiguous block of rows of every global batch.
+epochs. Each process reads a contiguous block of rows of every global batch. If bad images are skipped, a good image of
+the same class takes the place of a bad one. It is drawn at random, and depends on the seed and on p alone.
 
 Threads do the work, never processes: the image decoders release Python's global interpreter lock, threads cannot be
 left behind or be killed one by one, and the number of threads does not change the output.
 """
 
 import sys
+import weakref
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -19,15 +22,34 @@ from absl import logging
 from grain.experimental import index_shuffle
 from jaxtyping import Int32, UInt8
 
+from cfd.data.dataset import Dataset
 from cfd.data.decode import BadImage
-from cfd.data.sources import Dataset
 from cfd.errors import UserError
 
 MAX_SKIPPED_IN_A_ROW = 1000
-"""Reading gives up after this many consecutive bad images.
+"""Reading gives up after this many bad images for one place of a batch.
 
-So many mean a broken disk or a wrong folder, not a few bad files.
+They are tried in a random order, so that many mean that nearly the whole class is bad: a broken disk or an interrupted
+copy, not a few bad files.
 """
+NUM_DRAWS = 32
+"""An image of a class is looked for among this many, times the number of classes, before all labels are read."""
+
+
+class Found(NamedTuple):
+    """What this process has found out about the images of a data set. It saves time, and changes no batch.
+
+    labels: int32 [N], the classes that were read, and -1 elsewhere. Empty if bad images are not skipped.
+    bad: {image: why it cannot be used}.
+    """
+
+    labels: np.ndarray
+    bad: dict[int, str]
+
+
+_FOUND: weakref.WeakKeyDictionary[Dataset, Found] = weakref.WeakKeyDictionary()
+_LOGGED: dict[str, object] = {}
+"""The bad images that this process has logged, by their messages."""
 
 
 def epoch_order(seed: int, positions: range, num_examples: int) -> list[int]:
@@ -45,9 +67,9 @@ def epoch_order(seed: int, positions: range, num_examples: int) -> list[int]:
 
 
 class Batches:
-    """An iterator of {"image": float32 [b, h, w, c] in [-1, 1], "label": int32 [b]}, which decodes ahead in threads.
+    """An iterator of {"image": uint8 [b, h, w, c], "label": int32 [b]}, which decodes ahead in threads.
 
-    `skipped` counts the rows, in all batches returned so far, in which the next good image replaces a bad one.
+    `skipped` counts the rows, in all batches returned so far, in which another image replaces a bad one.
     No thread remains after `next` has raised an error, or after `close`, which may be called repeatedly.
     """
 
@@ -90,7 +112,7 @@ def batches(
     depends on (seed, s) only: it is the same for every `process_count` and every `num_workers`. With `flip`, each image
     is flipped left to right with probability 1/2. `num_workers` threads decode one batch each, and `prefetch` more
     batches wait in a buffer; num_workers = 0 decodes in the calling thread. If the data set's `on_bad_image` is "skip",
-    the next good image in the data set's own order replaces a bad one.
+    a good image replaces a bad one, as `_substitute` says.
 
     Raises ValueError if `batch_size` is not a positive multiple of `process_count`. The iterator's `next` raises
     BadImage for a bad image or, if bad images are skipped, ValueError for too many of them in a row.
@@ -101,6 +123,7 @@ def batches(
             f"give a positive multiple of {process_count}"
         )
     rows = batch_size // process_count
+    found = _found(dataset)
 
     class Steps:
         """A random-access source for grain. Its element s is this process's part of the global batch of step s."""
@@ -108,21 +131,21 @@ def batches(
         def __len__(self) -> int:
             return sys.maxsize // batch_size
 
-        def __getitem__(self, index: int) -> dict[str, Any]:
-            first = index * batch_size + process_index * rows
+        def __getitem__(self, step: int) -> dict[str, Any]:
+            first = step * batch_size + process_index * rows
             image = np.empty((rows, dataset.image_size, dataset.image_size, dataset.channels), np.uint8)
             label = np.empty(rows, np.int32)
             skipped = 0
-            for row, example in enumerate(epoch_order(seed, range(first, first + rows), len(dataset))):
-                image[row], label[row], num_bad = _next_good(dataset, example)
-                skipped += num_bad > 0
+            for row, index in enumerate(epoch_order(seed, range(first, first + rows), len(dataset))):
+                example = _read(dataset, found, index)
+                if example is None:
+                    example = _substitute(dataset, found, seed, first + row, index)
+                    skipped += 1
+                image[row], label[row] = example
             if flip:
                 flips = _flips(seed, first, rows)
                 image[flips] = image[flips, :, ::-1]
-            scaled = image.astype(np.float32)
-            scaled /= 127.5
-            scaled -= 1.0
-            return {"image": scaled, "label": label, "skipped": skipped}
+            return {"image": image, "label": label, "skipped": skipped}
 
     options = grain.ReadOptions(num_threads=num_workers, prefetch_buffer_size=num_workers + prefetch)
     iterator = iter(grain.MapDataset.source(Steps()).to_iter_dataset(options))
@@ -138,20 +161,80 @@ def _flips(seed: int, first: int, rows: int) -> np.ndarray:
     return words[::4] >= 2**63
 
 
-def _next_good(dataset: Dataset, index: int) -> tuple[np.ndarray, int, int]:
-    """The first good image at or after `index`, its label, and the number of bad images before it.
+def _found(dataset: Dataset) -> Found:
+    """What is known of a data set, also to later calls with the same data set."""
+    if dataset not in _FOUND:
+        num_labels = len(dataset) if dataset.on_bad_image == "skip" else 0
+        _FOUND[dataset] = Found(np.full(num_labels, -1, np.int32), {})
+    return _FOUND[dataset]
 
-    Raises BadImage for the first bad image if `on_bad_image` is "raise". Raises ValueError if all images of the data
-    set are bad, or MAX_SKIPPED_IN_A_ROW of them in a row.
+
+def _read(dataset: Dataset, found: Found, index: int) -> tuple[np.ndarray, int] | None:
+    """The image at `index` and its class, or None if it is bad and `on_bad_image` is "skip".
+
+    A bad image is decoded and logged once. Raises BadImage if `on_bad_image` is "raise".
     """
-    tries = min(len(dataset), MAX_SKIPPED_IN_A_ROW)
-    for num_bad in range(tries):
-        try:
-            return *dataset[(index + num_bad) % len(dataset)], num_bad
-        except BadImage as error:
-            _raise_or_log(dataset, error)
-            last = error
-    raise UserError(f"{tries} images in a row cannot be used: check the data; the last error is: {last}")
+    if index in found.bad:
+        return None
+    try:
+        image, label = dataset[index]
+    except BadImage as error:
+        if dataset.on_bad_image == "raise":
+            raise BadImage(f'{error}; or set data.on_bad_image = "skip"') from error
+        found.bad[index] = str(error)
+        mine = object()  # `setdefault` decides among threads that meet the same image
+        if _LOGGED.setdefault(str(error), mine) is mine:
+            logging.warning("Skipped a bad image: %s", error)
+        return None
+    if len(found.labels):
+        found.labels[index] = label
+    return image, label
+
+
+def _label(dataset: Dataset, found: Found, index: int) -> int:
+    """The class of an image, which is not decoded."""
+    if found.labels[index] < 0:
+        found.labels[index] = dataset.read_label(index)
+    return int(found.labels[index])
+
+
+def _substitute(dataset: Dataset, found: Found, seed: int, position: int, index: int) -> tuple[np.ndarray, int]:
+    """A good image, and its class, for `position`, whose own image at `index` is bad.
+
+    The seed and the position give a random order of the images of the class. The substitute is the first good one or,
+    if the class has no good image, the first good one in a random order of all images. Every good image of the class is
+    therefore equally likely, and bad files that lie together do not make one image frequent.
+
+    Raises ValueError if all images of the data set are bad, or MAX_SKIPPED_IN_A_ROW of those that are tried.
+    """
+    words = np.random.Philox(np.random.SeedSequence([seed, position], spawn_key=(1,)))
+    label, tried, last = _label(dataset, found, index), {index}, index
+    for last in _candidates(dataset, found, words, label):
+        example = _read(dataset, found, last)
+        if example is not None:
+            return example
+        tried.add(last)
+        if len(tried) >= MAX_SKIPPED_IN_A_ROW:
+            break
+    raise UserError(
+        f"{len(tried)} images in a row cannot be used, the first of the class {dataset.class_names[label]!r}: check "
+        f"the data; the last error is: {found.bad[last]}"
+    )
+
+
+def _candidates(dataset: Dataset, found: Found, words: np.random.Philox, label: int) -> Iterator[int]:
+    """The images of a class in a random order, and then all images in a random order; some of them come repeatedly.
+
+    Either order begins with independent draws from the whole data set. For them, a tfds data set reads the labels of
+    few records, and nothing is sorted.
+    """
+    draws = words.random_raw(NUM_DRAWS * len(dataset.class_names)) % len(dataset)
+    known = found.labels[draws]
+    yield from (i for i in draws[(known == label) | (known < 0)].tolist() if _label(dataset, found, i) == label)
+    of_class = np.flatnonzero(dataset.labels == label)
+    yield from of_class[np.argsort(words.random_raw(len(of_class)))].tolist()
+    yield from (words.random_raw(NUM_DRAWS) % len(dataset)).tolist()
+    yield from np.argsort(words.random_raw(len(dataset))).tolist()
 
 
 def load_arrays(
@@ -166,23 +249,17 @@ def load_arrays(
     image = np.empty((len(wanted), dataset.image_size, dataset.image_size, dataset.channels), np.uint8)
     label = np.empty(len(wanted), np.int32)
     good = np.ones(len(wanted), bool)
+    found = _found(dataset)
 
     def fill(rows: range) -> None:
         for row in rows:
-            try:
-                image[row], label[row] = dataset[int(wanted[row])]
-            except BadImage as error:
-                _raise_or_log(dataset, error)
+            example = _read(dataset, found, int(wanted[row]))
+            if example is None:
                 good[row] = False
+            else:
+                image[row], label[row] = example
 
     with ThreadPoolExecutor(max(num_workers, 1)) as pool:
         for _ in pool.map(fill, [range(i, min(i + 256, len(wanted))) for i in range(0, len(wanted), 256)]):
             pass
     return (image, label) if good.all() else (image[good], label[good])
-
-
-def _raise_or_log(dataset: Dataset, error: BadImage) -> None:
-    """Raises the error, with a further remedy, if `on_bad_image` is "raise", and logs it as a warning if "skip"."""
-    if dataset.on_bad_image == "raise":
-        raise BadImage(f'{error}; or set data.on_bad_image = "skip"') from error
-    logging.warning("Skipped a bad image: %s", error)

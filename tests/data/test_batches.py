@@ -1,4 +1,4 @@
-"""The arguments on which a global batch depends, the images in a batch, and the effect of bad images and of `close`."""
+"""The arguments on which a global batch depends, the images in a batch, and the effect of bad files and of `close`."""
 
 import os
 import subprocess
@@ -20,21 +20,12 @@ def test_batches_hold_every_example_once_an_epoch_in_another_order_each(folder: 
     dataset = open_folder(folder)
     every = {dataset[i][0].tobytes(): i for i in range(17)}
     rows = [row for batch in take(dataset, 17, flip=False, batch_size=4) for row in zip(*batch.values(), strict=True)]
-    seen = [every[np.round((image + 1) * 127.5).astype(np.uint8).tobytes()] for image, _ in rows]
+    seen = [every[image.tobytes()] for image, _ in rows]
     epochs = [seen[i : i + 17] for i in range(0, 68, 17)]
     assert all(sorted(epoch) == list(range(17)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
     assert [label for _, label in rows] == [dataset.labels[i] for i in seen]
-    assert rows[0][0].dtype == np.float32 and rows[0][1].dtype == np.int32
-
-
-def test_every_value_of_a_pixel_is_scaled_to_its_place_between_minus_one_and_one(tmp_path: Path):
-    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    for name in "ab":
-        write(tmp_path / name / "0.png", encoded(ramp))
-    batch = take(open_folder(tmp_path, image_size=16, channels=1), 1, flip=False, batch_size=1)[0]["image"]
-    np.testing.assert_allclose(batch.ravel(), np.linspace(-1, 1, 256), atol=1e-7)
-    assert batch.min() == -1 and batch.max() == 1
+    assert rows[0][0].dtype == np.uint8 and rows[0][1].dtype == np.int32
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
@@ -158,7 +149,7 @@ def test_bad_images_are_skipped_and_counted_exactly(folder: Path, tmp_path: Path
     (folder / "bee" / "inside.png").symlink_to(folder / "ant" / "00.png")
     (folder / "bee" / "folder.png").mkdir()
     os.mkfifo(folder / "bee" / "pipe.png")
-    good, bad = 17 + 1, len(bad_images()) + 4
+    good, bad = 17 + 1, len(bad_images()) + 3
     dataset = open_folder(folder, on_bad_image="skip")
     assert len(dataset) == good + bad and bad > 40
 
@@ -176,7 +167,7 @@ def test_bad_images_are_skipped_and_counted_exactly(folder: Path, tmp_path: Path
 
     allowed = {np.asarray(Image.open(f)).tobytes(): f.parent.name for f in sorted(folder.glob("*/[01][0-9].png"))}
     for image, label in zip(taken[0]["image"], taken[0]["label"], strict=True):
-        pixels = np.round((image + 1) * 127.5).astype(np.uint8).tobytes()
+        pixels = image.tobytes()
         assert pixels in allowed
         # The replacement has its own label. 00.png is also in the other class, as the target of a link.
         assert allowed[pixels] == ("ant", "bee")[label] or pixels == next(iter(allowed))
@@ -202,7 +193,7 @@ def test_nothing_but_bad_images_is_an_error_even_where_they_are_skipped(tmp_path
     for name in "ab":
         write(tmp_path / name / "0.png", b"text")
     dataset = open_folder(tmp_path, on_bad_image="skip")
-    with pytest.raises(ValueError, match="2 images in a row cannot be used: check the data; the last error is: "):
+    with pytest.raises(ValueError, match=r"2 images in a row cannot be used, .*: check the data; the last error is: "):
         next(batches(dataset, seed=0, batch_size=2, flip=False))
     assert len(load_arrays(dataset)[0]) == 0
 
