@@ -5,6 +5,7 @@ images, never sees the diffusion model, and is stored in the run's folder. Metri
 with metrics of Inception's.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -23,11 +24,14 @@ from jaxtyping import Float, UInt8
 from tqdm import tqdm
 
 from cfd.data.batches import batches, load_arrays
-from cfd.data.sources import Dataset
-from cfd.devices import parallel, preemption, watchdog, xla
+from cfd.data.dataset import Dataset
+from cfd.devices import parallel, preemption, seeds, watchdog, xla
 from cfd.errors import UserError
 from cfd.evaluation import inception
 from cfd.runs import npz
+
+HASHED_IMAGES = 16
+"""The number of images of a data set whose pixels enter `data_hash`."""
 
 
 class Outputs(NamedTuple):
@@ -72,39 +76,25 @@ def open_classifier(
     """The classifier in features/classifier.npz of a run's folder.
 
     If there is no such file yet, trains the classifier on `train` for `num_steps` steps, and prints its accuracy on
-    `held_out`, which classifier.json records. Raises ValueError if the files are damaged, or if the classifier was
-    trained for another number of steps.
+    `held_out`. classifier.json records the accuracy, and how the classifier was trained. Raises ValueError if the files
+    are damaged, or if the classifier was trained for another number of steps or on other images, as `data_hash` says.
     """
-    path = os.path.join(folder, "features", "classifier.npz")
+    path = classifier_path(folder)
     net: Any = ImageClassifier(len(train.class_names))
-    found = os.path.exists(path)
+    trained = recipe(train, num_steps=num_steps, flip=flip, seed=seed)
+    recorded = read_recipe(folder, trained)
     parallel.barrier("feature classifier looked for")
-    if found:
-        try:
-            with open(path.replace(".npz", ".json")) as file:
-                trained_steps = json.load(file)["classifier_steps"]
-            npz.read_npz(path)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{os.path.dirname(path)} is damaged ({error}): remove this folder, and --mode=sweep creates it again"
-            ) from None
-        if trained_steps != num_steps:
-            raise UserError(
-                f"{path} was trained with eval.classifier_steps = {trained_steps}, not {num_steps}: set it to "
-                f"{trained_steps}, or delete the features folder and sweep.csv, whose metrics use this classifier"
-            )
+    if recorded is not None:
+        say_origin(path, recorded, trained)
     else:
         params = train_classifier(net, train, num_steps=num_steps, flip=flip, seed=seed)
         correct, count = count_correct(net, params, held_out)
-        report = {"classifier_steps": num_steps, "held_out_accuracy": correct / count, "held_out_images": count}
         if jax.process_index() == 0:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with open(path.replace(".npz", ".json"), "w") as file:
-                json.dump(report, file, indent=1)
+                json.dump(trained | {"held_out_accuracy": correct / count, "held_out_images": count}, file, indent=1)
             npz.write_npz(path, {"/".join(key): np.asarray(x) for key, x in flatten_dict(params).items()})
-        print(
-            "Feature classifier, {held_out_images} held-out images: accuracy {held_out_accuracy:.4f}".format(**report)
-        )
+            print(f"Feature classifier, {count} held-out images: accuracy {correct / count:.4f}", flush=True)
         parallel.barrier("feature classifier")
     params = unflatten_dict({tuple(name.split("/")): x for name, x in npz.read_npz(path).items()})
 
@@ -113,6 +103,95 @@ def open_classifier(
         return pool, None, nn.softmax(logits)
 
     return FeatureNetwork("classifier", inception.weights_hash(path), _extractor(network, params, mesh, 256))
+
+
+def classifier_path(folder: str) -> str:
+    """The file of the feature classifier in a run's folder."""
+    return os.path.join(folder, "features", "classifier.npz")
+
+
+def recipe(train: Dataset, *, num_steps: int, flip: bool, seed: int) -> dict[str, Any]:
+    """How a feature classifier is trained, as classifier.json records it."""
+    num_classes = len(train.class_names)
+    return dict(classifier_steps=num_steps, flip=flip, seed=seed, num_classes=num_classes, data=data_hash(train))
+
+
+def read_recipe(folder: str, wanted: dict[str, Any]) -> dict[str, Any] | None:
+    """How the feature classifier in a run's folder was trained; None if there is none.
+
+    Raises ValueError if its files are damaged, and as `check_trained` does.
+    """
+    path = classifier_path(folder)
+    if not os.path.exists(path):
+        return None
+    try:
+        with open(path.replace(".npz", ".json")) as file:
+            recorded = json.load(file)
+        if not isinstance(recorded, dict) or "classifier_steps" not in recorded:
+            raise ValueError("classifier.json does not say how it was trained")
+        npz.read_npz(path)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{os.path.dirname(path)} is damaged ({error}): remove this folder, and --mode=sweep creates it again"
+        ) from None
+    check_trained(path, recorded, wanted)
+    return recorded
+
+
+def check_trained(path: str, recorded: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raises ValueError if the feature classifier at `path`, trained as `recorded`, is not for data as in `wanted`.
+
+    Another seed and other flips are accepted, because runs are compared with the classifier of one of them. So is a
+    classifier of an earlier version, which recorded only the number of steps.
+    """
+    if other := differences(recorded, wanted, ("classifier_steps", "num_classes", "data")):
+        raise UserError(
+            f"the feature classifier {path} was trained in another way: {', '.join(other)}. Give the config and the "
+            f"data with which it was trained, or remove {os.path.dirname(path)}, and --mode=sweep trains another one "
+            "and measures every row with it"
+        )
+
+
+def say_origin(path: str, recorded: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Prints, on process 0, in which respects `check_trained` has accepted another classifier."""
+    if jax.process_index() != 0:
+        return
+    if other := differences(recorded, wanted, ("seed", "flip")):
+        print(f"The feature classifier {path} is that of another run: {', '.join(other)}.", flush=True)
+    if not wanted.keys() <= recorded.keys():
+        print(
+            f"{path} is of an earlier version, which did not record the images of its training: it is used as if they "
+            f"were these. If they have changed since, remove {os.path.dirname(path)}.",
+            flush=True,
+        )
+
+
+def differences(recorded: dict[str, Any], wanted: dict[str, Any], names: tuple[str, ...]) -> list[str]:
+    """ "field: value there, value here" for each of the recorded fields in `names` that differs."""
+    words = {
+        "classifier_steps": "eval.classifier_steps",
+        "flip": "data.flip",
+        "num_classes": "the number of classes",
+        "data": "the hash of the images",
+    }
+    return [
+        f"{words.get(name, name)} is {str(recorded[name])[:12]} there and {str(wanted[name])[:12]} here"
+        for name in names
+        if name in recorded and recorded[name] != wanted[name]
+    ]
+
+
+def data_hash(dataset: Dataset) -> str:
+    """The SHA-256, in hexadecimal, of a data set's identity and of the pixels of HASHED_IMAGES of its images.
+
+    The identity covers the names, sizes and labels of all images. Other pixels in a file of the same name and size are
+    seen only if the image is one of those, which are spread evenly over the data set.
+    """
+    digest = hashlib.sha256(dataset.identity.encode())
+    count = min(HASHED_IMAGES, len(dataset))
+    for array in load_arrays(dataset, np.arange(count) * len(dataset) // count):
+        digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
 def open_inception(path: str, mesh: Mesh) -> FeatureNetwork:
@@ -156,7 +235,7 @@ def train_classifier(net: Any, dataset: Dataset, *, num_steps: int, flip: bool, 
     """
     optimizer = optax.adamw(optax.cosine_decay_schedule(3e-3, num_steps), weight_decay=1e-3)
     image = jnp.zeros((1, dataset.image_size, dataset.image_size, dataset.channels), jnp.uint8)
-    params = net.init(jax.random.key(seed), image)["params"]
+    params = net.init(seeds.key(seed), image)["params"]
     opt_state = optimizer.init(params)
 
     def loss_fn(params: Any, images: Array, labels: Array) -> Array:
@@ -175,8 +254,7 @@ def train_classifier(net: Any, dataset: Dataset, *, num_steps: int, flip: bool, 
                 raise preemption.Stopped("Stopped in the sweep, while training the feature classifier")
             watchdog.alive(slow=True)
             batch = next(stream)
-            images = np.round((batch["image"] + 1.0) * 127.5).astype(np.uint8)
-            params, opt_state = step(params, opt_state, images, batch["label"])
+            params, opt_state = step(params, opt_state, batch["image"], batch["label"])
     return params
 
 

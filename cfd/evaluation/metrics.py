@@ -6,24 +6,24 @@ not even their features need to. sFID is `frechet_distance` on spatial features.
 """
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy  # scipy imports its submodules on first use
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 
 from cfd.errors import UserError
+from cfd.evaluation import neighbours
 
-Rows = Float[np.ndarray, "_n _d"] | Float[Array, "_n _d"]  # jaxtyping ignores these sizes; mismatches get a ValueError
+Rows = Shaped[np.ndarray, "_n _d"] | Shaped[Array, "_n _d"]
+"""Rows of real numbers of any dtype. jaxtyping ignores these sizes and dtypes; mismatches get a ValueError."""
 
 SPLIT_SIZE = 5000  # images per split of the Inception Score, as in ADM's evaluator
-BLOCK_ELEMENTS = 2**25  # float32 distances per block: 128 MB
-SPARE_CANDIDATES = 4  # candidates beyond those needed, because float32 may order close neighbours wrongly
+NEIGHBOURS = 3  # k of precision and recall, as in ADM's evaluator
+MAX_INTEGER = 2.0**53  # float64 holds every integer up to here
+MAX_MAGNITUDE = 2.0**430  # sums of squares of features neither overflow nor, at the inverse, vanish
 
 
 @dataclass(frozen=True)
@@ -73,21 +73,24 @@ def add(total: Moments | None, features: Float[np.ndarray, "n d"] | None) -> Mom
 def mean_and_cov(m: Moments) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, "d d"]]:
     """(mean, unbiased covariance), the statistics of ADM's evaluator.
 
-    Warns if all feature vectors are equal. Raises ValueError for fewer than 2 samples.
+    Warns if all feature vectors are equal up to rounding. Raises ValueError for fewer than 2 samples.
     """
     if m.count < 2:
         raise UserError(f"a covariance needs at least 2 samples, got {m.count}")
     if np.trace(m.scatter) <= 1e-24 * m.count * (m.mean @ m.mean):
-        warnings.warn(f"all {m.count} feature vectors are equal: the set is constant", stacklevel=2)
+        warnings.warn(f"all {m.count} feature vectors are equal, up to rounding: the set is constant", stacklevel=2)
     return m.mean, m.scatter / (m.count - 1)
 
 
-def check_rank(count: int, dim: int) -> None:
-    """Warns if `count` samples are too few for a covariance of full rank of `dim` features, which takes dim + 1."""
+def check_rank(count: int, dim: int, what: str = "samples") -> None:
+    """Warns if `count` samples are too few for a covariance of full rank of `dim` features, which takes dim + 1.
+
+    `what` names the samples.
+    """
     if count <= dim:
         warnings.warn(
-            f"{count} samples of {dim} features give a covariance of rank at most {max(count - 1, 0)}: "
-            f"the Fréchet distance is biased; use at least {dim + 1} samples",
+            f"{count} {what} of {dim} features give a covariance of rank at most {max(count - 1, 0)}: "
+            f"the Fréchet distance is biased; use at least {dim + 1} {what}",
             stacklevel=2,
         )
 
@@ -159,13 +162,21 @@ class ScoreSums:
 def score_sums(probs: Rows, index: Int[np.ndarray, " _n"], num_samples: int, split_size: int = SPLIT_SIZE) -> ScoreSums:
     """The sums over a batch of class probabilities [n, k]; image i of `num_samples` is in split i // split_size.
 
-    Raises ValueError unless each row is a distribution and has one image number in [0, num_samples).
+    A row may add up to 1 within 1e-3 or, if that is more, 4 eps of the dtype of `probs`. Rows of a dtype of less than
+    32 bits are divided by their sum. Raises ValueError unless each row is a distribution and has one image number in
+    [0, num_samples).
     """
     p = finite_rows(probs, "class probabilities").astype(np.float64)
-    if (p < 0.0).any() or (np.abs(p.sum(axis=1) - 1.0) > 1e-3).any():
+    eps = float(jnp.finfo(probs.dtype).eps) if jnp.issubdtype(probs.dtype, jnp.floating) else 0.0
+    total, tolerance = p.sum(axis=1), max(1e-3, 4.0 * eps)
+    if (p < 0.0).any() or (np.abs(total - 1.0) > tolerance).any():
         raise UserError(
-            "class probabilities must be >= 0 and add up to 1 in each row: pass the softmax, not the logits"
+            f"class probabilities must be >= 0 and add up to 1 in each row; these are {probs.dtype}, at least "
+            f"{p.min():.3g}, and add up to {total.min():.5g} to {total.max():.5g}: pass the softmax, not the logits, "
+            "and compute it in float32"
         )
+    if eps > np.finfo(np.float32).eps:
+        p /= total[:, None]
     if index.shape != (len(p),) or (index < 0).any() or (index >= num_samples).any():
         raise UserError(f"image numbers must be one per row and in [0, {num_samples}), got {index!r} for {len(p)} rows")
     splits, split = -(-num_samples // split_size), index // split_size
@@ -200,25 +211,41 @@ def inception_score_from_sums(s: ScoreSums) -> float:
 
 
 def inception_score(probs: Rows, split_size: int = SPLIT_SIZE) -> float:
-    """The Inception Score of Salimans et al. (arXiv:1606.03498); as in ADM's evaluator, a mean over splits of 5,000."""
+    """The Inception Score of Salimans et al. (arXiv:1606.03498); as in ADM's evaluator, a mean over splits of 5,000.
+
+    It depends on the order of the rows: a split of few classes has a low score. Warns as `check_splits` does.
+    """
+    check_splits(len(probs), split_size)
     return inception_score_from_sums(score_sums(probs, np.arange(len(probs)), len(probs), split_size))
+
+
+def check_splits(num_samples: int, split_size: int = SPLIT_SIZE) -> None:
+    """Warns if the last split of the Inception Score is smaller than the others."""
+    whole, rest = divmod(num_samples, split_size)
+    if whole and rest:
+        warnings.warn(
+            f"{num_samples:,} images are no multiple of {split_size:,}: the last split of the Inception Score, of "
+            f"{rest:,}, counts as much as each of the others, which biases the score; use {whole * split_size:,} or "
+            f"{(whole + 1) * split_size:,} images",
+            stacklevel=2,
+        )
 
 
 def precision_recall(
     reference_features: Rows,
     sample_features: Rows,
-    k: int = 3,
+    k: int = NEIGHBOURS,
     reference_radii: Float[np.ndarray, " n"] | None = None,
 ) -> tuple[float, float]:
     """Improved precision and recall of Kynkäänniemi et al. (arXiv:1904.06991): (precision, recall).
 
     The ball of a feature vector reaches to the k-th nearest neighbour in its own set. Precision is the fraction of
     samples that lie in the ball of some reference; recall is the fraction of references that lie in the ball of some
-    sample. The device finds candidates by float32 distances, in blocks, and float64 distances decide among them. The
-    results therefore do not depend on the device or on the block size. ADM's evaluator rounds its distances to float16,
-    and its results differ by that rounding alone. `reference_radii` are `squared_radii(reference_features, k)`, which
-    can be computed once for many sets of samples. Raises ValueError if the sets differ in their number of features, are
-    not finite, or have at most k rows.
+    sample. The results are exactly those of squared distances that are computed as float64 differences of all pairs;
+    see `cfd.evaluation.neighbours`. ADM's evaluator rounds its distances to float16, and its results differ by that
+    rounding alone. `reference_radii` are `squared_radii(reference_features, k)`, which can be computed once for many
+    sets of samples. Raises ValueError if the sets differ in their number of features, are not finite, have at most k
+    rows, or are so far apart, or so close, that float64 cannot hold their squared distances.
     """
     reference = finite_rows(reference_features, "reference features")
     samples = finite_rows(sample_features, "sample features")
@@ -229,66 +256,52 @@ def precision_recall(
         )
     if reference_radii is None:
         reference_radii = squared_radii(reference, k)
-    return within(samples, reference, reference_radii), within(reference, samples, squared_radii(samples, k, "samples"))
+    elif reference_radii.shape != (len(reference),) or not ((reference_radii >= 0) & (reference_radii < np.inf)).all():
+        raise UserError(
+            f"reference_radii must be {len(reference)} finite numbers >= 0, one per reference, got shape "
+            f"{reference_radii.shape}: give squared_radii(reference_features, k)"
+        )
+    sample_radii = squared_radii(samples, k, "samples")
+    precision = neighbours.covered(samples, reference, reference_radii).mean()
+    recall = neighbours.covered(reference, samples, sample_radii).mean()
+    return float(precision), float(recall)
 
 
-def squared_radii(x: Rows, k: int = 3, what: str = "references") -> Float[np.ndarray, " n"]:
+def squared_radii(x: Rows, k: int = NEIGHBOURS, what: str = "references") -> Float[np.ndarray, " n"]:
     """The squared distance from each row to its k-th nearest neighbour among the other rows.
 
-    Raises ValueError, in which `what` names the rows, if there are at most k.
+    Raises ValueError, in which `what` names the rows, if there are at most k, and as `precision_recall` does.
     """
-    if len(x) <= k:
-        raise UserError(f"k = {k} neighbours need more than {k} {what}, and there are {len(x)}")
-    blocks = candidates(x, x, np.zeros(len(x)), k + 1 + SPARE_CANDIDATES)
-    return np.concatenate([np.partition(squared, k, axis=1)[:, k] for squared, _ in blocks])
-
-
-def within(x: Rows, centres: Rows, squared: Float[np.ndarray, " m"]) -> float:
-    """The fraction of rows of x that lie in some ball. `squared` are the squares of the radii."""
-    blocks = candidates(x, centres, squared, 1 + SPARE_CANDIDATES)
-    return float(np.concatenate([(distance <= squared[index]).any(axis=1) for distance, index in blocks]).mean())
-
-
-def candidates(
-    x: Rows, centres: Rows, offset: Float[np.ndarray, " m"], count: int
-) -> Iterator[tuple[Float[np.ndarray, "r c"], Int[np.ndarray, "r c"]]]:
-    """Yields, per block of rows of x, the squared distances to `count` centres, and the indices of these centres.
-
-    The centres are those with the smallest squared distance − offset, found in float32. The distances are float64.
-    """
-    # Subtracting the mean changes no distance, and |x|² + |c|² − 2 x·c then loses the least to rounding.
-    mean = centres.mean(axis=0, dtype=np.float64).astype(centres.dtype)
-    shifted = centres - mean
-    constant = np.einsum("md,md->m", shifted, shifted, dtype=np.float64) - offset
-    device_centres, device_constant = jnp.asarray(shifted, jnp.float32), jnp.asarray(constant, jnp.float32)
-    rows = max(1, BLOCK_ELEMENTS // len(centres))
-    for start in range(0, len(x), rows):
-        block = x[start : start + rows]
-        found = nearest(
-            jnp.asarray(block - mean, jnp.float32), device_centres, device_constant, min(count, len(centres))
-        )
-        index, exact = np.asarray(found), block.astype(np.float64)
-        yield np.stack([np.sum((exact - centres[column]) ** 2, axis=1) for column in index.T], axis=1), index
-
-
-@partial(jax.jit, static_argnames="count")
-def nearest(
-    x: Float[Array, "n d"], centres: Float[Array, "m d"], constant: Float[Array, " m"], count: int
-) -> Int[Array, "n c"]:
-    """The indices of the `count` centres with the smallest constant − 2 x·c, for each row of x.
-
-    |x|² is left out because it is the same for all centres.
-    """
-    dots = jnp.matmul(x, centres.T, precision=jax.lax.Precision.HIGHEST)
-    return jax.lax.top_k(2.0 * dots - constant[None, :], count)[1]
+    rows = finite_rows(x, what)
+    if k < 1:
+        raise UserError(f"k is {k}; give the number of a neighbour, at least 1")
+    if len(rows) <= k:
+        raise UserError(f"k = {k} neighbours need more than {k} {what}, and there are {len(rows)}")
+    return neighbours.squared_to_kth(rows, k)
 
 
 def finite_rows(x: Rows, what: str) -> Float[np.ndarray, "n d"]:
-    """x on the host. Raises ValueError, in which `what` names x, unless it is [n, d], not empty, and finite."""
+    """x on the host, in float32 or float64, which hold its numbers exactly.
+
+    Raises ValueError, in which `what` names x, unless x is [n, d], not empty, real and finite, and unless float64 holds
+    its numbers and their squares.
+    """
     rows = np.asarray(x)
     if rows.ndim != 2 or rows.size == 0:
         raise UserError(f"{what} must be [n, d] with n and d > 0, got shape {rows.shape}")
+    if rows.dtype != bool and not any(jnp.issubdtype(rows.dtype, kind) for kind in (np.integer, np.floating)):
+        raise UserError(f"{what} must be real numbers, got dtype {rows.dtype}: convert them to float32 or float64")
+    rows = rows.astype(np.promote_types(rows.dtype, np.float32), copy=False)
     broken = np.flatnonzero(~np.isfinite(rows).all(axis=1))
     if len(broken):
         raise UserError(f"{what}: {len(broken)} of {len(rows)} rows hold NaN or infinity; the first is row {broken[0]}")
+    if rows.dtype == np.float32:
+        return rows
+    largest = float(np.abs(rows).max())
+    too_large = MAX_INTEGER if np.issubdtype(np.asarray(x).dtype, np.integer) else MAX_MAGNITUDE
+    if rows.dtype != np.float64 or largest > too_large or 0.0 < largest < 1.0 / MAX_MAGNITUDE:
+        raise UserError(
+            f"{what} are {np.asarray(x).dtype} up to {largest:.3g} in magnitude, and float64 cannot hold these numbers "
+            "or their squares: multiply all features, of both sets, by one constant, and convert them to float64"
+        )
     return rows

@@ -2,12 +2,14 @@
 
 An `.npz` of OpenAI's evaluator holds `mu`, `sigma`, `mu_s` and `sigma_s`, the statistics of InceptionV3's features over
 the whole set. It also holds some of the set's images, `arr_0`; their features serve precision and recall. If a file
-holds `arr_0` alone, the statistics are computed from these images.
+holds `arr_0` alone, the statistics are computed from these images. If it holds no images, as the files of TTUR do not,
+precision and recall are not measured.
 """
 
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -17,61 +19,58 @@ from jaxtyping import Bool, Float, UInt8
 from tqdm import tqdm
 
 from cfd.data.batches import load_arrays
-from cfd.data.sources import Dataset
+from cfd.data.dataset import Dataset
 from cfd.devices import parallel, preemption
 from cfd.errors import UserError
 from cfd.evaluation import metrics
-from cfd.evaluation.features import FeatureNetwork
+from cfd.evaluation.features import FeatureNetwork, data_hash
 from cfd.runs import npz
 
 NEIGHBOUR_ROWS = 10_000
 """The number of reference images for precision and recall, as in ADM's evaluator."""
 STATISTICS = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
-"""The statistics in a file of OpenAI's evaluator, and their shapes."""
-FINGERPRINT_IMAGES = 16
-"""The number of images of a data set whose pixels enter `reference_hash`."""
+"""The statistics in a file of OpenAI's evaluator, and their shapes. Other programs write `mu` and `sigma` alone."""
 BLOCK_BYTES = 2**25
 
 
 class Reference(NamedTuple):
     """Mean and covariance of both feature layers, and the pool features of at most NEIGHBOUR_ROWS images.
 
-    `mu_s` and `sigma_s` are None if the feature network has no spatial layer.
+    `mu_s` and `sigma_s` are None if the feature network has no spatial layer, or a file no statistics of it. `features`
+    is None if a file has no images.
     """
 
     mu: Float[np.ndarray, " d"]
     sigma: Float[np.ndarray, "d d"]
-    mu_s: Float[np.ndarray, " s"] | None
-    sigma_s: Float[np.ndarray, "s s"] | None
-    features: Float[np.ndarray, "n d"]
+    mu_s: Float[np.ndarray, " s"] | None = None
+    sigma_s: Float[np.ndarray, "s s"] | None = None
+    features: Float[np.ndarray, "n d"] | None = None
 
 
-def reference_hash(features: FeatureNetwork, dataset: Dataset, *, path: str, data: dict[str, Any]) -> str:
+def reference_hash(features: FeatureNetwork, dataset: Dataset | None, *, path: str, data: dict[str, Any]) -> str:
     """The SHA-256, in hexadecimal, of everything that determines the reference statistics.
 
     It covers the weights of the feature network and the reference itself: the content of the file `path` or, if `path`
-    is "", the data set. The data set enters by `data` (its settings, the `data` group of a config), its size, and some
-    of its images. Settings that do not affect the images, such as where they are stored, are left out.
+    is "", the data set. The data set enters by `data` (its settings, the `data` group of a config) and by `data_hash`,
+    with the limit stated there. Settings that do not affect the images, such as where they are stored, are left out.
     """
     digest = hashlib.sha256(features.weights_hash.encode())
     if path:
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
-    irrelevant = ("path", "num_workers", "in_memory", "flip")
+    assert dataset is not None, "without a file, the data set is the reference"
+    irrelevant = ("path", "labels", "num_workers", "in_memory", "flip")
     settings = {key: value for key, value in data.items() if key not in irrelevant}
-    settings |= {"num_examples": len(dataset), "neighbour_rows": NEIGHBOUR_ROWS}
+    settings |= {"data_hash": data_hash(dataset), "neighbour_rows": NEIGHBOUR_ROWS}
     digest.update(json.dumps(settings, sort_keys=True).encode())
-    some = np.flatnonzero(evenly_spaced(len(dataset), FINGERPRINT_IMAGES))
-    for array in load_arrays(dataset, some):
-        digest.update(array.tobytes())
     return digest.hexdigest()
 
 
 def open_reference(
     folder: str,
     features: FeatureNetwork,
-    dataset: Dataset,
+    dataset: Dataset | None,
     name: str,
     *,
     path: str,
@@ -82,19 +81,26 @@ def open_reference(
 
     They are cached in features/reference_<name>.npz of the run's folder; `name` comes from `reference_hash`.
     `image_shape` is (H, W, C), and `num_workers` threads decode the images of `dataset`. Warns if the set is too small
-    for a covariance of full rank. Raises ValueError as `check_reference` does, and `preemption.Stopped` on request.
+    for a covariance of full rank, or if a file has no images. Raises ValueError as `check_reference` does, and
+    `preemption.Stopped` on request.
     """
     cache = os.path.join(folder, "features", f"reference_{name[:12]}.npz")
     found = os.path.exists(cache)
     parallel.barrier("reference looked for")
     if found:
-        arrays = npz.read_npz(cache)
-        return Reference(arrays["mu"], arrays["sigma"], arrays.get("mu_s"), arrays.get("sigma_s"), arrays["features"])
-    if path:
+        reference = Reference(**npz.read_npz(cache))
+    elif path:
         reference = read_reference(path, image_shape, features)
     else:
+        assert dataset is not None, "without a file, the data set is the reference"
         reference = measure(image_blocks(dataset, num_workers), len(dataset), features)
-    if jax.process_index() == 0:
+    if path and reference.features is None:
+        warnings.warn(
+            f"{path} has no images arr_0: precision and recall are not measured. Its mu and sigma are taken to be as "
+            "OpenAI's or TTUR's evaluator computes them; pytorch-fid resizes images in another way",
+            stacklevel=2,
+        )
+    if jax.process_index() == 0 and not found:
         os.makedirs(os.path.dirname(cache), exist_ok=True)
         npz.write_npz(cache, {key: array for key, array in reference._asdict().items() if array is not None})
     parallel.barrier("reference")
@@ -107,6 +113,9 @@ def read_reference(path: str, image_shape: tuple[int, int, int], features: Featu
     Raises ValueError as `check_reference` does.
     """
     headers = check_reference(path, image_shape, features.name)
+    statistics = npz.read_npz(path, [name for name in STATISTICS if name in headers])
+    if "arr_0" not in headers:
+        return Reference(**statistics)
     count, rows = headers["arr_0"].shape[0], block_rows(image_shape)
     blocks = with_progress(npz.npz_batches(path, "arr_0", rows), count)
     if "mu" not in headers:
@@ -116,42 +125,80 @@ def read_reference(path: str, image_shape: tuple[int, int, int], features: Featu
         features.extract(block[chosen[first : first + rows]]).pool
         for first, block in zip(range(0, count, rows), blocks, strict=True)
     ]
-    return Reference(**npz.read_npz(path, tuple(STATISTICS)), features=np.concatenate(pool))
+    return Reference(**statistics, features=np.concatenate(pool))
 
 
 def check_reference(path: str, image_shape: tuple[int, int, int], features_name: str) -> dict[str, npz.Header]:
-    """The headers of a reference `.npz`, whose arrays are not read.
+    """The headers of a reference `.npz`. Its images are not read.
 
-    Raises ValueError if the file has no images `arr_0`, if these are not uint8 images of `image_shape`, or if it has
-    statistics that are not of the feature network `features_name` or not those of OpenAI's evaluator.
+    Raises ValueError if the file has neither images `arr_0` nor statistics `mu` and `sigma`, if the images are not as
+    `check_images` requires, or if the statistics are not finite, not of the feature network `features_name`, or of
+    other sizes than those of OpenAI's evaluator. Without images, the statistics of the spatial layer may be absent.
     """
     headers = npz.npz_headers(path)
-    if "arr_0" not in headers:
+    statistics = [name for name in STATISTICS if name in headers]
+    if "arr_0" in headers:
+        check_images(path, headers["arr_0"], image_shape)
+    elif statistics not in (["mu", "sigma"], list(STATISTICS)):
         raise UserError(
-            f"{path} holds {sorted(headers)} and no images arr_0, which precision and recall need: give a file that "
-            "has them"
+            f"{path} holds {sorted(headers)}, and neither images arr_0, which all metrics can be measured with, nor mu "
+            "and sigma, the statistics of InceptionV3's features for FID: give a file that has one or the other"
         )
-    images = headers["arr_0"]
-    if images.shape[1:] != image_shape or images.dtype != np.uint8:
-        raise UserError(
-            f"{path} holds {images.dtype} images of shape {images.shape[1:]}, but the config is for uint8 images of "
-            f"shape {image_shape}: give a reference of the config's own resolution"
-        )
-    if "mu" not in headers:
+    if not statistics:
         return headers
     if features_name != "inception":
         raise UserError(
             f"{path} holds statistics of InceptionV3, but eval.features is {features_name!r}: set eval.features to "
             "'inception', or eval.reference to ''"
         )
-    for name, expected in STATISTICS.items():
+    for name in STATISTICS if "arr_0" in headers else statistics:
         found = headers[name].shape if name in headers else "missing"
-        if found != expected:
+        if found != STATISTICS[name]:
             raise UserError(
-                f"{path}: {name} is {found}, expected {expected}: give a file with the statistics of OpenAI's "
+                f"{path}: {name} is {found}, expected {STATISTICS[name]}: give a file with the statistics of OpenAI's "
                 "evaluator, or one with images arr_0 alone"
             )
+    for name, array in npz.read_npz(path, statistics).items():
+        if not np.isfinite(array).all():
+            raise UserError(f"{path}: {name} holds NaN or infinity: compute it again, without broken images")
     return headers
+
+
+def check_images(path: str, images: npz.Header, image_shape: tuple[int, int, int]) -> None:
+    """Raises ValueError unless `arr_0` of the file has more than NEIGHBOURS uint8 images of this shape, in C order."""
+    height, width, channels = image_shape
+    if images.dtype != np.uint8:
+        raise UserError(
+            f"{path}: arr_0 has dtype {images.dtype}, expected uint8, from 0 to 255: save it again as "
+            "numpy.uint8(numpy.round(arr_0)) if its values are in [0, 255], numpy.uint8(numpy.round(255 * arr_0)) if "
+            "they are in [0, 1], or numpy.uint8(numpy.round(127.5 * (arr_0 + 1))) if they are in [-1, 1]"
+        )
+    if images.shape[1:] != image_shape:
+        remedies = {
+            (channels, height, width): "save arr_0.transpose(0, 2, 3, 1).copy() in its place",
+            (height, width): f"save numpy.repeat(arr_0[..., None], {channels}, axis=-1) in its place",
+            (height, width, 1): f"save numpy.repeat(arr_0, {channels}, axis=-1) in its place",
+        }
+        remedy = remedies.get(images.shape[1:], "give a reference of the config's own resolution and channels")
+        raise UserError(
+            f"{path}: arr_0 holds images of shape {images.shape[1:]}, but the config is for images of shape "
+            f"{image_shape}, [H, W, C]: {remedy}"
+        )
+    if images.fortran:
+        raise UserError(
+            f"{path}: arr_0 is in Fortran order, in which images are not stored one after the other: save "
+            "numpy.ascontiguousarray(arr_0) in its place"
+        )
+    check_count(images.shape[0], path)
+
+
+def check_count(count: int, whose: str) -> None:
+    """Raises ValueError unless a reference set has enough images for precision and recall; `whose` names the set."""
+    if count <= metrics.NEIGHBOURS:
+        raise UserError(
+            f"{whose} has {count} images, and precision and recall need at least {metrics.NEIGHBOURS + 1}: give more "
+            "images, or a file with more as eval.reference; --config.eval.weights='()' trains without measuring"
+        )
 
 
 def measure(images: Iterable[UInt8[np.ndarray, "n h w c"]], count: int, features: FeatureNetwork) -> Reference:
@@ -172,7 +219,7 @@ def measure(images: Iterable[UInt8[np.ndarray, "n h w c"]], count: int, features
         first += len(block)
     if pool is None:
         raise UserError("the reference set holds no image that can be read: check the data, or set eval.reference")
-    metrics.check_rank(pool.count, len(pool.mean))
+    metrics.check_rank(pool.count, len(pool.mean), "reference images")
     mu_s, sigma_s = (None, None) if spatial is None else metrics.mean_and_cov(spatial)
     return Reference(*metrics.mean_and_cov(pool), mu_s, sigma_s, np.concatenate(chosen_features))
 
