@@ -1,4 +1,4 @@
-"""The machine: processes and the device mesh, the XLA compiler, stopping on request, and hung processes.
+"""The machine: processes, the device mesh, seeds, the XLA compiler, output, stopping on request, hung processes.
 
 Nothing here knows about diffusion, images or runs.
 """

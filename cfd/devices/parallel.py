@@ -31,7 +31,8 @@ def init_distributed() -> None:
     The environment does so with CFD_COORDINATOR (host:port), CFD_NUM_PROCESSES and CFD_PROCESS_ID; then the coordinator
     listens only on the given host:port. With CFD_COORDINATOR=auto, under SLURM and on GKE, JAX finds the processes
     itself; then its coordinator listens on all addresses of its host, which therefore needs a private network. Raises
-    ValueError if a number is malformed or out of range, or if there are other processes but no CFD_COORDINATOR.
+    ValueError if a number is malformed or out of range, or if there are other processes but no CFD_COORDINATOR, also on
+    the hosts of a Cloud TPU slice.
     """
     address = os.environ.get("CFD_COORDINATOR")
     arguments: dict[str, Any] = {name: _from_environment(*timeout) for name, timeout in TIMEOUTS.items()}
@@ -55,6 +56,12 @@ def init_distributed() -> None:
         raise UserError(
             "CFD_NUM_PROCESSES or CFD_PROCESS_ID announces other processes, but CFD_COORDINATOR (host:port) is not "
             "set: set it, or unset all CFD_* variables"
+        )
+    elif (count := jax.process_count()) > 1:
+        # On a Cloud TPU slice, each host's devices already know those of all hosts, but the processes do not talk.
+        raise UserError(
+            f"this process is one of {count} of a TPU slice, which are not connected: set CFD_COORDINATOR=auto on "
+            "every host, and start the command on all of them"
         )
     else:
         return
@@ -111,10 +118,10 @@ def global_batch(mesh: Mesh, local: Any) -> Any:
 
 
 def batch_shapes(mesh: Mesh, batch_size: int, image_shape: tuple[int, int, int]) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes and shardings that `global_batch` gives a batch: "image" is float32 and "label" is int32."""
+    """The shapes and shardings that `global_batch` gives a batch: "image" is uint8 and "label" is int32."""
     sharding = NamedSharding(mesh, BATCH)
     return {
-        "image": jax.ShapeDtypeStruct((batch_size, *image_shape), np.float32, sharding=sharding),
+        "image": jax.ShapeDtypeStruct((batch_size, *image_shape), np.uint8, sharding=sharding),
         "label": jax.ShapeDtypeStruct((batch_size,), np.int32, sharding=sharding),
     }
 

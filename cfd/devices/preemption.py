@@ -1,18 +1,26 @@
-"""Stopping on request: at SIGTERM (a preemption), SIGINT or SIGUSR1, a run saves at the next step and exits with 0.
+"""Stopping on request: at one of SIGNALS, a run saves at the next step and exits with code 75.
 
-SIGUSR1 is for SLURM: `srun` forwards it to its tasks, but kills its tasks when it receives SIGTERM itself.
+SIGTERM is a preemption, SIGINT is Ctrl-C, and SIGHUP is a closed terminal. SLURM sends its tasks SIGUSR1, because
+`srun` kills them when it receives SIGTERM itself. Other batch systems send SIGUSR2 or SIGXCPU before a time limit.
 """
 
+import contextlib
 import itertools
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType
 
 import jax
 from jax.experimental import multihost_utils
 
 from cfd.devices import watchdog
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+
+EXIT_CODE = 75
+"""EX_TEMPFAIL of sysexits.h: the run was stopped and has saved everything; the same command resumes it."""
 
 _requested = threading.Event()
 _calls = itertools.count(1)
@@ -22,25 +30,34 @@ class Stopped(Exception):
     """The run was asked to stop, saved everything and stopped. The same command resumes it."""
 
 
-def install() -> None:
-    """From now on, the first of these signals asks the run to stop. A second SIGINT stops it at once.
+@contextlib.contextmanager
+def stopping_on_request() -> Iterator[None]:
+    """Within the block, the first of SIGNALS asks the run to stop. A second SIGINT stops it at once.
 
-    With several processes, `jax.distributed` handles SIGTERM, because it makes all processes agree on the step. A
-    process that receives one of the other signals sends itself SIGTERM.
+    SIGHUP stays ignored if it was ignored, as it is under `nohup`. With several processes, `jax.distributed` handles
+    SIGTERM, because it makes all processes agree on the step. A process that receives one of the other signals sends
+    itself SIGTERM.
     """
-    _requested.clear()
+    alone = jax.process_count() == 1
+    before = {number: signal.getsignal(number) for number in SIGNALS if alone or number != signal.SIGTERM}
+    if before[signal.SIGHUP] is signal.SIG_IGN:
+        del before[signal.SIGHUP]
 
     def request(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        if jax.process_count() == 1:
+        if alone:
             _requested.set()
         else:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    signal.signal(signal.SIGINT, request)
-    signal.signal(signal.SIGUSR1, request)
-    if jax.process_count() == 1:
-        signal.signal(signal.SIGTERM, request)
+    for number in before:
+        signal.signal(number, request)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        _requested.clear()
 
 
 def requested() -> bool:

@@ -113,19 +113,28 @@ def _glibc() -> Any:
 
 
 def use_compilation_cache(folder: str) -> None:
-    """Keeps compiled programs in `folder` for later starts. "" keeps none.
+    """Keeps compiled programs in `folder`, a path or a URL of a bucket, for later starts. "" keeps none.
 
-    The cache holds native code. Therefore this raises ValueError if another user owns the folder or can write to it.
+    The cache holds native code. Therefore this raises UserError if another user owns a local folder or can write to it.
+    It also raises UserError for a folder that cannot be made or read. The permissions of a bucket are not checked.
     """
     if not folder:
         return
-    folder = os.path.abspath(os.path.expanduser(folder))
-    os.makedirs(folder, mode=0o700, exist_ok=True)
-    found = os.stat(folder)
-    if found.st_mode & 0o022 or found.st_uid not in (os.getuid(), 0):
-        raise UserError(
-            f"compilation cache {folder} is another user's, or can be written by others, although it holds native "
-            "code: chmod go-w it, or give a folder of your own"
-        )
+    if "://" not in folder:
+        folder = os.path.abspath(os.path.expanduser(folder))
+        try:
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+            os.listdir(folder)
+            found = os.stat(folder)
+        except OSError as error:
+            raise UserError(
+                f"config.xla.compilation_cache is {folder}, which cannot be used ({error.strerror}): give another "
+                "folder, or '' for none"
+            ) from None
+        if found.st_mode & 0o022 or found.st_uid not in (os.getuid(), 0):
+            raise UserError(
+                f"compilation cache {folder} is another user's, or can be written by others, although it holds native "
+                "code: chmod go-w it, or give a folder of your own"
+            )
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

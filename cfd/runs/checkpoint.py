@@ -1,31 +1,28 @@
-"""Checkpoints: one atomic Orbax step holds the state, the data position, the config and a digest of every array.
+"""Checkpoints: one atomic Orbax step holds the state, the data position, the config and digests of every array.
 
-No step is trusted because it is listed: its digests are computed again from the arrays that were read. A step that
-fails this check is moved to checkpoints/quarantine/, and the step before it is used.
+A snapshot is a step that holds the EMA alone. No step is trusted because it is listed: its digests are computed again
+from the arrays that were read. A checkpoint that fails this check is moved to checkpoints/quarantine/, and the one
+before it is used.
 """
 
-import contextlib
 import dataclasses
-import hashlib
-import json
 import os
 import shutil
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from absl import logging
-from etils import epath
 
 from cfd.devices import parallel
 from cfd.errors import UserError
+from cfd.runs.access import check_run_path
 from cfd.runs.digest import digests, leaves
 from cfd.runs.files import fsync
-from cfd.runs.workdir import CHECKPOINTS, abbreviate
+from cfd.runs.reading import on_all, read_verified, reason_of, seal, some
+from cfd.runs.workdir import CHECKPOINTS, SNAPSHOTS, abbreviate
 
 QUARANTINE = "quarantine"
 TRASH = "trash"
@@ -46,31 +43,46 @@ class Manager:
     """
 
     directory: Path
-    keep: int
+    policy: Any
     orbax: ocp.CheckpointManager
     saving: int | None = None
     failed_saves: int = 0
 
 
-def open_manager(workdir: str | os.PathLike[str], *, keep: int) -> Manager:
-    """The checkpoints of a run, of which the newest `keep` are kept. Call it under `workdir.lock`, on every process.
+def open_manager(workdir: str | os.PathLike[str], *, keep: int, keep_every: int = 0) -> Manager:
+    """The checkpoints of a run: the newest `keep`, and for good those at multiples of `keep_every`, if it is not 0.
 
-    It removes the steps that a killed run left half written or half deleted.
+    Call it under `access.lock`, on every process. It removes the steps that a killed run left half written or half
+    deleted.
     """
-    directory = Path(workdir).absolute() / CHECKPOINTS
-    return Manager(directory, keep, _open_orbax(directory, keep))
+    kept = [ocp.checkpoint_managers.LatestN(keep)]
+    kept += [ocp.checkpoint_managers.EveryNSteps(keep_every)] if keep_every else []
+    return _open(workdir, CHECKPOINTS, ocp.checkpoint_managers.AnyPreservationPolicy(kept))
 
 
-def _open_orbax(directory: Path, keep: int) -> ocp.CheckpointManager:
+def open_snapshots(workdir: str | os.PathLike[str]) -> Manager:
+    """The snapshots of a run, which are all kept. For the rest, it is like `open_manager`."""
+    return _open(workdir, SNAPSHOTS, ocp.checkpoint_managers.LatestN(None))
+
+
+def _open(workdir: str | os.PathLike[str], name: str, policy: Any) -> Manager:
+    check_run_path(workdir)
+    directory = Path(workdir).absolute() / name
+    return Manager(directory, policy, _open_orbax(directory, policy))
+
+
+def _open_orbax(directory: Path, policy: Any) -> ocp.CheckpointManager:
     _remove_litter(directory)
     return ocp.CheckpointManager(
         directory,
         options=ocp.CheckpointManagerOptions(
-            preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+            preservation_policy=policy,
             # Orbax renames an old step into this folder. If it deleted the step in place, a kill could leave a listed
             # step half deleted.
             todelete_subdir=TRASH,
             async_options=ocp.options.AsyncOptions(post_finalization_callback=lambda: _fsync_unfinished(directory)),
+            # A checkpoint and a snapshot may be written at the same time.
+            multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=directory.name),
         ),
     )
 
@@ -101,7 +113,7 @@ def _remove_litter(directory: Path) -> None:
             old.rename(renamed)
             shutil.rmtree(renamed)
         except OSError as e:  # the next call tries again
-            logging.warning("%s was not deleted: %s", old, _reason(e))
+            logging.warning("%s was not deleted: %s", old, reason_of(e))
 
 
 def save(manager: Manager, step: int, state: Any, *, data_state: dict[str, Any], config_json: dict[str, Any]) -> None:
@@ -117,10 +129,10 @@ def save(manager: Manager, step: int, state: Any, *, data_state: dict[str, Any],
     arrays, nonfinite = digests(state)
     if nonfinite:
         raise CheckpointError(
-            f"the state of step {step} is not saved because it has NaN or Inf in {_some(nonfinite)}. The last good "
+            f"the state of step {step} is not saved because it has NaN or Inf in {some(nonfinite)}. The last good "
             f"checkpoint in {manager.directory} is step {manager.orbax.latest_step()}; start again to resume from it"
         )
-    meta = _seal({"step": step, "arrays": arrays, "data_state": data_state, "config": config_json})
+    meta = seal({"step": step, "arrays": arrays, "data_state": data_state, "config": config_json})
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
     if manager.failed_saves:
         _remove_litter(manager.directory)  # files that the failed save wrote after its folder was removed
@@ -151,18 +163,18 @@ def wait(manager: Manager) -> None:
 
 def _finish(manager: Manager, error: Exception | str | None) -> None:
     step, manager.saving = manager.saving, None
-    if _on_all(error is None):
+    if on_all(error is None):
         manager.failed_saves = 0
         _remove_litter(manager.directory)
         return
     manager.failed_saves += 1
-    reason = _reason(error) if error else "another process failed"
+    reason = reason_of(error) if error else "another process failed"
     logging.error("checkpoint of step %s was not written in %s: %s", step, manager.directory, reason)
     try:
         manager.orbax.close()
     except Exception as e:  # it closes what it can, and the next statement replaces it
-        logging.info("closing after a failed save: %s", _reason(e))
-    manager.orbax = _open_orbax(manager.directory, manager.keep)
+        logging.info("closing after a failed save: %s", reason_of(e))
+    manager.orbax = _open_orbax(manager.directory, manager.policy)
     if manager.failed_saves >= MAX_FAILED_SAVES:
         raise CheckpointError(
             f"{manager.failed_saves} saves in a row failed in {manager.directory}, the last one that of step {step}: "
@@ -188,7 +200,9 @@ def abandon(manager: Manager) -> None:
     try:
         manager.orbax.close()
     except Exception as e:  # no common class, as in `save`
-        logging.error("checkpoint of step %s was not written in %s: %s", manager.saving, manager.directory, _reason(e))
+        logging.error(
+            "checkpoint of step %s was not written in %s: %s", manager.saving, manager.directory, reason_of(e)
+        )
 
 
 def restore(
@@ -205,7 +219,8 @@ def restore(
     damaged: list[tuple[int, str]] = []
     found = None
     for step in sorted(manager.orbax.all_steps(), reverse=True):
-        result = read_verified(manager.directory, step, lambda meta, step=step: _match(meta, abstract_state, step))
+        place = _step_directory(manager.directory, step)
+        result = read_verified(place, lambda meta, step=step: _match(meta, abstract_state, step))
         if isinstance(result, str):
             logging.warning("checkpoint of step %d in %s is damaged and skipped: %s", step, manager.directory, result)
             damaged.append((step, result))
@@ -240,81 +255,12 @@ def _quarantine(directory: Path, step: int) -> None:
     os.rename(_step_directory(directory, step), target)
 
 
-def read_verified(
-    directory: Path, step: int, template: Callable[[dict[str, Any]], Any]
-) -> tuple[Any, dict[str, Any]] | str:
-    """(arrays, metadata) of a step, or a string that says how it is damaged.
-
-    `template` makes, from the metadata, the pytree of ShapeDtypeStructs to read; its exceptions are raised. Every
-    process must call this. Either all of them get arrays, or all of them get a string.
-    """
-    # Orbax's handlers are called directly because the restore of its manager has barriers, which a process that cannot
-    # read a file would never reach.
-    path = _step_directory(directory, step)
-    meta = _attempt(lambda: _unseal(ocp.JsonCheckpointHandler().restore(epath.Path(path / "meta"))))
-    if isinstance(meta, _Damage):
-        return meta.reason
-    wanted = template(meta)
-    handler = ocp.PyTreeCheckpointHandler()
-    args = ocp.args.PyTreeRestore(
-        wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
-    )
-    tree = _attempt(lambda: handler.restore(epath.Path(path / "state"), args=args))
-    if isinstance(tree, _Damage):
-        return tree.reason
-    arrays, _ = digests(tree)
-    wrong = [key for key, value in arrays.items() if value != meta["arrays"][key]]
-    if not _on_all(not wrong):
-        return f"wrong digest of {_some(wrong)}" if wrong else "another process read other bytes"
-    return tree, meta
-
-
-class _Damage(NamedTuple):
-    reason: str
-
-
-def _attempt(read: Callable[[], Any]) -> Any:
-    with _late_reads_logged():
-        try:
-            result = read()
-        except (MemoryError, jax.errors.JaxRuntimeError):  # a fault of this machine, not of the file
-            raise
-        except Exception as e:  # JSON, TensorStore and Orbax raise ValueError, KeyError, OSError, TypeError ...
-            result = _Damage(_reason(e))
-            time.sleep(0.1)  # until the other reads have failed too
-    if not _on_all(not isinstance(result, _Damage)):
-        return result if isinstance(result, _Damage) else _Damage("another process could not read it")
-    return result
-
-
-@contextlib.contextmanager
-def _late_reads_logged() -> Iterator[None]:
-    """Logs, at level debug, the tracebacks of reads that fail because an earlier read failed.
-
-    When an array is unreadable, Orbax closes its event loop while other reads are using it. Each of them then prints a
-    traceback, and the one line that matters would be lost among hundreds.
-    """
-    hook = sys.unraisablehook
-
-    def log(e: Any) -> None:
-        if str(e.exc_value) == "Event loop is closed":
-            logging.debug("a read after the first failed one: %s", e.exc_value)
-        else:
-            hook(e)
-
-    sys.unraisablehook = log
-    try:
-        yield
-    finally:
-        sys.unraisablehook = hook
-
-
 def _match(meta: dict[str, Any], abstract_state: Any, step: int) -> Any:
     """`abstract_state`, if the step holds exactly its arrays. Raises CheckpointError otherwise."""
     saved = {key: (tuple(shape), dtype) for key, (shape, dtype, _) in meta["arrays"].items()}
     wanted = {key: (tuple(x.shape), str(x.dtype)) for key, x in leaves(abstract_state)}
     if unsharded := [key for key, x in leaves(abstract_state) if x.sharding is None]:
-        raise UserError(f"abstract_state has no sharding for {_some(unsharded)}: give each ShapeDtypeStruct one")
+        raise UserError(f"abstract_state has no sharding for {some(unsharded)}: give each ShapeDtypeStruct one")
     differ = sorted(key for key in wanted.keys() & saved.keys() if wanted[key] != saved[key])
     faults = [
         *(f"{key} is {_text(saved[key])} in the checkpoint and {_text(wanted[key])} in the state" for key in differ),
@@ -333,36 +279,5 @@ def _text(shape_dtype: tuple[tuple[int, ...], str]) -> str:
     return f"{shape_dtype[1]}{list(shape_dtype[0])}"
 
 
-def _seal(meta: dict[str, Any]) -> dict[str, Any]:
-    meta = json.loads(json.dumps(meta, allow_nan=False))
-    return meta | {"sha256": _sha256(meta)}
-
-
-def _unseal(meta: Mapping[str, Any]) -> dict[str, Any]:
-    content = {name: value for name, value in meta.items() if name != "sha256"}
-    if meta["sha256"] != _sha256(content):
-        raise UserError("wrong SHA-256 of the metadata")
-    return content
-
-
-def _sha256(meta: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
-
-
 def _step_directory(directory: Path, step: int) -> Path:
     return directory / str(step)
-
-
-def _on_all(value: bool) -> bool:
-    """Whether `value` is true on every process."""
-    return parallel.total(int(value)) == jax.process_count()
-
-
-def _reason(error: Exception | str) -> str:
-    text = " ".join(str(error).split())
-    kind = "" if isinstance(error, str) else f"{type(error).__name__}: "
-    return kind + (text if len(text) <= 200 else f"{text[:200]}...")
-
-
-def _some(keys: list[str]) -> str:
-    return abbreviate(keys, separator=", ", limit=3)

@@ -9,15 +9,16 @@ from pathlib import Path
 from absl import logging
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces the content of a file by `text`, and makes its folder if there is none.
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replaces the content of a file, and makes its folder if there is none.
 
-    After a crash or a power cut at any moment, the file holds either all of the old text or all of the new text.
+    After a crash or a power cut at any moment, the file holds either all of the old content or all of the new. Two
+    processes may write the same file at the same time.
     """
-    tmp = path.with_name(f"{path.name}.tmp")
+    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(tmp, "w") as file:
-        file.write(text)
+    with open(tmp, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(tmp, path)

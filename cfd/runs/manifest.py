@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +18,76 @@ import numpy as np
 from jaxtyping import Int
 
 import cfd
+from cfd.devices import seeds
+from cfd.errors import UserError
 from cfd.runs.files import write_atomically
 from cfd.runs.workdir import CONVENTIONS
 
 LABELS = {
     "balanced": "image i is of class i mod num_classes",
     "random": "image i is of class i of numpy.random.default_rng(seed).integers(num_classes, size=num_samples)",
+    "data": "class c has n_c images, in proportion to class_counts, by largest remainders, of which equal ones are "
+    "taken at even spacing; images are in the order of (k - u_c) / n_c, k = 1 to n_c, with u = "
+    "numpy.random.default_rng(seed).random(num_classes)",
 }
 """The label policies, as manifests describe them."""
+FEW_BALANCED = (
+    "image i is of class i of "
+    "numpy.random.default_rng(seed).permutation(numpy.arange(num_samples) * num_classes // num_samples)"
+)
+"""The policy "balanced" where there are fewer images than classes."""
 
 SAMPLING = ("num_steps", "sampler", "v", "guidance", "interval", "w", "num_samples", "labels", "seed")
 """The columns of a row that say how its images are sampled from the weights."""
 
 
-def labels_of(policy: str, seed: int, count: int, num_classes: int) -> Int[np.ndarray, " count"]:
-    """The class of each image, int32 [count], by a policy of LABELS; a larger set begins with the same classes."""
+def labels_of(
+    policy: str, seed: int, count: int, num_classes: int, class_counts: Sequence[int] | None = None
+) -> Int[np.ndarray, " count"]:
+    """The class of each image, int32 [count], by a policy of LABELS.
+
+    For "random", and for "balanced" unless there are fewer images than classes, a larger set begins with the same
+    classes. Only "data" takes `class_counts`, the number of images of each class in the training split. Without
+    classes, all are -1, the null label. Raises ValueError for another policy, and if `class_counts` are missing.
+    """
+    if policy not in LABELS:
+        raise UserError(f"the label policy is {policy!r}; it must be one of {', '.join(LABELS)}")
+    if num_classes == 0:
+        return np.full(count, -1, np.int32)
+    numbers = np.random.default_rng(seed)
     if policy == "random":
-        return np.random.default_rng(seed).integers(num_classes, size=count).astype(np.int32)
+        return numbers.integers(num_classes, size=count).astype(np.int32)
+    if policy == "data":
+        if class_counts is None or len(class_counts) != num_classes or sum(class_counts) < 1:
+            raise UserError(
+                f"the label policy 'data' needs the number of images of each of {num_classes} classes in the training "
+                f"split, got {class_counts}: give class_counts"
+            )
+        shares = proportional(np.asarray(class_counts, np.int64), count)
+        classes = np.repeat(np.arange(num_classes, dtype=np.int32), shares)
+        rank = 1 + np.arange(count) - np.repeat(np.cumsum(shares) - shares, shares)
+        order = (rank - numbers.random(num_classes)[classes]) / shares[classes]
+        return classes[np.argsort(order, kind="stable")]
+    if count < num_classes:
+        return numbers.permutation(np.arange(count) * num_classes // count).astype(np.int32)
     return np.arange(count, dtype=np.int32) % num_classes
+
+
+def proportional(counts: Int[np.ndarray, " k"], total: int) -> Int[np.ndarray, " k"]:
+    """`total` divided in proportion to `counts`, by largest remainders. Equal remainders are taken at even spacing."""
+    shares, remainders = np.divmod(counts * total, counts.sum())
+    missing = total - int(shares.sum())
+    if missing:
+        last = np.sort(remainders)[-missing]
+        shares[remainders > last] += 1
+        tied, left = np.flatnonzero(remainders == last), total - int(shares.sum())
+        shares[tied[np.arange(left) * len(tied) // left]] += 1
+    return shares
+
+
+def label_policy(policy: str, count: int, num_classes: int) -> str:
+    """The policy by which `labels_of` gives `count` labels, in words."""
+    return FEW_BALANCED if policy == "balanced" and count < num_classes else LABELS[policy]
 
 
 def manifest_of(
@@ -48,28 +100,34 @@ def manifest_of(
     process: Mapping[str, Any],
     clip: bool,
     data: Mapping[str, Any],
+    data_identity: str,
     reference: str,
     reference_path: str,
     features: str,
     features_weights: str,
+    num_classes: int = 0,
+    class_counts: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """The manifest of a row: the hashes of everything that goes in, every setting, and the versions of the programs.
 
     `row` has the columns SAMPLING, "step" and "p_uncond". `weights`, `guide_weights` ("" without a guiding classifier),
     `reference` and `features_weights` are SHA-256 digests. `network`, `process` and `data` are the groups of the config
-    in full ("model", "process", "data"), and `clip` is sample.clip. `reference_path` is eval.reference, "" for the data
-    set. `features` is the name of the feature network.
+    in full ("model", "process", "data"), and `clip` is sample.clip. `data_identity` is the identity of the training
+    split, "" if nothing is measured with it. `reference_path` is eval.reference, "" for the data set. `features` is the
+    name of the feature network. `num_classes` and `class_counts` are those that `labels_of` takes for the row.
     """
     return {
         "weights": {"sha256": weights, "step": row["step"], "ema_decay": ema_decay, "p_uncond": row["p_uncond"]},
         "classifier": {"sha256": guide_weights},
         "network": dict(network),
         "sampling": {key: row[key] for key in SAMPLING} | {"clip": clip, "process": dict(process)},
-        "label_policy": LABELS[row["labels"]],
+        "label_policy": label_policy(row["labels"], row["num_samples"], num_classes),
+        **({} if class_counts is None else {"class_counts": list(class_counts)}),
         "seeds": "image i is drawn with the key fold_in(key(seed), i)",
+        "prng": seeds.PRNG,
         "images": CONVENTIONS["images"],
         "w": CONVENTIONS["w"],
-        "data": {key: data[key] for key in ("source", "name", "split", "image_size")},
+        "data": {key: data[key] for key in ("source", "name", "split", "image_size")} | {"identity": data_identity},
         "reference": {"sha256": reference, "source": os.path.basename(reference_path) or "data"},
         "features": {"name": features, "sha256": features_weights},
         "cfd": cfd.__version__,

@@ -139,8 +139,12 @@ def sample_writer(path: str | Path, num_samples: int, image_shape: tuple[int, in
 
 @contextmanager
 def opened(path: str | Path) -> Iterator[zipfile.ZipFile]:
-    """The archive at `path`. Damage found while it is read is raised as a ValueError that names the file."""
-    with open(path, "rb") as file:
+    """The archive at `path`. If it cannot be opened, or is damaged, a ValueError names the file."""
+    try:
+        file = open(path, "rb")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): give a file that you may read") from error
+    with file:
         try:
             with zipfile.ZipFile(file) as archive:
                 yield archive
@@ -214,7 +218,7 @@ def read_exactly(read: Callable[[int], bytes], size: int) -> bytearray:
 @contextmanager
 def replacing(path: str | Path) -> Iterator[zipfile.ZipFile]:
     """A new archive that replaces the file at `path` once it is complete and on the disk."""
-    unfinished = Path(f"{path}.tmp")
+    unfinished = Path(f"{path}.{os.getpid()}.tmp")
     try:
         with open(unfinished, "wb") as file:
             with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:

@@ -29,10 +29,20 @@ def fid_name(num_samples: int) -> str:
 
 
 def samples_path(folder: str, row: Row) -> str:
-    """The file of a row's images. The name includes the manifest's, so no other row has the same file."""
+    """The file of a row's images. The name includes the manifest's, so no other row has the same file.
+
+    An interval is written without a colon, which `scp` and `rsync` take for the name of a host. A file that an earlier
+    version named with it is found too.
+    """
     keys = [key for key in (*SETTINGS, "manifest") if key not in ("p_uncond", "features") and row[key] != ""]
-    name = "_".join(f"{key}-{row[key]}" for key in keys)
-    return os.path.join(folder, "samples", f"{name}.npz")
+    earlier = "_".join(f"{key}-{row[key]}" for key in keys)
+    path, old = (os.path.join(folder, "samples", f"{name}.npz") for name in (earlier.replace(":", "_"), earlier))
+    return old if os.path.exists(old) and not os.path.exists(path) else path
+
+
+def swept_folder(folder: str, out: str) -> str:
+    """The folder with a run's sweep: `out`, where a sweep of the run in `folder` may have written it, or the run's."""
+    return out if os.path.exists(os.path.join(out, "sweep.csv")) else folder
 
 
 def read_rows(folder: str) -> list[Row]:
@@ -99,6 +109,9 @@ def whole_lines(path: str) -> list[str]:
     """The lines of a file, without a last line that was cut short; [] if there is no such file."""
     if not os.path.exists(path):
         return []
-    # Bytes that are not UTF-8 are replaced: whoever parses a damaged line can then give its number.
-    with open(path, newline="", errors="replace") as file:
-        return [line for line in file if line.endswith("\n")]
+    try:
+        # Bytes that are not UTF-8 are replaced: whoever parses a damaged line can then give its number.
+        with open(path, newline="", errors="replace") as file:
+            return [line for line in file if line.endswith("\n")]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): its owner can allow it, by chmod a+r") from error

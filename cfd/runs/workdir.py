@@ -1,20 +1,17 @@
-"""The folder of a run: its lock, and config.json, which says whose run it is.
+"""The folder of a run, and its config.json, which says whose run it is.
 
     config.json             the whole config, the class names and the conventions
     checkpoints/<step>/     written by cfd.runs.checkpoint
+    snapshots/<step>/       the EMA alone, likewise, kept for good
     metrics.jsonl           written by cfd.runs.log: one object per line, in the order of the steps
     tensorboard/            written by cfd.runs.log: the same scalars, and images
 
 All processes of the run must see the folder, on a file system with atomic renames and `flock`.
 """
 
-import contextlib
-import datetime
-import fcntl
 import json
 import os
-import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +19,13 @@ import jax
 
 from cfd.devices import parallel
 from cfd.errors import UserError
+from cfd.runs.access import check_run_path
 from cfd.runs.files import write_atomically
 from cfd.runs.log import METRICS
 
 CHECKPOINTS = "checkpoints"
+SNAPSHOTS = "snapshots"
 CONFIG = "config.json"
-LOCK = "lock"
 
 CONVENTIONS = {
     "w": "the paper's weight: eps = (1 + w) eps(z, c) - w eps(z); w = 0 is conditional, w = -1 unconditional",
@@ -39,13 +37,19 @@ CONVENTIONS = {
 
 FREE_FIELDS = (
     "data.path",
+    "data.labels",
+    "data.empty_classes",
     "data.num_workers",
     "data.on_bad_image",
+    "data.transparency",
+    "data.max_pixels",
     "data.in_memory",
     "train.num_steps",
     "train.nonfinite_limit",
     "train.checkpoint_every_steps",
     "train.keep_checkpoints",
+    "train.keep_every_steps",
+    "train.snapshot_every_steps",
     "train.log_every_steps",
     "train.sample_every_steps",
     "train.watchdog_seconds",
@@ -57,68 +61,16 @@ FREE_FIELDS = (
 )
 """Fields, and groups of fields, that may change on resume because they do not affect what a step computes.
 
-`data.path` says where the data set is, not which data set it is. `data.on_bad_image` and `train.nonfinite_limit` decide
-whether a step is reached, not its result. `mesh` changes a step only by rounding, in float32 or in the bfloat16 of
-`model.dtype`.
+`data.path` and `data.labels` say where the data set is, not which data set it is. `data.on_bad_image`,
+`data.transparency`, `data.max_pixels` and `train.nonfinite_limit` decide whether a step is reached: a run that has met
+an image that cannot be used resumes with another value. `mesh` changes a step only by rounding, in float32 or in the
+bfloat16 of `model.dtype`.
 """
 
 
 def describe(kind: str, config: Mapping[str, Any], class_names: Sequence[str]) -> dict[str, Any]:
     """The content of a run's config.json; `kind` says which network it trains, "diffusion" or "classifier"."""
     return dict(kind=kind, config=dict(config), class_names=list(class_names), conventions=CONVENTIONS)
-
-
-@contextlib.contextmanager
-def lock(workdir: str | os.PathLike[str]) -> Iterator[None]:
-    """Locks the folder for this job, so that only one job at a time writes to it.
-
-    Process 0 holds the lock for all processes of the job, and every process must call this. The operating system
-    releases the lock of a process that died. Raises ValueError at once if another live job holds the lock.
-    """
-    path = Path(workdir) / LOCK
-    file = None
-    holder = ""
-    if jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Mode "w" would erase what the holder wrote before this process knows whether the lock is free.
-        file = open(path, "a+")  # noqa: SIM115
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read()
-            file.close()
-            file = None
-        except OSError as e:
-            file.close()
-            raise UserError(
-                f"{path} cannot be locked ({e.strerror}): mount its file system with flock (Lustre: -o flock), or give "
-                "another --workdir"
-            ) from e
-    if not parallel.total(int(file is not None)):
-        raise UserError(
-            f"{os.fspath(workdir)} is {_describe_holder(holder)}: two jobs cannot write to one workdir; stop the other "
-            "job or give another --workdir"
-        )
-    try:
-        if file is not None:
-            file.truncate(0)
-            started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-            json.dump({"pid": os.getpid(), "host": socket.gethostname(), "start_time": started}, file)
-            file.flush()
-        yield
-    finally:
-        if file is not None:
-            file.truncate(0)
-            file.close()
-
-
-def _describe_holder(text: str) -> str:
-    try:
-        holder = json.loads(text)
-        return f"locked by pid {holder['pid']} on {holder['host']} since {holder['start_time']}"
-    except (ValueError, KeyError, TypeError):
-        return "locked by another job that is just starting or stopping"
 
 
 def write_config(
@@ -131,9 +83,10 @@ def write_config(
     field differs, if there are checkpoints without a config.json, or if this process does not see the file that process
     0 wrote.
     """
+    check_run_path(workdir)
     path = Path(workdir) / CONFIG
     new = json.loads(json.dumps(config_json, allow_nan=False))
-    has_steps = any(step.name.isdigit() for step in (Path(workdir) / CHECKPOINTS).glob("*"))
+    has_steps = _has_steps(workdir)
     if jax.process_index() == 0 and not path.exists() and not has_steps:
         write_atomically(path, json.dumps(new, indent=2) + "\n")
     parallel.barrier("cfd.workdir.write_config")
@@ -147,9 +100,7 @@ def write_config(
             f"process 0 wrote {path}, but this process does not see it: put the workdir on a disk that all processes "
             "share"
         )
-    metrics = Path(workdir) / METRICS
-    has_begun = has_steps or (metrics.exists() and metrics.stat().st_size > 0)
-    old = check_config(workdir, new, defaults) if has_begun else read_config(workdir)
+    old = check_config(workdir, new, defaults) if has_begun(workdir) else read_config(workdir)
     parallel.barrier("cfd.workdir.write_config.compared")
     if jax.process_index() == 0 and new != old:
         if differences := config_differences(old, new, defaults):
@@ -158,6 +109,16 @@ def write_config(
                 flush=True,
             )
         write_atomically(path, json.dumps(new, indent=2) + "\n")
+
+
+def has_begun(workdir: str | os.PathLike[str]) -> bool:
+    """Whether a run has a checkpoint, a snapshot or metrics: its config is then settled."""
+    metrics = Path(workdir) / METRICS
+    return _has_steps(workdir) or (metrics.exists() and metrics.stat().st_size > 0)
+
+
+def _has_steps(workdir: str | os.PathLike[str]) -> bool:
+    return any(step.name.isdigit() for name in (CHECKPOINTS, SNAPSHOTS) for step in (Path(workdir) / name).glob("*"))
 
 
 def check_config(
@@ -170,19 +131,32 @@ def check_config(
     """
     old = read_config(workdir)
     if differences := config_differences(old, json.loads(json.dumps(config_json)), defaults):
+        is_source = old["kind"] == "diffusion" and _has_steps(workdir) and _same_network(differences)
+        trains_on = f". --init_from={os.fspath(workdir)} with another --workdir trains its weights on"
         raise UserError(
             f"{Path(workdir) / CONFIG} is another run's: {abbreviate(differences)}. Give another --workdir, "
-            f"or the same config (only {', '.join(FREE_FIELDS)} may change)"
+            f"or the same config, which --config={os.fspath(workdir)} is (only {', '.join(FREE_FIELDS)} may change)"
+            + (trains_on if is_source else "")
         )
     return old
 
 
+def _same_network(differences: Sequence[str]) -> bool:
+    """Whether a network fits the weights of another one, from which its config differs by `differences`."""
+    fixed = ("kind", "model.", "data.channels", "data.image_size")
+    free = ("model.num_classes:", "model.dropout:", "model.dtype:", "model.remat:")
+    return not any(name.startswith(fixed) and not name.startswith(free) for name in differences)
+
+
 def check_images(workdir: str | os.PathLike[str], *, image_size: int, channels: int, num_classes: int) -> None:
-    """Raises ValueError unless the run in the folder was trained on images of this size, with these classes."""
+    """Raises ValueError unless the run in the folder was trained on images of this size, with these classes.
+
+    A number of classes that is 0, here or there, stands for any number.
+    """
     recorded = read_config(workdir)["config"]["data"]
     expected = dict(image_size=image_size, channels=channels, num_classes=num_classes)
     for name, value in expected.items():
-        if recorded[name] != value:
+        if recorded[name] != value and 0 not in (recorded[name], value):
             raise UserError(
                 f"{os.fspath(workdir)} was trained with data.{name} = {recorded[name]}, not {value}: give the config "
                 "of its run, or move the folder away and train again"
@@ -192,13 +166,15 @@ def check_images(workdir: str | os.PathLike[str], *, image_size: int, channels: 
 def read_config(workdir: str | os.PathLike[str]) -> dict[str, Any]:
     """The content of config.json, read as JSON only: nothing in a run's folder is ever executed.
 
-    Raises ValueError if there is no such file, or if it is damaged.
+    Raises ValueError if there is no such file, if it is damaged, or if this job may not read it.
     """
     path = Path(workdir) / CONFIG
     try:
         content = json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} does not exist: {os.fspath(workdir)} is not the folder of a run") from None
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e.strerror}): its owner can allow it, by chmod -R a+rX") from None
     except ValueError as e:
         raise UserError(f"{path} is not JSON ({e}): restore it from {CHECKPOINTS}/<step>/meta or a backup") from None
     parts = {"kind": str, "config": dict, "class_names": list}
@@ -213,10 +189,12 @@ def read_config(workdir: str | os.PathLike[str]) -> dict[str, Any]:
 def config_differences(old: Mapping[str, Any], new: Mapping[str, Any], defaults: Mapping[str, Any] = {}) -> list[str]:
     """ "field: value there, value here" for every field, outside of FREE_FIELDS, in which two configs differ.
 
+    Where a run took its first weights from is not compared.
+
     `old` and `new` are contents of config.json. `defaults` maps full field names ("train.num_steps") to values: a field
     that `old` lacks is younger than the run that wrote it, and is taken to have had its default.
     """
-    free = tuple(f"config.{field}." for field in FREE_FIELDS)
+    free = ("init_from.", *(f"config.{field}." for field in FREE_FIELDS))
     there, here = flatten(old), flatten(new)
     younger = {f"config.{name}": value for name, value in defaults.items()}
     there |= {name: value for name, value in younger.items() if name in here and name not in there}

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec
 
 from cfd.devices import parallel
@@ -65,13 +64,6 @@ def test_a_batch_that_devices_do_not_divide_is_refused_with_one_that_they_do() -
         parallel.check_batch("train.batch_size", 30, mesh)
     with pytest.raises(ValueError, match="such as 8"):
         parallel.check_batch("sample.batch_size", 3, mesh)
-
-
-def test_a_count_is_added_up_over_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert parallel.total(3) == 3
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(multihost_utils, "process_allgather", lambda count: np.stack([count, count + 1]))
-    assert parallel.total(3) == 3 + 4
 
 
 def test_no_other_process_is_looked_for_without_being_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import gc
 import os
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,14 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import Array
 from jax.extend.core import Jaxpr
+from permissions import obeyed
 from tiny import QUICK, tiny_config
 
 from cfd.devices import xla
-from cfd.kernels import winograd
+from cfd.modes import train
 from cfd.modes.train import diffusion
-from cfd.networks import layers, unet
+from cfd.networks.unet import UNet
 
 DIGITS = dict(model__attention_resolutions=(8,))
 WIDE = dict(
@@ -29,14 +30,6 @@ WIDE = dict(
     model__head_channels=64,
     classifier__attention_resolutions=(8,),
 )
-
-
-def plain_group_norm(x: Array, gain: Array, shift: Array, silu: bool) -> Array:
-    groups = x.reshape(*x.shape[:3], layers.GROUPS, -1)
-    variance = jnp.var(groups, (1, 2, 4), keepdims=True)
-    y = jax.nn.standardize(groups, axis=(1, 2, 4), epsilon=layers.EPSILON, variance=variance).reshape(x.shape)
-    y = y * gain[:, None, None] + shift[:, None, None]
-    return jax.nn.silu(y) if silu else y
 
 
 @pytest.mark.parametrize("changes, batch_size", [(DIGITS, 128), (WIDE, 2)])
@@ -56,11 +49,9 @@ def test_gradients_under_the_options_are_those_of_plain_layers_without(
     arguments = jax.random.key(1), params, x, jnp.arange(batch_size) % 10
 
     loss, gradient = xla.jit(jax.value_and_grad(loss_fn, argnums=1))(*arguments)
-    monkeypatch.setattr(winograd, "pays", lambda x, kernel: False)
-    monkeypatch.setattr(layers, "add_bias", lambda x, bias: x + bias[None, None, None])
-    monkeypatch.setattr(unet, "attention", jax.nn.dot_product_attention)
-    monkeypatch.setattr(unet, "group_norm", plain_group_norm)
-    reference = jax.value_and_grad(lambda *arguments: loss_fn(*arguments), argnums=1)
+    monkeypatch.setattr(train, "UNet", partial(UNet, fast=False))
+    _, plain_loss_fn = diffusion(config)
+    reference = jax.value_and_grad(plain_loss_fn, argnums=1)
     expected_loss, expected = jax.jit(reference, compiler_options=QUICK)(*arguments)
 
     assert float(loss) == pytest.approx(float(expected_loss), rel=1e-5)
@@ -159,3 +150,23 @@ def test_a_compilation_cache_of_another_user_is_refused(tmp_path: Path, monkeypa
     monkeypatch.setattr(os, "getuid", lambda: 12345)
     with pytest.raises(ValueError, match=f"{tmp_path} is another user's.*a folder of your own"):
         xla.use_compilation_cache(str(tmp_path))
+
+
+def test_a_compilation_cache_that_cannot_be_used_is_named_with_the_remedy(tmp_path: Path) -> None:
+    closed, file = tmp_path / "closed", tmp_path / "file"
+    closed.mkdir()
+    closed.chmod(0o300)
+    file.touch()
+    with obeyed():
+        for folder in (closed, file, file / "below"):
+            with pytest.raises(ValueError, match=f"compilation_cache is {folder}, which cannot be used .*'' for none"):
+                xla.use_compilation_cache(str(folder))
+    xla.use_compilation_cache("")  # the remedy
+
+
+def test_a_compilation_cache_in_a_bucket_is_left_to_jax(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(jax.config, "update", given.__setitem__)
+    monkeypatch.chdir(tmp_path)
+    xla.use_compilation_cache("gs://bucket/cache")
+    assert given["jax_compilation_cache_dir"] == "gs://bucket/cache" and not list(tmp_path.iterdir())

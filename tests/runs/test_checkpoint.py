@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checkpoints import State, abstract, litter, make_state, opened, same_bits, save, shardings, steps
+from checkpoints import CONFIG_JSON, State, abstract, litter, make_state, opened, same_bits, save, shardings, steps
 
-from cfd.runs import checkpoint
+from cfd import loading
+from cfd.runs import checkpoint, workdir
 from cfd.runs.checkpoint import CheckpointError
 
 # After a failed read or write, Orbax closes its event loop, and reads or writes that are still running complain of it.
@@ -35,6 +36,31 @@ def test_everything_comes_back(tmp_path: Path) -> None:
         assert restored is not None
         step, state, data_state = restored
         assert (step, data_state) == (5, {"next_step": 5}) and same_bits(state, make_state(5))
+
+
+def test_multiples_of_keep_every_are_kept_for_good(tmp_path: Path) -> None:
+    with opened(tmp_path, keep=1, keep_every=4) as manager:
+        for step in (2, 4, 5, 8, 9, 11):
+            save(manager, step, make_state(step, rows=1))
+    assert steps(tmp_path) == [4, 8, 11] and not litter(tmp_path)
+    with opened(tmp_path, keep=1) as manager:  # asked to keep no more, a run deletes those that it kept
+        save(manager, 12, make_state(12, rows=1))
+    assert steps(tmp_path) == [12]
+
+
+def test_snapshots_are_all_kept_and_never_written_again(tmp_path: Path) -> None:
+    workdir.write_config(tmp_path, CONFIG_JSON)
+    emas = {step: {"ema": make_state(step, rows=1).ema} for step in (3, 6, 9)}
+    for last in (6, 9):
+        manager = checkpoint.open_snapshots(tmp_path)
+        for step in range(3, last + 1, 3):
+            ema = emas[step] if step == last or last == 6 else {"ema": make_state(0, rows=1).ema}
+            checkpoint.save(manager, step, ema, data_state={}, config_json=CONFIG_JSON)
+        checkpoint.close(manager)
+    assert sorted(int(p.name) for p in (tmp_path / "snapshots").iterdir()) == [3, 6, 9]
+    for step, state in emas.items():
+        ema = loading.load_ema(tmp_path, "diffusion", step)
+        assert ema.step == step and same_bits(ema.params, state["ema"])
 
 
 def test_a_step_that_is_there_is_left_as_it_is(two_steps: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoints import (
@@ -20,10 +21,12 @@ from checkpoints import (
     damage_lines,
     files_of,
     flip_weights,
+    make_older,
     make_state,
     opened,
     same_bits,
     save,
+    shardings,
     steps,
 )
 from jax.experimental import multihost_utils
@@ -31,8 +34,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cfd import loading
-from cfd.runs import checkpoint, workdir
+from cfd.runs import access, checkpoint, workdir
 from cfd.runs.checkpoint import CheckpointError
+from cfd.runs.digest import weights_hash
+from cfd.runs.reading import read_verified
 
 # After a failed read or write, Orbax closes its event loop, and reads or writes that are still running complain of it.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -151,15 +156,23 @@ def test_all_steps_damaged_is_an_error_and_never_a_silent_start(two_steps: Path)
 
 
 def one_of_two(index: int, port: int, folder: str, said: Any) -> None:
-    """Process `index` of two with two devices each, which restore a damaged state that is sharded over all four."""
+    """Process `index` of two with two devices each, which restore a damaged state that is sharded over all four.
+
+    They restore it divided by rows, as it was saved, or by columns, which divides each saved part over both processes.
+    """
     jax.config.update("jax_num_cpu_devices", 2)
     address = f"localhost:{port}"
     jax.distributed.initialize(address, 2, index, coordinator_bind_address=address)
     mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(AxisType.Auto,))
 
+    def rows(x: Any) -> NamedSharding:
+        return NamedSharding(mesh, P("fsdp") if x.ndim and x.shape[0] % 4 == 0 else P())
+
+    def columns(x: Any) -> NamedSharding:
+        return NamedSharding(mesh, P(None, "fsdp") if x.ndim > 1 else P())
+
     def shard(x: Any) -> jax.Array:
-        spec = P("fsdp") if x.ndim and x.shape[0] % 4 == 0 else P()
-        return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda i: np.asarray(x)[i])
+        return jax.make_array_from_callback(x.shape, rows(x), lambda i: np.asarray(x)[i])
 
     def good(state: Any, step: int) -> bool:
         same = jax.tree.map(
@@ -172,23 +185,61 @@ def one_of_two(index: int, port: int, folder: str, said: Any) -> None:
         return jax.tree.all(same)
 
     states = {step: jax.tree.map(shard, make_state(step)) for step in (1, 2)}
+    other = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=columns(x)), make_state(0))
+    step_2 = Path(folder) / "checkpoints" / "2"
     workdir.write_config(folder, CONFIG_JSON)
-    with workdir.lock(folder), opened(Path(folder)) as manager:
+    with access.lock(folder), opened(Path(folder)) as manager:
         for step, state in states.items():
             save(manager, step, state)
         checkpoint.wait(manager)
         if index == 0:
-            flip_weights(Path(folder) / "checkpoints" / "2")
+            flip_weights(step_2)
         multihost_utils.sync_global_devices("damaged")
+        result = read_verified(step_2, lambda meta: other)
+        assert isinstance(result, str)  # a flipped byte gives wrong values, or a file that cannot be decoded
         restored = checkpoint.restore(manager, abstract(states[1]))
         assert restored is not None and restored[0] == 1 and good(restored[1], 1)
         save(manager, 2, states[2])
         checkpoint.wait(manager)
         restored = checkpoint.restore(manager, abstract(states[1]))
         assert restored is not None and restored[0] == 2 and good(restored[1], 2)
-        ema, _, step = loading.load_ema(folder, "diffusion")
-        assert step == 2 and same_bits(ema, make_state(2).ema)
+        restored = checkpoint.restore(manager, other)
+        assert restored is not None and restored[0] == 2 and good(restored[1], 2)
+        ema = loading.load_ema(folder, "diffusion")
+        assert ema.step == 2 and same_bits(ema.params, make_state(2).ema)
+        assert ema.weights_hash == weights_hash(make_state(2).ema) == weights_hash(restored[1].ema)
+        multihost_utils.sync_global_devices("read")
+        if index == 0:
+            make_older(step_2, make_state(2))
+        multihost_utils.sync_global_devices("older")
+        for template in (other, abstract(states[1])):
+            restored = checkpoint.restore(manager, template)
+            assert restored is not None and restored[0] == 2 and good(restored[1], 2)
     said.put(index)
+
+
+@pytest.mark.parametrize("after", ["one", "fsdp", "columns"])
+@pytest.mark.parametrize("older", [False, True])
+def test_a_flipped_bit_is_seen_under_every_sharding(tmp_path: Path, after: str, older: bool) -> None:
+    """Also in a checkpoint of an earlier version. The files are undamaged, but one value in them is another one."""
+    state = make_state(1)
+    kernel = np.array(state.ema["conv"]["kernel"])
+    kernel.view(np.uint8)[40, 100] ^= 1
+    other = state._replace(ema=state.ema | {"conv": state.ema["conv"] | {"kernel": jnp.asarray(kernel)}})
+    for name, content in (("run", state), ("other", other)):
+        with opened(tmp_path / name) as manager:
+            save(manager, 1, jax.tree.map(lambda x: jax.device_put(x, shardings()["fsdp"](x)), content))
+    step = tmp_path / "run" / "checkpoints" / "1"
+    if older:
+        make_older(step, state)
+    template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings()[after](x)), state)
+    with opened(tmp_path / "run") as manager:
+        restored = checkpoint.restore(manager, template)
+        assert restored is not None and same_bits(restored[1], state)
+        shutil.rmtree(step / "state")
+        shutil.copytree(tmp_path / "other" / "checkpoints" / "1" / "state", step / "state")
+        with pytest.raises(CheckpointError, match="wrong digest of ema/conv/kernel"):
+            checkpoint.restore(manager, template)
 
 
 def test_two_processes_agree_on_what_is_damaged(tmp_path: Path) -> None:

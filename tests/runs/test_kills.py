@@ -21,7 +21,7 @@ import jax
 import pytest
 from checkpoints import abstract, litter, make_state, opened, same_bits, save, steps
 
-from cfd.runs import checkpoint, workdir
+from cfd.runs import access, checkpoint
 
 # After a failed read or write, Orbax closes its event loop, and reads or writes that are still running complain of it.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 def count_to(folder: str, said: Any, steps: int, pause: float, rows: int) -> None:
     """A job that saves one step after the other and reports what it does. Its state is a function of the step."""
     template = abstract(make_state(0, rows))
-    with workdir.lock(folder), opened(Path(folder)) as manager:
+    with access.lock(folder), opened(Path(folder)) as manager:
         restored = checkpoint.restore(manager, template)
         said.put(("resumed", 0 if restored is None else restored[0], litter(Path(folder))))
         assert restored is None or same_bits(restored[1], make_state(restored[0], rows))

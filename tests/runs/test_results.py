@@ -27,6 +27,18 @@ def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
     assert results.fid_name(49_999) == "FID-49999" and results.fid_name(50_000) == "FID"
 
 
+def test_the_name_of_a_file_of_images_has_no_colon(tmp_path: Path) -> None:
+    """`scp` and `rsync` take what is before a colon for a host. Files of earlier versions, which had one, are found."""
+    path = Path(results.samples_path(str(tmp_path), ROW))
+    assert ":" not in path.name and "interval--30_0_w-1.0" in path.name
+    earlier = path.with_name(path.name.replace("-30_0", "-30:0"))
+    earlier.parent.mkdir()
+    earlier.touch()
+    assert results.samples_path(str(tmp_path), ROW) == str(earlier)
+    path.touch()
+    assert results.samples_path(str(tmp_path), ROW) == str(path)
+
+
 @pytest.mark.parametrize("damage", ["5\n", "7,0.1,x\n", "\xff\n"])
 def test_a_damaged_row_is_named(tmp_path: Path, damage: str) -> None:
     results.append_row(str(tmp_path), ROW | dict.fromkeys(results.MEASURED, 1.0))

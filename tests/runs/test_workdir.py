@@ -1,18 +1,13 @@
-"""A run's folder: one job at a time writes to it, and its config cannot change unnoticed."""
+"""A run's folder: its config cannot change unnoticed."""
 
-import errno
-import fcntl
 import json
-import multiprocessing
-import os
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from permissions import obeyed
 
-from cfd.config import FIELDS
+from cfd.fields import FIELDS
 from cfd.runs import workdir
 
 
@@ -95,6 +90,10 @@ def test_no_other_field_may_change() -> None:
     changing = {name for name in FIELDS if not workdir.config_differences(content(name, 0), content(name, 1))}
     assert changing == {
         "data.path",
+        "data.labels",
+        "data.empty_classes",
+        "data.transparency",
+        "data.max_pixels",
         "data.num_workers",
         "data.on_bad_image",
         "data.in_memory",
@@ -102,6 +101,8 @@ def test_no_other_field_may_change() -> None:
         "train.nonfinite_limit",
         "train.checkpoint_every_steps",
         "train.keep_checkpoints",
+        "train.keep_every_steps",
+        "train.snapshot_every_steps",
         "train.log_every_steps",
         "train.sample_every_steps",
         "train.watchdog_seconds",
@@ -201,51 +202,19 @@ def test_no_config_of_a_folder_is_executed(tmp_path: Path) -> None:
     assert not (tmp_path / "canary").exists()
 
 
-def hold_lock(folder: str, ready: Any) -> None:
-    with workdir.lock(folder):
-        ready.set()
-        time.sleep(60)
+@pytest.mark.parametrize("folder", ["gs://bucket/run", "a[1]", "back\\slash"])
+def test_no_run_begins_where_its_checkpoints_could_not_be_read(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also for a program that trains without the command line. Nothing is made, such as a local folder `gs:`."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"a URL; .* mount one|give a --workdir whose path has none of"):
+        workdir.write_config(folder, config_json())
+    assert not list(tmp_path.iterdir())
 
 
-def test_second_job_is_refused_and_a_dead_one_is_not_in_the_way(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    ready = context.Event()
-    first = context.Process(target=hold_lock, args=(str(tmp_path), ready))
-    first.start()
-    assert ready.wait(60)
-    start = time.monotonic()
-    host = os.uname().nodename
-    with (
-        pytest.raises(ValueError, match=f"locked by pid {first.pid} on {host} since 20.*--workdir"),
-        workdir.lock(tmp_path),
-    ):
-        pass
-    assert time.monotonic() - start < 5
-    assert first.pid is not None
-    os.kill(first.pid, signal.SIGKILL)
-    first.join()
-    with workdir.lock(tmp_path):
-        assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
-        with pytest.raises(ValueError, match=f"locked by pid {os.getpid()}"), workdir.lock(tmp_path):
-            pass
-    with workdir.lock(tmp_path):
-        pass
-
-
-def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def flock(*_: object) -> None:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    with (
-        pytest.raises(ValueError, match=r"lock cannot be locked \(.*\): mount its file system with flock"),
-        workdir.lock(tmp_path),
-    ):
-        pass
-
-
-def test_the_lock_is_free_after_an_error(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), workdir.lock(tmp_path):
-        raise KeyError
-    with workdir.lock(tmp_path):
-        pass
+def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path) -> None:
+    workdir.write_config(tmp_path, config_json())
+    (tmp_path / "config.json").chmod(0o000)
+    with obeyed(), pytest.raises(ValueError, match=r"config\.json cannot be read \(Permission denied\): .* chmod"):
+        workdir.read_config(tmp_path)

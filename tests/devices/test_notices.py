@@ -1,0 +1,34 @@
+"""The package's own Python warnings in the output of the command."""
+
+import warnings
+
+import jax
+import pytest
+
+from cfd.devices.notices import warnings_in_lines
+from cfd.evaluation import metrics
+
+
+def warn() -> None:
+    """A warning of the package, and one of another place."""
+    warnings.warn_explicit("30 samples are few", UserWarning, metrics.__file__, 85)
+    warnings.warn("of a test", stacklevel=1)
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_warning_of_the_package_is_one_line_of_process_0_and_others_keep_their_form(
+    process: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    with pytest.warns(UserWarning) as others, warnings_in_lines():
+        warn()
+    assert capsys.readouterr().err == ("warning: 30 samples are few\n" if process == 0 else "")
+    assert [(str(w.message), w.filename) for w in others] == [("of a test", __file__)]
+
+
+def test_outside_of_the_block_warnings_are_those_of_python(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.warns(UserWarning) as every:
+        with warnings_in_lines():
+            pass
+        warn()
+    assert len(every) == 2 and capsys.readouterr().err == ""
