@@ -1,73 +1,92 @@
-"""`python -m cfd.main --config=NAME_OR_FILE [--workdir=DIR] [--mode=MODE] [--config.GROUP.FIELD=VALUE ...]`
+"""`python -m cfd.main --config=NAME_FILE_OR_RUN [--workdir=DIR] [--mode=MODE] [--config.GROUP.FIELD=VALUE ...]`
 
 The default mode, train, does the whole job: it trains, and then sweeps the guidance weight as the config's `eval` asks.
 The same command again resumes. Other modes: train_classifier (for classifier guidance), sample, sweep, compare (several
 runs' sweeps in one table), report (a page to look at) and config (print the whole config and what each field means).
 """
 
+import contextlib
 import os
+import runpy
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from cfd.config import FIELDS, Config, check_name, complete, listing, with_defaults
-from cfd.devices import parallel, preemption, watchdog, xla
+from cfd.config import Config, check_name, complete, listing, with_defaults
+from cfd.devices import notices, output, parallel, preemption, watchdog, xla
 from cfd.errors import UserError
-from cfd.modes import compare, report, sample, sweep, train, train_classifier
-from cfd.runs import workdir
+from cfd.fields import FIELDS
+from cfd.modes import compare, finetune, report, sample, settings, sweep, train, train_classifier
+from cfd.runs import access, workdir
+from cfd.runs.errors_log import ERRORS, append_error
 
 CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "The experiment: the name of a config of the package, such as digits, or a file.", lock_config=True
+    "config",
+    None,
+    "The experiment: the name of a config of the package, such as digits, a file, or the folder of a run.",
+    lock_config=True,
 )
-WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; runs/<config name> by default.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "The run's folder; by default the one that --config names, or runs/<config name>."
+)
+OUT = flags.DEFINE_string("out", None, "Where sample, sweep, compare and report write; the run's folder by default.")
 RUNS = flags.DEFINE_list("runs", [], "Folders of other runs, for --mode=compare.")
 ALLOW_FRESH_START = flags.DEFINE_bool(
     "allow_fresh_start", False, "If all checkpoints of the run are damaged, set them aside and train from step 0."
 )
+INIT_FROM = flags.DEFINE_string(
+    "init_from", None, "RUN or RUN:STEP: a new run begins with the EMA weights of another run and a fresh optimizer."
+)
 
 
-def run_train(config: Config, folder: str) -> None:
+def run_train(config: Config, folder: str, out: str) -> None:
     """The whole job: train, then sweep the weights that `eval` asks for."""
+    finetune.check(config, folder, source_run())
     if config.eval.weights:
-        sweep.check(config, folder)
-    train.train(config, folder, allow_fresh_start=ALLOW_FRESH_START.value)
+        sweep.check(config, folder, out)
+        train.check_steps(config, folder)
+    train.train(config, folder, init_from=source_run(), allow_fresh_start=ALLOW_FRESH_START.value)
     if config.eval.weights:
-        sweep.sweep(config, folder)
+        sweep.sweep(config, folder, out)
 
 
-def run_train_classifier(config: Config, folder: str) -> None:
+def run_train_classifier(config: Config, folder: str, out: str) -> None:
     """Train the noisy classifier that `sample.guidance = "classifier"` needs."""
     train_classifier.train_classifier(config, folder, allow_fresh_start=ALLOW_FRESH_START.value)
 
 
-def run_sample(config: Config, folder: str) -> None:
+def run_sample(config: Config, folder: str, out: str) -> None:
     """Sample the grid of `sample`'s classes, seeds and weights."""
-    print(f"Wrote {sample.sample(config, folder)} and an .npz of the same name.")
+    say(f"Wrote {sample.sample(config, folder, out)} and an .npz of the same name.")
 
 
-def run_sweep(config: Config, folder: str) -> None:
+def run_sweep(config: Config, folder: str, out: str) -> None:
     """Measure every weight of `eval.weights`."""
-    sweep.sweep(config, folder)
-    print(f"Wrote {folder}/sweep.csv, sweep.png and the grids samples/sweep*.png.")
+    sweep.sweep(config, folder, out)
+    say(f"Wrote {out}/sweep.csv, sweep.png and the grids samples/sweep*.png.")
 
 
-def run_compare(config: Config, folder: str) -> None:
-    """Compare this run's sweep with those of --runs."""
-    print(compare.compare(config, folder, [os.path.expanduser(run) for run in RUNS.value]))
-    print(f"Wrote {folder}/compare.md and compare.png.")
+def run_compare(config: Config, folder: str, out: str) -> None:
+    """Compare this run's sweep with those of --runs. Process 0 does it alone."""
+    if jax.process_index() == 0:
+        say(compare.compare(config, folder, [access.local_path("--runs", run) for run in RUNS.value], out))
+        say(f"Wrote {out}/compare.md and compare.png.")
 
 
-def run_report(config: Config, folder: str) -> None:
-    """Write the page about the run."""
-    print(f"Wrote {report.report(folder)}.")
+def run_report(config: Config, folder: str, out: str) -> None:
+    """Write the page about the run. Process 0 does it alone."""
+    if jax.process_index() == 0:
+        say(f"Wrote {report.report(folder, out)}.")
 
 
-MODES: dict[str, Callable[[Config, str], None]] = {
+MODES: dict[str, Callable[[Config, str, str], None]] = {
     "train": run_train,
     "train_classifier": run_train_classifier,
     "sample": run_sample,
@@ -75,52 +94,133 @@ MODES: dict[str, Callable[[Config, str], None]] = {
     "compare": run_compare,
     "report": run_report,
 }
+"""{mode: what it does with a config, a run's folder and the folder that it writes to}."""
+TRAINING = ("train", "train_classifier")
 MODE = flags.DEFINE_enum("mode", "train", sorted((*MODES, "config")), "What to do.")
 
 
-def main(argv: Sequence[str]) -> None:
-    """Run one mode in one folder. Errors that a user can correct are printed in a line or two, without a traceback."""
+def main(argv: Sequence[str]) -> int:
+    """Run one mode in one folder. Returns the exit code: 0 finished, 75 stopped on request and saved.
+
+    An error that a user can correct is printed in a line, and exits with code 1. Every other error is raised. The
+    traceback of both is added to errors.log in the folder that the mode writes to, if there is such a folder.
+    """
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; fields are set by --config.GROUP.FIELD=VALUE")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
+    out, process = "", 0
+
+    def note(text: str) -> str:
+        """Adds a text to errors.log. Returns the reason why it is not there, or ""."""
+        try:
+            if out:
+                append_error(out, f"--mode={MODE.value}", text, process=process)
+        except OSError as error:
+            return f"The traceback is not in {out}/{ERRORS} ({error.strerror})."
+        return ""
+
+    with output.lasting(note):
+        try:
+            config = complete(CONFIG.value)
+            if MODE.value == "config":
+                print(listing(config))
+                return 0
+            folder = run_folder()
+            out = out_folder(folder)
+            source_run()
+            parallel.init_distributed()
+            process = jax.process_index()
+            xla.use_compilation_cache(config.xla.compilation_cache)
+            xla.return_freed_memory()
+            watchdog.install(config.train.watchdog_seconds)
+            with stoppable(), access_to(folder, out), notices.warnings_in_lines():
+                MODES[MODE.value](config, folder, out)
+            return 0
+        except preemption.Stopped as stopped:
+            say(f"{stopped}; the same command resumes.")
+            return preemption.EXIT_CODE
+        except UserError as error:
+            note(traceback.format_exc())
+            sys.exit(f"error: {in_one_line(error)}")
+        except Exception:
+            if problem := note(traceback.format_exc()):
+                print(problem, file=sys.stderr)
+            raise
+        finally:
+            watchdog.off()
+
+
+def say(text: str) -> None:
+    """Prints a line on process 0."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+def stoppable() -> contextlib.AbstractContextManager[None]:
+    """The signal handlers of a mode that looks whether it is asked to stop. Other modes end at once at a signal."""
+    looks = MODE.value in (*TRAINING, "sample", "sweep")
+    return preemption.stopping_on_request() if looks else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def access_to(folder: str, out: str) -> Iterator[None]:
+    """Locks the folder of a run that is trained, or that a sweep writes to. The other modes only read the run.
+
+    Raises UserError if there is no run to read, or if the mode cannot write its results.
+    """
+    if MODE.value in TRAINING:
+        with access.lock(folder):
+            yield
+        return
     try:
-        config = complete(CONFIG.value)
-        if MODE.value == "config":
-            print(listing(config))
-            return
-        folder = run_folder()
-        parallel.init_distributed()
-        xla.use_compilation_cache(config.xla.compilation_cache)
-        xla.return_freed_memory()
-        preemption.install()
-        watchdog.install(config.train.watchdog_seconds)
-        if MODE.value not in ("train", "train_classifier") and not os.path.exists(os.path.join(folder, workdir.CONFIG)):
-            raise UserError(
-                f"{folder} holds no run: train it first, with --mode=train, or give the --workdir of another"
-            )
-        with workdir.lock(folder):
-            MODES[MODE.value](config, folder)
-    except preemption.Stopped as stopped:
-        print(f"{stopped}; the same command resumes.", flush=True)
-    except UserError as error:
-        sys.exit(f"error: {in_one_line(error)}")
-    finally:
-        watchdog.off()
+        os.stat(os.path.join(folder, workdir.CONFIG))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"{folder} holds no run: train it first, with --mode=train, or give the --workdir of another"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be read ({error.strerror}): its owner can allow it, by chmod -R a+rX"
+        ) from None
+    elsewhere = "give --out=DIR, another folder for what this mode writes"
+    if MODE.value == "sweep":
+        with access.lock(out, elsewhere):
+            yield
+    else:
+        access.check_writable(out, elsewhere)
+        yield
 
 
 def run_folder() -> str:
-    """The folder that --workdir names, or runs/<config name>. Raises ValueError if it cannot be a folder."""
+    """The folder that --workdir or --config names, or runs/<config name>. Raises UserError if it cannot be one."""
     if WORKDIR.value is None:
-        return os.path.join("runs", Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem)
-    if not WORKDIR.value:
-        raise UserError("--workdir is empty: name a folder, or leave the flag out for runs/<config name>")
-    if "://" in WORKDIR.value:
+        config = config_flags.get_config_filename(flags.FLAGS["config"])
+        folder = named_run(config) or os.path.join("runs", Path(config).stem)
+    else:
+        folder = access.local_path("--workdir", WORKDIR.value)
+    access.check_run_path(folder)
+    return folder
+
+
+def out_folder(folder: str) -> str:
+    """The folder that --out names, or the run's. Raises UserError if the mode writes to the run itself."""
+    if OUT.value is None:
+        return folder
+    if MODE.value in TRAINING:
         raise UserError(
-            f"--workdir is {WORKDIR.value!r}, a URL; a run needs a file system with locks and renames: mount one, such "
-            "as a network disk, and give a path there"
+            f"--out is {OUT.value!r}, but --mode={MODE.value} writes to the run itself: give --workdir alone"
         )
-    return os.path.expanduser(WORKDIR.value)
+    return access.local_path("--out", OUT.value)
+
+
+def source_run() -> str | None:
+    """The run that --init_from names. Raises UserError for a mode that begins no run."""
+    if INIT_FROM.value is None:
+        return None
+    if MODE.value != "train":
+        raise UserError(f"--init_from begins a run in --mode=train, and --mode={MODE.value} begins none: leave it out")
+    return access.local_path("--init_from", INIT_FROM.value)
 
 
 def in_one_line(error: Exception) -> str:
@@ -136,46 +236,79 @@ def config_folder() -> Path:
     return packaged if packaged.is_dir() else package.parent / "configs"
 
 
+def is_name(config: str) -> bool:
+    """Whether --config is the name of a config of the package: a word without a slash, an ending or a colon."""
+    return not any(mark in config for mark in "/.:")
+
+
+def named_run(config: str) -> str | None:
+    """The folder of a run that --config names, by itself or by its config.json; None if it names no folder."""
+    path = os.path.expanduser(config)
+    if os.path.basename(path) == workdir.CONFIG:
+        return os.path.dirname(path) or "."
+    return path if os.path.isdir(path) and not is_name(config) else None
+
+
 def config_file(name_or_file: str) -> str:
-    """The file of a config. A name without a slash or an ending stands for a config of the package.
+    """The file of a config, from its name or from itself.
 
     Raises ValueError, with the names to choose from, for an unknown name.
     """
-    if "/" in name_or_file or "." in name_or_file or ":" in name_or_file:
+    if not is_name(name_or_file):
         return name_or_file
     path = config_folder() / f"{name_or_file}.py"
     if not path.is_file():
         names = sorted(file.stem for file in config_folder().glob("*.py"))
-        raise UserError(f"--config={name_or_file} names no config; choose one of {', '.join(names)}, or give a file")
+        raise UserError(
+            f"--config={name_or_file} names no config; choose one of {', '.join(names)}, or give a file, or the folder "
+            f"of a run, with a slash, such as runs/{name_or_file}"
+        )
     return str(path)
 
 
-def load_config(path: str, load: Callable[[str], Any]) -> ConfigDict:
+def reason_of(error: Exception, file: str) -> str:
+    """An error that a config file raised, in a line: its type, its text, and where it was raised.
+
+    The place is the line of the file and, if another file raised the error, the line there.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    from_file = list(dropwhile(lambda frame: os.path.abspath(frame.filename) != os.path.abspath(file), frames))
+    ends = [from_file[0], from_file[-1]] if from_file else []
+    places = dict.fromkeys(f"{frame.filename}, line {frame.lineno}: {frame.line}" for frame in ends)
+    return ", at ".join((f"{type(error).__name__}: {error}", *places))
+
+
+def load_config(path: str) -> ConfigDict:
     """The ConfigDict of a config, with all defaults, so that any field can be overridden.
 
-    Raises ValueError that says what the file is, or raises, instead.
+    For the folder of a run, it is the run's own config. Raises ValueError that says what the file is, or raises,
+    instead.
     """
+    if (folder := named_run(path)) is not None:
+        return settings.config_of_run(folder)
     path = config_file(path)
+    file, *argument = path.split(":", 1)
     try:
-        if not os.path.isfile(path.partition(":")[0]):
+        if not os.path.isfile(file):
             raise FileNotFoundError("there is no such file")
-        config = load(path)
+        module = runpy.run_path(file)
+        if "get_config" not in module:
+            raise AttributeError("it has no get_config")
+        config = module["get_config"](*argument)
         reason = f"get_config() gives {type(config).__name__}"
     except Exception as error:  # a file can raise anything
-        config = None
-        # ml_collections wraps some errors in a text that ends with the traceback; its last line is the error.
-        reason = (str(error).splitlines() or [""])[-1]
-        reason = f"{type(error).__name__}: {reason.removeprefix(f'{type(error).__name__}: ')}"
+        config, reason = None, reason_of(error, file)
     if not isinstance(config, ConfigDict):
         raise UserError(
-            f"{path} is no config ({reason}): give a Python file with get_config() -> ConfigDict, or the name of a "
-            "config of the package, such as digits"
+            f"{path} is no config ({reason}): give a Python file with get_config() -> ConfigDict, the name of a config "
+            "of the package, such as digits, or the folder of a run"
         )
     return with_defaults(config)
 
 
+# The parser of ml_collections hides where some errors were raised, and uses a function that Python will remove.
 _PARSER: Any = flags.FLAGS["config"].parser
-_PARSER.parse = partial(load_config, load=_PARSER.parse)
+_PARSER.parse = load_config
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
@@ -196,7 +329,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
             if FIELDS[name].check.type is tuple:
                 tuples.add(name)
         return flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
+    except (flags.Error, UserError) as error:
         sys.exit(f"error: {in_one_line(error)}")
 
 

@@ -7,8 +7,8 @@ images, not from Inception.
 
     python -m cfd.main --config=cifar10 --config.data.path=FOLDER
 
-FOLDER contains train/<class>/*.jpg and test/<class>/*.jpg (or PNG). A prepared TFDS copy works as well:
---config.data.source=tfds --config.data.name=cifar10 --config.data.path=TFDS_DIR.
+FOLDER contains train/<class>/*.jpg and test/<class>/*.jpg (or PNG, or WebP). A prepared TFDS copy works as well, with
+the extra tfds: --config.data.source=tfds --config.data.name=cifar10 --config.data.path=TFDS_DIR.
 """
 
 from ml_collections import ConfigDict

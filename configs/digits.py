@@ -1,4 +1,4 @@
-"""The experiment of Ho and Salimans (arXiv:2207.12598) on real handwritten digits: 8x8, scikit-learn's copy of UCI's.
+"""The experiment of Ho and Salimans (arXiv:2207.12598) on real handwritten digits: 8x8, those of UCI.
 
     python -m cfd.main --config=digits
 

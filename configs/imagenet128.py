@@ -37,9 +37,10 @@ constant here, whereas ADM anneals it to 0. λ is drawn as for the diffusion mod
     python -m cfd.convert inception pt_inception-2015-12-05-6726825d.pth inception.npz
     python -m cfd.main --config=imagenet128
 
-The data set is TFDS's `imagenet2012`, prepared once as ArrayRecord (extra cfd[prepare]) below data.path, which is
-~/tensorflow_datasets if it is empty. Images are reduced to 128x128 as they are read. Images with fewer than 128 pixels
-on a side, which ADM enlarges, are skipped and counted in the metrics.
+The data set is TFDS's `imagenet2012` (extra tfds), prepared once as ArrayRecord below data.path, which is
+~/tensorflow_datasets if it is empty. The first start without it prints the command that prepares it. Images are reduced
+to 128x128 as they are read, and stay as they are stored whatever their EXIF orientation says, as ADM's do. Images with
+fewer than 128 pixels on a side, which ADM enlarges, are skipped and counted in the metrics.
 """
 
 from ml_collections import ConfigDict
@@ -55,6 +56,7 @@ def get_config() -> ConfigDict:
                 image_size=128,
                 flip=True,
                 on_bad_image="skip",
+                exif_orientation=False,
                 num_workers=16,
             ),
             model=dict(

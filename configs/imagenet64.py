@@ -37,8 +37,8 @@ constant here, whereas ADM anneals it to 0. λ is drawn as for the diffusion mod
     python -m cfd.convert inception pt_inception-2015-12-05-6726825d.pth inception.npz
     python -m cfd.main --config=imagenet64
 
-The data set is TFDS's `imagenet_resized/64x64`, prepared once as ArrayRecord (extra cfd[prepare]) below data.path,
-which is ~/tensorflow_datasets if it is empty.
+The data set is TFDS's `imagenet_resized/64x64` (extra tfds), prepared once as ArrayRecord below data.path, which is
+~/tensorflow_datasets if it is empty. The first start without it prints the command that prepares it.
 """
 
 from ml_collections import ConfigDict

@@ -20,9 +20,10 @@ config=$1 workdir=$2
 python=${PYTHON:-python3}
 
 # Each task must see all GPUs of its node, because JAX gives it the GPU that has the task's number: no --gpus-per-task.
-# The signal that asks the run to stop is USR1, which srun forwards to its tasks. At TERM, srun kills its tasks.
+# The signal that asks the run to stop is USR1, which srun forwards to its tasks. At TERM, srun kills its tasks. A task
+# that has saved exits with 75, which must not kill the others. They end by themselves if a task fails.
 "$python" launch/supervise.py --stop-signal=USR1 -- \
-  srun --kill-on-bad-exit=1 --wait=300 \
+  srun --kill-on-bad-exit=0 --wait=300 \
   "$python" -m cfd.main --config="$config" --workdir="$workdir" "${@:3}" &
 supervisor=$!
 

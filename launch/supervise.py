@@ -1,12 +1,13 @@
 """`python launch/supervise.py [--processes=N] -- COMMAND ...`: runs a training command until it has finished.
 
-The command starts again after it was stopped by a preemption (it prints this, and exits with 0) and after it failed,
-unless it failed three times without a new checkpoint in between. The command is `python -m cfd.main ...`, or a program
-that runs this on other machines. The supervisor reads only its standard output, and passes it on.
+The command is `python -m cfd.main ...`, or a program that runs this on other machines and exits with the same code: 0
+finished, 75 stopped by a preemption, anything else a fault. It starts again after the last two, but not after three
+faults at the same place. Lines `cfd-progress: PLACE` in its standard output tell the place, because CFD_SUPERVISED is
+set; other lines are passed on.
 
 With N processes, the command runs N times on this machine, as the processes of one job. If one of them fails, the
-others have `--grace-seconds` to notice before they are killed. SIGTERM or SIGINT makes the job save and stop, and it
-does not start again.
+others have `--grace-seconds` to notice before they are killed. A signal, or the end of the terminal, makes the job save
+and stop, and it does not start again.
 
 Exit codes: 0 finished, 1 gave up, 75 stopped on request (EX_TEMPFAIL: the same command resumes).
 
@@ -15,35 +16,29 @@ This file needs Python 3.9 and nothing else.
 
 import argparse
 import os
-import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from types import FrameType
 
+STOPPED = 75
 MAX_FAULTS = 3
-STOPPED = re.compile(r"; the same command resumes\.")
-PROGRESS = re.compile(
-    r"(?:Resuming .* at|Saving) (step \d+ of \d+)|(\d+ of \d+ [a-z]+ are in .*) already|^(T \d+  w \S+)"
-)
-"""Lines that report progress: a checkpoint that was found or is saved, or cells of a sweep, found or just measured."""
+PROGRESS = "cfd-progress: "
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
 
 class Job:
-    """The processes of one start. `place` is the progress that they last reported, `stopped` whether they stopped."""
+    """The processes of one start. `place` is the last progress that they reported."""
 
     def __init__(self, command: list, environments: list):
-        self.stopped = False
         self.place = "no checkpoint yet"
         self.processes = [
-            # The command gets its own process group. Therefore a signal to this program's group reaches it only once,
-            # through `send`.
+            # In a session of its own, the command gets a signal to this program's group only once, through `send`.
             subprocess.Popen(
                 command,
-                env={**os.environ, **environment},
+                env={**os.environ, "CFD_SUPERVISED": "1", **environment},
                 stdout=subprocess.PIPE,
                 text=True,
                 errors="replace",
@@ -57,11 +52,10 @@ class Job:
 
     def _read(self, output) -> None:
         for line in output:
-            self.stopped |= bool(STOPPED.search(line))
-            if progress := PROGRESS.search(line):
-                self.place = progress[progress.lastindex or 0]
-            sys.stdout.write(line)
-            sys.stdout.flush()
+            text, mark, place = line.partition(PROGRESS)
+            if mark:
+                self.place = place.strip()
+            write(sys.stdout, text)
 
     def send(self, number: int) -> None:
         for process in self.processes:
@@ -69,29 +63,30 @@ class Job:
                 os.killpg(process.pid, number)
 
     def wait(self, grace_seconds: float) -> int:
-        """The exit code of the first process that failed, or 0."""
-        code, deadline = 0, float("inf")
-        while any(process.poll() is None for process in self.processes):
-            failed = [process.returncode for process in self.processes if process.returncode]
-            if failed and not code:
-                code, deadline = failed[0], time.monotonic() + grace_seconds
+        """The exit code of the first process that failed, or 75 if one was stopped, or 0."""
+        failed, deadline = 0, float("inf")
+        while True:
+            codes = [process.poll() for process in self.processes]
+            failed = failed or next((code for code in codes if code not in (None, 0, STOPPED)), 0)
+            if None not in codes:
+                break
+            if failed:
+                deadline = min(deadline, time.monotonic() + grace_seconds)
             if time.monotonic() > deadline:
                 self.send(signal.SIGKILL)
             time.sleep(0.05)
         for reader in self.readers:
             reader.join()
-        return code or next((process.returncode for process in self.processes if process.returncode), 0)
+        return failed or max(codes)
 
 
 def environments(count: int) -> list:
     """The environment variables that tell each of `count` processes on this machine about the others."""
-    if count == 1:
-        return [{}]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     shared = {"CFD_COORDINATOR": address, "CFD_NUM_PROCESSES": str(count)}
-    return [{**shared, "CFD_PROCESS_ID": str(number)} for number in range(count)]
+    return [{**shared, "CFD_PROCESS_ID": str(number)} for number in range(count)] if count > 1 else [{}]
 
 
 def main() -> int:
@@ -104,24 +99,23 @@ def main() -> int:
     )
     parser.add_argument("command", nargs="+", help="after --")
     arguments = parser.parse_args()
-    if arguments.processes < 1:
-        parser.error(f"--processes is {arguments.processes}: give 1 or more")
-    for name in ("grace_seconds", "pause_seconds"):
-        if not getattr(arguments, name) >= 0:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(arguments, name)}: give 0 or more")
+    for name, low in (("processes", 1), ("grace_seconds", 0), ("pause_seconds", 0)):
+        if not getattr(arguments, name) >= low:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(arguments, name)}: give {low} or more")
 
     job = None
     asked: list = []
 
-    def ask(number: int, frame: "FrameType | None") -> None:
+    def ask(number, frame) -> None:
         asked.append(signal.Signals["SIG" + arguments.stop_signal] if arguments.stop_signal else number)
         if job is not None:
             job.send(asked[-1])
 
-    signal.signal(signal.SIGTERM, ask)
-    signal.signal(signal.SIGINT, ask)
+    for number in SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup
+            signal.signal(number, ask)
 
-    faults, before = 0, None
+    faults, before, code = 0, None, STOPPED
     while not asked:
         try:
             job = Job(arguments.command, environments(arguments.processes))
@@ -131,28 +125,35 @@ def main() -> int:
         if asked:  # the signal came before there was a job to send it to
             job.send(asked[-1])
         code = job.wait(arguments.grace_seconds)
-        if code == 0 and not job.stopped:
+        if code == 0:
             return 0
         if asked:
             break
-        if code == 0:
-            say("stopped by a preemption; it starts again")
-            faults = 0
-        else:
-            faults = faults + 1 if job.place == before else 1
-            if faults == MAX_FAULTS:
-                say(f"failed {MAX_FAULTS} times at the same place ({job.place}), the last with exit code {code}")
-                say("gave up: fix the cause of the last error, then start again")
-                return 1
-            say(f"failed with exit code {code} ({job.place}); it starts again")
+        faults = 0 if code == STOPPED else faults + 1 if job.place == before else 1
+        what = "stopped by a preemption" if code == STOPPED else f"failed with exit code {code} ({job.place})"
+        if faults == MAX_FAULTS:
+            say(f"{what}, {faults} times at the same place: gave up; fix the cause of the last error, then start again")
+            return 1
+        say(f"{what}; it starts again")
         before = job.place
-        time.sleep(arguments.pause_seconds)
-    say("stopped on request")
-    return 75
+        start = time.monotonic() + arguments.pause_seconds
+        while time.monotonic() < start and not asked:
+            time.sleep(0.05)
+    say(f"stopped on request (exit code {code})")
+    return STOPPED
+
+
+def write(stream, text: str) -> None:
+    """Writes a text, also if the reader of the stream is gone: the command must still be able to save."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def say(text: str) -> None:
-    print(f"supervise: {text}", file=sys.stderr, flush=True)
+    write(sys.stderr, f"supervise: {text}\n")
 
 
 if __name__ == "__main__":

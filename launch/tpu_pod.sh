@@ -26,7 +26,7 @@ stop() {
   everywhere "pkill -TERM -f 'cfd[.]main' || true; while pgrep -f 'cfd[.]main' >/dev/null; do sleep 2; done"
   exit 75
 }
-trap stop TERM INT
+trap stop TERM INT HUP
 
 state=$(tpu describe "$TPU_NAME" --format='value(state)' 2>/dev/null || true)
 if [ "$state" = PREEMPTED ] || [ "$state" = TERMINATED ]; then
@@ -44,9 +44,9 @@ tpu scp "$archive" "$TPU_NAME:cfd.tar.gz" --worker=all
 rm -f "$archive"
 everywhere "pkill -KILL -f 'cfd[.]main' || true
   mkdir -p cfd && tar -xzf cfd.tar.gz -C cfd && cd cfd &&
-  { [ -d .venv ] || python3 -m venv .venv; } && .venv/bin/pip install -q -e '.[tpu]'"
+  { [ -d .venv ] || python3 -m venv .venv; } && .venv/bin/pip install -q -e '.[tpu,tfds]'"
 [ -z "${TPU_SETUP:-}" ] || everywhere "$TPU_SETUP"
 
 printf -v arguments ' %q' --config="$config" --workdir="$workdir" "${@:3}"
-everywhere "cd cfd && CFD_COORDINATOR=auto exec .venv/bin/python -m cfd.main$arguments" &
+everywhere "cd cfd && CFD_SUPERVISED=1 CFD_COORDINATOR=auto exec .venv/bin/python -m cfd.main$arguments" &
 wait $!

@@ -4,13 +4,14 @@
 #   XPK_CLUSTER=my-cluster XPK_IMAGE=gcr.io/PROJECT/cfd:latest XPK_TPU_TYPE=v5litepod-16 \
 #     launch/xpk.sh CONFIG WORKDIR [FLAG ...]
 #
-# Run it in the checkout. XPK_IMAGE holds Python and the dependencies of `pip install cfd[tpu]`; XPK adds the checkout.
+# Run it in the checkout. XPK_IMAGE holds Python, and the dependencies that `pip install '.[tpu,tfds]'` in the checkout
+# installs; XPK adds the checkout itself.
 # XPK_FLAGS holds more flags of `xpk workload create`, such as --num-slices=2 --storage=NAME. WORKDIR and data.path must
 # be on a storage that all hosts mount. After a fault, the processes start again inside their pods. A pod that is
 # evicted saves and exits with 75, and GKE then starts the job again. After three faults without a new checkpoint, the
 # job exits with 1.
 set -euo pipefail
-[ $# -ge 2 ] || { sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -ge 2 ] || { sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 2; }
 : "${XPK_CLUSTER:?}" "${XPK_IMAGE:?}" "${XPK_TPU_TYPE:?}"
 config=$1 workdir=$2
 name=${XPK_WORKLOAD:-cfd-$(basename "$config" .py)}

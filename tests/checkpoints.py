@@ -1,5 +1,7 @@
 """Helpers of the tests that save and restore: states, shardings, and the content of a folder of checkpoints."""
 
+import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,9 +72,9 @@ def only_litter_of(folder: Path, *failed: int) -> bool:
 
 
 @contextmanager
-def opened(folder: Path, keep: int = 2) -> Iterator[checkpoint.Manager]:
+def opened(folder: Path, keep: int = 2, keep_every: int = 0) -> Iterator[checkpoint.Manager]:
     """The checkpoints of a folder, closed at the end."""
-    manager = checkpoint.open_manager(folder, keep=keep)
+    manager = checkpoint.open_manager(folder, keep=keep, keep_every=keep_every)
     yield manager
     checkpoint.close(manager)
 
@@ -96,6 +98,31 @@ def flip_weights(step: Path) -> None:
     largest.write_bytes(bytes(content))
 
 
+def old_digest(x: Any) -> str:
+    """The digest of the first versions: sums modulo 2^32 over the bits v and the place i of every value."""
+    x = np.atleast_1d(np.asarray(x))
+    h, g, mask = 0, 0, 2**32 - 1
+    for i, v in enumerate(x.view(f"u{x.dtype.itemsize}").reshape(-1).tolist()):
+        a = (v ^ (i * 0x9E3779B1 & mask)) * 0x85EBCA6B & mask
+        a = (a ^ (a >> 13)) * 0xC2B2AE35 & mask
+        b = (v + i) * 0x27D4EB2F & mask
+        b = (b ^ (b >> 15)) * 0x165667B1 & mask
+        h, g = h + (a ^ (a >> 16)), g + (b ^ (b >> 12))
+    return f"{h & mask:08x}{g & mask:08x}"
+
+
+def make_older(step: Path, state: Any) -> None:
+    """Gives a step of `state` the metadata that the first versions wrote."""
+    path = step / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    del meta["sha256"]
+    flat, _ = jax.tree_util.tree_flatten_with_path(state)
+    for place, x in flat:
+        meta["arrays"][jax.tree_util.keystr(place, simple=True, separator="/")][2] = old_digest(x)
+    meta["sha256"] = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(meta))
+
+
 def shardings() -> dict[str, Any]:
     """Named functions that map an array to a sharding over eight devices."""
     devices = jax.devices()
@@ -109,10 +136,14 @@ def shardings() -> dict[str, Any]:
     def rows(x: Any) -> NamedSharding:
         return NamedSharding(mesh, P(("data", "fsdp")) if x.ndim and x.shape[0] % 8 == 0 else P())
 
+    def columns(x: Any) -> NamedSharding:
+        return NamedSharding(mesh, P(*(None for _ in x.shape[1:]), "data") if x.ndim and x.shape[-1] % 4 == 0 else P())
+
     return {
         "one": lambda x: SingleDeviceSharding(devices[0]),
         "other": lambda x: SingleDeviceSharding(devices[5]),
         "replicated": lambda x: NamedSharding(mesh, P()),
         "fsdp": fsdp,
         "rows": rows,
+        "columns": columns,
     }

@@ -10,6 +10,7 @@ JOB_NOTES          the folder of steps.jsonl, if it is not the run's
 Each step, save and start of a loop adds a line to steps.jsonl. Unlike metrics.jsonl, it keeps steps that are repeated.
 """
 
+import hashlib
 import json
 import os
 import threading
@@ -81,7 +82,17 @@ def open_split(config: Any, split: str) -> Dataset:
         return images[i], int(labels[i])
 
     names = tuple(f"class {c}" for c in range(CLASSES))
-    return Dataset(read, lambda: labels, EXAMPLES, SIZE, 1, names, "raise")
+    return Dataset(
+        read=read,
+        read_label=lambda i: int(labels[i]),
+        read_labels=lambda: labels,
+        num_examples=EXAMPLES,
+        image_size=SIZE,
+        channels=1,
+        class_names=names,
+        on_bad_image="raise",
+        identity=hashlib.sha256(images.tobytes()).hexdigest(),
+    )
 
 
 def note(**values: Any) -> None:
@@ -148,7 +159,8 @@ def timed(save: Any) -> Any:
 
 if __name__ == "__main__":
     cfd.modes.train.diffusion = diffusion
-    cfd.modes.settings.network_of = lambda config: Network(eps_of_params, (SIZE, SIZE, 1))
+    network = Network(eps_of_params, (SIZE, SIZE, 1))
+    cfd.modes.settings.network_of = cfd.modes.settings.network_of_run = lambda _: network
     cfd.modes.settings.open_split = open_split
     cfd.modes.fit.batches = hanging(cfd.modes.fit.batches)
     preemption.requested = slowed(preemption.requested)

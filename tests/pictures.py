@@ -42,7 +42,7 @@ def torn(folder: Path) -> Path:
     return folder
 
 
-def open_folder(folder: Path, **changes) -> Dataset:
+def open_folder(folder: Path | str, **changes) -> Dataset:
     return open_dataset(**{**FIELDS, "path": str(folder), **changes})
 
 

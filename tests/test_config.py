@@ -10,7 +10,8 @@ import pytest
 from ml_collections import ConfigDict
 from tiny import ROOT, read_config, tiny_config
 
-from cfd.config import DEFAULTS, FIELDS, accepts, check_name, complete, listing, with_classes, with_defaults
+from cfd.config import as_recorded, check_name, complete, listing, with_classes, with_defaults
+from cfd.fields import BEFORE, DEFAULTS, FIELDS, accepts
 from cfd.runs.workdir import flatten
 
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -58,6 +59,7 @@ BAD = [
     ("mesh.data", 0),
     ("mesh.data", -2),
     ("mesh.fsdp", -1),
+    ("sample.step", -2),
     ("sample.num_steps", 0),
     ("sample.sampler", "heun"),
     ("sample.v", 1.01),
@@ -68,8 +70,16 @@ BAD = [
     ("sample.w", (math.inf,)),
     ("sample.w", ((0.0, 1.0),)),
     ("sample.classes", (-1,)),
+    ("sample.classes", (1.0,)),
+    ("data.exif_orientation", 1),
+    ("data.transparency", "pink"),
+    ("data.max_pixels", 0),
+    ("data.empty_classes", "no"),
+    ("data.labels", None),
     ("sample.seeds", (2**32,)),
     ("sample.seeds", ()),
+    ("eval.steps", (-1,)),
+    ("eval.steps", (3, 3)),
     ("eval.weights", (0.0, "1")),
     ("eval.weights", (0.0, 1.0, 1)),
     ("eval.num_samples", 0),
@@ -113,6 +123,7 @@ def test_a_bad_value_is_refused_by_name(name: str, value: Any) -> None:
         ({"classifier.head_channels": 0, "classifier.num_heads": 5}, ("num_heads 5", "channels: give a divisor")),
         ({"data.image_size": 9, "model.channel_mult": (1, 2)}, ("image_size is 9", "multiple of 2")),
         ({"classifier.channel_mult": (1,) * 5}, ("image_size is 8", "classifier.channel_mult", "multiple of 16")),
+        ({"model.channel_mult": (1.5,)}, ("channel_mult is (1.5,)", "base_channels 32", "[48.0] channels", "of 32")),
         ({"model.attention_resolutions": (4,)}, ("model.attention_resolutions is (4,)", "works at [8]")),
         ({"process.logsnr_min": 20.0}, ("logsnr_min is 20.0", "below logsnr_max")),
         ({"train.num_microbatches": 3}, ("batch_size is 16", "3", "multiple")),
@@ -228,7 +239,7 @@ def test_the_number_of_classes_and_channels_follow_from_the_data(stated: tuple[s
 @pytest.mark.parametrize("group", ["data", "model", "classifier"])
 def test_another_number_of_classes_than_that_of_the_data_is_refused(group: str) -> None:
     config = complete(ConfigDict({group: dict(num_classes=7)}))
-    words = rf"config\.{group}\.num_classes is 7, and the number of classes of the data is 8: set both .* leave "
+    words = rf"config\.{group}\.num_classes is 7, and the number of classes of the data is 8: set all .* leave "
     with pytest.raises(ValueError, match=words):
         with_classes(config, 8)
 
@@ -250,6 +261,7 @@ def test_values_at_the_edges_are_accepted() -> None:
         ("train.p_uncond", 1.0),
         ("train.warmup_steps", 0),
         ("train.num_steps", 1),
+        ("model.channel_mult", (2.0,)),
         ("sample.w", (-1, 0, 4.0)),
         ("sample.v", 0),
         ("sample.num_steps", 1),
@@ -260,6 +272,24 @@ def test_values_at_the_edges_are_accepted() -> None:
         complete(changed(name, value))
     with pytest.raises(ValueError):  # a NumPy number would not survive config.json
         complete(changed("train.num_steps", np.int64(5)))
+
+
+def test_all_wrong_numbers_of_classes_are_named_at_once() -> None:
+    config = complete(ConfigDict({group: dict(num_classes=10) for group in ("data", "model", "classifier")}))
+    words = r"config\.data\.num_classes is 10, config\.model\.num_classes is 10, config\.classifier\.num_classes is 10"
+    with pytest.raises(ValueError, match=rf"{words}, and the number of classes of the data is 2: .* or leave them out"):
+        with_classes(config, 2)
+
+
+def test_a_field_that_is_younger_than_a_run_keeps_its_old_meaning_unless_the_config_states_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(BEFORE, "sample.v", 0.5)
+    recorded = [name for name in flatten(tiny_config().to_dict()) if name not in ("sample.v", "sample.step")]
+    old = as_recorded(tiny_config(), dict.fromkeys(recorded))
+    assert (old.sample.v, old.sample.step) == (0.5, -1)
+    stated = as_recorded(tiny_config(sample__v=0.9, sample__step=3), dict.fromkeys(recorded))
+    assert (stated.sample.v, stated.sample.step) == (0.9, 3)
 
 
 def test_the_listing_has_a_line_per_field_with_its_value_meaning_and_default() -> None:

@@ -34,6 +34,7 @@ from meshes import mesh_of
 from tiny import tiny_config
 
 from cfd.devices import parallel
+from cfd.loading import load_ema
 from cfd.modes.sampler import Network, SampleSpec, compile_sampler
 from cfd.modes.settings import sampling_of
 from cfd.runs import npz
@@ -93,7 +94,8 @@ def test_an_error_of_one_process_is_reported_and_ends_all(start: Start, tmp_path
         train__checkpoint_every_steps=5,
     )
     assert all(job.finish()), job.report()
-    assert "error: image 7 is bad" in job.text(1)
+    assert "ValueError: image 7 is bad" in job.text(1)
+    assert "ValueError: image 7 is bad" in (job.folder / "errors.1.log").read_text()
     assert final_state(job.folder)[0] == 15
 
 
@@ -110,11 +112,11 @@ def test_a_disk_that_is_full_for_a_while(start: Start, reference: Any, tmp_path:
             env={"JOB_STEP_SECONDS": "0.02", "JOB_NOTES": str(tmp_path)},
             train__num_steps=600,
             train__checkpoint_every_steps=150,
-            train__sample_every_steps=50,
+            train__sample_every_steps=300,  # with the disk full, only two saves fail: those of 150 and 300
         )
         wait_until(lambda: any(done["step"] >= 40 for done in steps_of(tmp_path)), job)
         with filled(folder):
-            for refused in ("checkpoint of step 150", "metrics.jsonl", "step_0000100.png"):
+            for refused in ("checkpoint of step 150", "metrics.jsonl", "step_0000300.png"):
                 wait_until(lambda refused=refused: re.search(f"{refused}.* was not written", job.text()), job)
         assert job.finish() == [0], job.report()
         assert final_state(folder) == final_state(reference(600, 1))
@@ -143,6 +145,32 @@ def test_killed_at_random_steps_of_two_processes(
     job = start(folder, processes=2, train__num_steps=steps)
     assert job.finish() == [0, 0], job.report()
     assert_same_run(folder, reference(steps, 2))
+
+
+@slow
+@pytest.mark.timeout(600)
+def test_kills_leave_every_snapshot_once(start: Start, tmp_path: Path) -> None:
+    """Two processes are killed at random steps. In the end there is every snapshot, with the bits of a run that was not
+    stopped."""
+    fields = dict(train__num_steps=40, train__checkpoint_every_steps=5, train__snapshot_every_steps=2)
+    fields |= dict(train__keep_every_steps=15)
+    whole = start(tmp_path / "whole" / "run", processes=2, **fields)
+    assert whole.finish() == [0, 0], whole.report()
+    rng = random.Random(2)
+    for at in (9, 23):
+        job = start(tmp_path / "killed" / "run", processes=2, env={"JOB_STEP_SECONDS": "0.02"}, **fields)
+        wait_for_step(job, at)
+        time.sleep(rng.uniform(0.0, 0.3))
+        job.send(signal.SIGKILL)
+        assert job.finish() == [-signal.SIGKILL] * 2
+    job = start(tmp_path / "killed" / "run", processes=2, **fields)
+    assert job.finish() == [0, 0], job.report()
+    for folder in (whole.folder, job.folder):
+        for name, expected in (("snapshots", list(range(2, 41, 2))), ("checkpoints", [15, 30, 35, 40])):
+            assert sorted(int(p.name) for p in (folder / name).iterdir() if p.name.isdecimal()) == expected
+    for step in range(2, 41, 2):
+        found, expected = (load_ema(folder, "diffusion", step) for folder in (job.folder, whole.folder))
+        assert found.weights_hash == expected.weights_hash
 
 
 @slow

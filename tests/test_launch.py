@@ -42,23 +42,24 @@ def test_a_command_that_finishes_is_not_started_again(tmp_path: Path) -> None:
 
 
 def test_a_preemption_is_started_again(tmp_path: Path) -> None:
-    stopped = "Stopped at step 7 of 10, saved in runs/x; the same command resumes."
-    done = supervise(tmp_path, ATTEMPTS + f"if n < 5: print({stopped!r})")
+    done = supervise(tmp_path, ATTEMPTS + "sys.exit(75 if n < 5 else 0)")
     assert (done.returncode, attempts(tmp_path)) == (0, 6)
 
 
 def test_faults_with_progress_in_between_are_started_again(tmp_path: Path) -> None:
-    program = ATTEMPTS + "print(f'Resuming runs/x at step {n * 10} of 100.')\nsys.exit(1 if n < 7 else 0)"
+    """The lines that report progress are not passed on, and other words are no progress."""
+    program = ATTEMPTS + "print(f'cfd-progress: step {n * 10}')\nprint('Step', n)\nsys.exit(1 if n < 7 else 0)"
     done = supervise(tmp_path, program)
     assert (done.returncode, attempts(tmp_path)) == (0, 8)
+    assert done.stdout.splitlines() == [f"Step {n}" for n in range(8)]
 
 
 @pytest.mark.parametrize(
     "line, place",
     [
-        ("print('Resuming runs/x at step 30 of 100.')", "(step 30 of 100)"),
-        ("pass", "no checkpoint yet"),
-        ("print('Resuming runs/x at step 9 of 9.'); print('4 of 9 cells are in runs/x/sweep.csv already.')", "4 of 9"),
+        ("print('cfd-progress: step 30')", "(step 30)"),
+        ("print('Saving step', n)", "no checkpoint yet"),
+        ("print('cfd-progress: step 9'); print('cfd-progress: 4 rows')", "(4 rows)"),
     ],
 )
 def test_three_faults_at_the_same_place_are_enough(tmp_path: Path, line: str, place: str) -> None:
@@ -67,32 +68,21 @@ def test_three_faults_at_the_same_place_are_enough(tmp_path: Path, line: str, pl
     assert "gave up" in done.stderr and place in done.stderr and "exit code -9" in done.stderr
 
 
-@pytest.mark.parametrize(
-    "said, starts", [("Saving step 7 of 100.", 5), ("7 of 9 cells are in x already.", 6), ("T 7  w 1  fid", 6)]
-)
-def test_progress_that_a_start_makes_before_it_fails_counts(tmp_path: Path, said: str, starts: int) -> None:
-    """The third start gets further before it fails, so three more faults are needed, at the new place."""
-    first, then = (f"Resuming runs/x at step {step} of 100." for step in (5, 7))
-    program = f"{ATTEMPTS}print({first!r} if n < 3 else {then!r})\nif n == 2: print({said!r})\nsys.exit(1)"
-    done = supervise(tmp_path, program)
+def test_progress_that_a_start_makes_before_it_fails_counts(tmp_path: Path) -> None:
+    """The third start gets further before it fails, so two more faults are needed, at the new place."""
+    program = f"{ATTEMPTS}print('cfd-progress: step', 5 if n < 3 else 7)\nif n == 2: print('cfd-progress: step 7')\n"
+    done = supervise(tmp_path, program + "sys.exit(1)")
     assert done.returncode == 1 and "gave up" in done.stderr
-    assert attempts(tmp_path) == starts
+    assert attempts(tmp_path) == 5
 
 
-def test_a_sweep_that_gets_further_is_started_again(tmp_path: Path) -> None:
-    program = (
-        ATTEMPTS + "print('Resuming runs/x at step 9 of 9.')\n"
-        "if n: print(f'{n} of 9 cells are in runs/x/sweep.csv already.')\n"
-        "sys.exit(n < 6)"
-    )
-    assert supervise(tmp_path, program).returncode == 0
-    assert attempts(tmp_path) == 7
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_a_signal_reaches_the_job_which_is_not_started_again(tmp_path: Path, number: int) -> None:
     program = ATTEMPTS + (
-        "def stop(*_):\n    print('Stopped at step 1 of 2; the same command resumes.')\n    sys.exit(0)\n"
+        "def stop(*_):\n    print('Saved.')\n    sys.exit(75)\n"
         f"signal.signal({int(number)}, stop)\nprint('ready', flush=True)\ntime.sleep(60)"
     )
     command = [sys.executable, str(SUPERVISE), "--", sys.executable, "-c", program]
@@ -101,7 +91,39 @@ def test_a_signal_reaches_the_job_which_is_not_started_again(tmp_path: Path, num
         process.send_signal(number)
         out, err = process.communicate(timeout=30)
     assert (process.returncode, attempts(tmp_path)) == (75, 1)
-    assert "resumes" in out and "stopped on request" in err
+    assert out == "Saved.\n" and "stopped on request (exit code 75)" in err
+
+
+def test_a_closed_terminal_is_ignored_under_nohup(tmp_path: Path) -> None:
+    program = ATTEMPTS + "print('ready', flush=True)\ntime.sleep(1)"
+    command = ["nohup", sys.executable, str(SUPERVISE), "--", sys.executable, "-c", program]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout and process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(30) == 0
+
+
+def test_a_supervisor_whose_readers_go_away_waits_for_the_job(tmp_path: Path) -> None:
+    program = ATTEMPTS + (
+        "def stop(*_):\n    print('x' * 100_000)\n    pathlib.Path('saved').touch()\n    sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, stop)\nprint('ready', flush=True)\ntime.sleep(60)"
+    )
+    command = [sys.executable, str(SUPERVISE), "--", sys.executable, "-c", program]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stderr and process.stdout.readline() == b"ready\n"
+        process.stdout.close()
+        process.stderr.close()
+        process.terminate()
+        assert process.wait(30) == 75 and (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("codes, code", [((0, 0), 0), ((75, 75), 75), ((75, 0), 75), ((75, 1), 1), ((0, 3), 3)])
+def test_the_worst_code_of_the_processes_counts(tmp_path: Path, codes: tuple[int, int], code: int) -> None:
+    """75 is no fault, and starts the job again; a fault at the same place is tried three times."""
+    program = f"{ATTEMPTS}import os\nsys.exit({codes}[int(os.environ['CFD_PROCESS_ID'])] if n < 6 else 0)"
+    done = supervise(tmp_path, program, "--processes=2", "--grace-seconds=1")
+    assert ("stopped by a preemption" in done.stderr) == (code == 75)
+    assert (f"failed with exit code {code}" in done.stderr) == (code not in (0, 75))
 
 
 def test_the_processes_of_a_job_know_of_each_other_and_end_together(tmp_path: Path) -> None:
@@ -173,6 +195,14 @@ def test_a_single_process_joins_no_coordinator(monkeypatch: pytest.MonkeyPatch) 
     assert joined(monkeypatch, SLURM_STEP_NUM_TASKS="1", TPU_WORKER_HOSTNAMES="localhost") is None
 
 
+def test_the_hosts_of_a_tpu_slice_are_told_to_connect(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their devices know of each other without `jax.distributed`, which the run needs."""
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    with pytest.raises(ValueError, match=r"one of 4 of a TPU slice, .* not connected: set CFD_COORDINATOR=auto"):
+        joined(monkeypatch)
+    assert joined(monkeypatch, CFD_COORDINATOR="auto") == TIMEOUTS  # the remedy
+
+
 @pytest.mark.parametrize(
     "environment",
     [{"CFD_COORDINATOR": "auto"}, {"SLURM_STEP_NUM_TASKS": "16"}, {"TPU_WORKER_HOSTNAMES": "host0,host1"}],
@@ -240,7 +270,7 @@ def test_slurm_requeues_a_job_that_runs_out_of_time(tmp_path: Path) -> None:
     """`srun` forwards SIGUSR1, which saves the run. At a SIGTERM it kills its tasks ("forcing job termination")."""
     env = with_fakes(tmp_path, "scontrol") | {"SLURM_JOB_ID": "17"}
     srun = tmp_path / "bin" / "srun"
-    traps = "trap 'echo \"saved; the same command resumes.\"; exit 0' USR1\ntrap 'echo killed; exit 137' TERM"
+    traps = "trap 'echo saved; exit 75' USR1\ntrap 'echo killed; exit 137' TERM"
     # The sleep outlives the signal. It must not keep the pipe open, because the test waits for its end.
     srun.write_text(f"#!/usr/bin/env bash\n{traps}\necho ready\nsleep 60 >/dev/null 2>&1 & wait $!\n")
     srun.chmod(0o755)
@@ -249,7 +279,7 @@ def test_slurm_requeues_a_job_that_runs_out_of_time(tmp_path: Path) -> None:
         assert process.stdout and process.stdout.readline() == "ready\n"
         process.terminate()
         said, _ = process.communicate(timeout=30)
-    assert process.returncode == 75 and said == "saved; the same command resumes.\n"
+    assert process.returncode == 75 and said == "saved\n"
     assert (tmp_path / "calls").read_text() == "scontrol requeue 17\n"
 
 
@@ -262,7 +292,19 @@ def test_a_preempted_slice_is_created_again(tmp_path: Path, state: str) -> None:
     assert done.returncode == 0, done.stderr
     calls = (tmp_path / "calls").read_text()
     assert ("delete slice" in calls) == ("create slice" in calls) == (state == "PREEMPTED")
-    assert r"CFD_COORDINATOR=auto exec .venv/bin/python -m cfd.main --config=configs/a.py --workdir=/mnt/a\ b" in calls
+    command_there = r".venv/bin/python -m cfd.main --config=configs/a.py --workdir=/mnt/a\ b"
+    assert f"CFD_SUPERVISED=1 CFD_COORDINATOR=auto exec {command_there}" in calls
+
+
+def test_a_slice_ends_with_the_code_of_the_run(tmp_path: Path) -> None:
+    """`gcloud ... ssh` exits with the code of the remote command, and the supervisor decides by it what follows."""
+    env = with_fakes(tmp_path, "gcloud") | {"CFD_ATTEMPT": "1"}
+    env |= {"TPU_NAME": "slice", "TPU_ZONE": "zone", "TPU_TYPE": "v5litepod-16", "TPU_VERSION": "version"}
+    with open(tmp_path / "bin" / "gcloud", "a") as fake:
+        fake.write('case "$*" in *exec*cfd.main*) exit 75 ;; esac\n')
+    command = ["bash", str(ROOT / "launch" / "tpu_pod.sh"), "configs/a.py", "/mnt/a"]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 75, done.stderr
 
 
 def test_xpk_gets_one_command(tmp_path: Path) -> None:

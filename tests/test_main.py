@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -11,12 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import permissions
 import pytest
 from PIL import Image
 from tiny import ROOT, flags_of, tiny_config
 
-from cfd.config import FIELDS
-from cfd.runs import manifest, npz, results, workdir
+from cfd.fields import FIELDS
+from cfd.runs import access, errors_log, manifest, npz, results, workdir
 
 DIGITS = f"--config={ROOT}/configs/digits.py"
 
@@ -28,7 +30,8 @@ class Finished(NamedTuple):
 
 
 def start(arguments: list[str], output: str, folder: str) -> None:
-    """`python -m cfd.main` in a process that has already imported its modules."""
+    """`python -m cfd.main` in a process that has already imported its modules, and obeys permission bits."""
+    permissions.obey()
     os.chdir(folder)
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT), number)
@@ -57,18 +60,19 @@ class Command(NamedTuple):
         return Finished(process.exitcode, *(output.with_suffix(f".{name}").read_text() for name in ("out", "err")))
 
     def fails(self, *arguments: str) -> str:
-        """The error that it prints, in a line or two. Nothing in the folder may change."""
+        """The error that it prints, in a line or two, after lines about the data. Nothing in the folder may change."""
         before = contents(self.folder)
         code, out, err = self(*arguments)
-        assert code == 1 and out == "", (code, out, err)
+        assert code == 1 and all(line.startswith("The split ") for line in out.splitlines()), (code, out, err)
         assert err.startswith("error: ") and "Traceback" not in err and err.count("\n") <= 2, err
         assert contents(self.folder) == before
         return err
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
-    """The content of every file except the locks, in which each start writes its name."""
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != workdir.LOCK}
+    """The content of every file except the locks and errors.log, in which each start writes."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path: path.read_bytes() for path in files if path.name not in (access.LOCK, errors_log.ERRORS)}
 
 
 @pytest.fixture
@@ -91,8 +95,8 @@ def command(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         (["--config.sample.w=(1.0,)", "--config.sample.w=()"], ("--config.sample.w is given twice", "give it once")),
         (["--config.mesh.data=3"], ("mesh is data=3 x fsdp=1 for 1 devices",)),
         (["--config.data.source=folder", "--config.data.path=nowhere"], ("nowhere",)),
-        (["--config.xla.compilation_cache=/proc/none"], ("/proc/none",)),
-        (["--workdir=/proc/none"], ("/proc/none",)),
+        (["--config.xla.compilation_cache=/proc/none"], ("/proc/none, which cannot be used", "'' for none")),
+        (["--workdir=/proc/none"], ("/proc/none cannot be written", "give another --workdir")),
         (["--mode=evaluate"], ("mode", "evaluate", "sample", "sweep", "train")),
         (["--mode=sample"], ("runs/digits holds no run", "--mode=train")),
         (["--mode=sweep", "--workdir=elsewhere"], ("elsewhere holds no run", "--mode=train")),
@@ -100,6 +104,15 @@ def command(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         (["--workdir"], ("workdir",)),
         (["--workdir="], ("--workdir is empty", "name a folder")),
         (["--workdir=gs://bucket/run"], ("--workdir is 'gs://bucket/run', a URL", "mount one")),
+        (["--workdir=a\\b"], ("a\\b has \\ in its name", "give a --workdir")),
+        (["--workdir=[old]"], ("[old] has [ ] in its name", "give a --workdir")),
+        (["--init_from=nowhere"], ("nowhere/config.json does not exist", "not the folder of a run")),
+        (["--init_from=gs://bucket/run"], ("--init_from is 'gs://bucket/run', a URL",)),
+        (["--init_from=runs/old", "--mode=sample"], ("--init_from begins a run in --mode=train", "leave it out")),
+        (["--out=elsewhere"], ("--out is 'elsewhere', but --mode=train writes to the run itself",)),
+        (["--out=gs://bucket/out", "--mode=sample"], ("--out is 'gs://bucket/out', a URL",)),
+        (["--config.eval.reference=gs://b/r.npz"], ("eval.reference is 'gs://b/r.npz'", "copy the file to a disk")),
+        (["--config.eval.inception_path=s3://b/i.npz"], ("eval.inception_path is 's3://b/i.npz'", "copy the file")),
         (["--workdir=~/no/such/run", "--mode=sweep"], (f"{os.path.expanduser('~')}/no/such/run holds no run",)),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -115,15 +128,29 @@ def test_the_config_itself_can_be_the_mistake(command: Command) -> None:
     broken = command.folder / "broken.py"
     broken.write_text("def get_config(:\n")
     assert "broken.py" in command.fails(f"--config={broken}")
+    (command.folder / "helper.py").write_text("def size(config):\n  return config['size']\n")
+    in_helper = f"import sys\nsys.path.append({str(command.folder)!r})\nimport helper\nhelper.size({{}})"
     for text, words in (
-        ('{"seed": 0}', "no attribute 'get_config'"),
-        ("import no_such_module", "ModuleNotFoundError: No module named"),
+        ('{"seed": 0}', "it has no get_config"),
+        (
+            "import no_such_module",
+            f"ModuleNotFoundError: No module named 'no_such_module', at {broken}, line 1: import no",
+        ),
         ("def get_config():\n  return {'seed': 0}", "get_config() gives dict"),
+        (
+            "def get_config():\n  return 1 / 0",
+            f"ZeroDivisionError: division by zero, at {broken}, line 2: return 1 / 0",
+        ),
+        ("open('none')", f"FileNotFoundError: [Errno 2] No such file or directory: 'none', at {broken}, line 1: open("),
+        (
+            in_helper,
+            f"KeyError: 'size', at {broken}, line 4: helper.size({{}}), at {broken.with_name('helper.py')}, line 2",
+        ),
     ):
         broken.write_text(text)
         error = command.fails(f"--config={broken}")
-        assert f"{broken} is no config (" in error and words in error
-        assert "or the name of a config of the package, such as digits" in error
+        assert f"{broken} is no config (" in error and words in error, error
+        assert "the name of a config of the package, such as digits" in error
     wrong = command.folder / "wrong.py"
     wrong.write_text("from ml_collections import ConfigDict\ndef get_config():\n  return ConfigDict(dict(sed=0))\n")
     assert "config.sed is not a field; the group has seed" in command.fails(f"--config={wrong}")
@@ -204,10 +231,72 @@ def test_a_sweep_without_weights_is_refused(run: Command) -> None:
     assert "config.eval.weights is ()" in error and "--config.eval.weights=" in error
 
 
-def test_a_folder_in_use_is_refused(run: Command) -> None:
-    with workdir.lock(run.folder / "runs" / "digits"):
+def test_the_error_of_an_empty_list_of_weights_says_how_to_switch_the_sweep_off(command: Command) -> None:
+    """The remedy is followed."""
+    remedy = re.search(r"--config\.eval\.weights='(.*?)'", command.fails(DIGITS, "--config.eval.weights="))
+    assert remedy is not None
+    assert "eval.weights = ()" in command(DIGITS, "--mode=config", f"--config.eval.weights={remedy[1]}").out
+
+
+def test_a_run_that_trains_can_be_looked_at(run: Command) -> None:
+    """Only what writes to the run is refused, with the remedy."""
+    folder = run.folder / "runs" / "digits"
+    with access.lock(folder):
         error = run.fails(DIGITS, *flags_of())
-    assert f"locked by pid {os.getpid()}" in error and "another --workdir" in error
+        assert f"locked by pid {os.getpid()}" in error and "give another --workdir" in error
+        error = run.fails(DIGITS, *flags_of(), "--mode=sweep")
+        assert f"locked by pid {os.getpid()}" in error and "give --out=DIR" in error
+        assert "has no step" in run.fails(DIGITS, *flags_of(), "--mode=sweep", "--out=elsewhere")
+        assert "has no step" in run.fails(DIGITS, *flags_of(), "--mode=sample")
+        assert run(DIGITS, *flags_of(), "--mode=report") == (0, "Wrote runs/digits/report.html.\n", "")
+    assert run(DIGITS, *flags_of(), "--mode=report", "--out=new/folder").out == "Wrote new/folder/report.html.\n"
+    assert (run.folder / "new" / "folder" / "report.html").read_text() == (folder / "report.html").read_text()
+
+
+def test_a_run_that_may_only_be_read(run: Command) -> None:
+    """`--out` names the folder to write to, which each refusal says. A run that may not be read is named too."""
+    folder = run.folder / "runs" / "digits"
+    folder.chmod(0o555)
+    for mode in ("report", "compare", "sample", "sweep"):
+        error = run.fails(DIGITS, *flags_of(), f"--mode={mode}")
+        assert "runs/digits cannot be written (Permission denied): give --out=DIR" in error
+    error = run.fails(DIGITS, *flags_of())
+    assert "runs/digits cannot be written (Permission denied): give another --workdir" in error
+    assert run(DIGITS, *flags_of(), "--mode=report", "--out=mine").code == 0
+    assert (run.folder / "mine" / "report.html").exists() and not (folder / "report.html").exists()
+    folder.chmod(0o000)
+    error = run.fails(DIGITS, *flags_of(), "--mode=report", "--out=mine")
+    assert "runs/digits cannot be read (Permission denied): its owner can allow it, by chmod -R a+rX" in error
+    folder.chmod(0o755)
+    (folder / "config.json").chmod(0o000)
+    error = run.fails(DIGITS, *flags_of(), "--mode=report", "--out=mine")
+    assert "config.json cannot be read (Permission denied): its owner can allow it, by chmod -R a+rX" in error
+    subprocess.run(["chmod", "-R", "a+rX", folder], check=True)  # the remedy
+    assert run(DIGITS, *flags_of(), "--mode=report", "--out=mine").code == 0
+
+
+def test_errors_are_kept_in_the_folder_that_is_written_to(run: Command) -> None:
+    """With the traceback, the time and the mode; one entry after the other."""
+    for number in (1, 2):
+        run.fails(DIGITS, *flags_of(), "--mode=sample")
+        entries = (run.folder / "runs" / "digits" / "errors.log").read_text()
+        assert entries.count("--mode=sample, process 0, pid ") == entries.count("Traceback") == number
+        assert entries.count("UserError: ") == number and re.match(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00 ", entries)
+    (run.folder / "mine").mkdir()
+    run.fails(DIGITS, *flags_of(), "--mode=sample", "--out=mine")
+    assert (run.folder / "mine" / "errors.log").read_text().count("Traceback") == 1
+    assert (run.folder / "runs" / "digits" / "errors.log").read_text() == entries
+
+
+def test_output_into_a_pipe_without_a_reader_is_no_error(command: Command) -> None:
+    """As with `| head`: nobody wants to read more."""
+    line = f"{sys.executable} -m cfd.main {DIGITS} --mode=config | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "0" and done.stderr == ""
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
+    whole = [sys.executable, "-m", "cfd.main", DIGITS, "--mode=config"]
+    done = subprocess.run(whole, cwd=ROOT, env=ascii_only, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and "log-SNR \\u03bb" in done.stdout
 
 
 @pytest.mark.parametrize("needed", ["eval__reference", "eval__inception_path"])
@@ -218,7 +307,7 @@ def test_the_files_that_a_sweep_needs_are_checked_before_training(command: Comma
     assert "no.npz" in error and "is no file" in error
     npz.write_npz(command.folder / "other.npz", {"arr_0": np.zeros((3, 16, 16, 1), np.uint8)})
     (command.folder / "weights.pth").write_bytes(b"no archive")
-    wrong_size = "(16, 16, 1), but the config is for uint8 images of shape (8, 8, 1)"
+    wrong_size = "(16, 16, 1), but the config is for images of shape (8, 8, 1)"
     other, words = ("weights.pth", "not a sound .npz") if changes else ("other.npz", wrong_size)
     assert words in command.fails(DIGITS, *flags_of(**changes, **{needed: other}))
 
@@ -232,10 +321,13 @@ def test_the_whole_job(tmp_path: Path) -> None:
     def call(*arguments: str) -> str:
         done = subprocess.run([*base, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+        warned.append([line for line in done.stderr.splitlines() if "covariance" in line or "UserWarning" in line])
         return done.stdout
 
-    folder = tmp_path / "run"
+    folder, warned = tmp_path / "run", []
     out = call()
+    few = "20 samples of 64 features give a covariance of rank at most 19: the Fréchet distance is biased"
+    assert [line.partition(";")[0] for line in warned[0]] == [f"warning: {few}"]
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == list(range(1, 25))
     losses = [line["loss"] for line in log]

@@ -1,7 +1,13 @@
-"""Real processes that are asked to stop, by signals: they save and end soon, and the same command resumes."""
+"""Real processes that are asked to stop, by signals: they save and end soon, and the same command resumes.
 
+Others whose output nobody reads any more go on without it.
+"""
+
+import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,10 +15,14 @@ from typing import Any
 
 import pytest
 from jobs import (
+    STARTING,
     Job,
     Start,
     assert_same_run,
+    command,
+    environment,
     final_state,
+    losses,
     noted,
     references,
     starting,
@@ -20,6 +30,7 @@ from jobs import (
     wait_for_step,
     wait_until,
 )
+from tiny import ROOT
 
 slow = pytest.mark.slow
 
@@ -42,11 +53,12 @@ def start(cache: Path) -> Iterator[Start]:
 
 
 def interrupted(job: Job, number: int, which: int) -> float:
-    """Seconds from the signal to exit code 0 of every process."""
+    """Seconds from the signal to exit code 75 of every process. Process 0 alone says what it did."""
     sent = time.monotonic()
     job.send(number, which)
-    assert job.finish(30) == [0] * len(job.processes), job.report()
-    assert all("; the same command resumes." in job.text(i) for i in range(len(job.processes))), job.report()
+    assert job.finish(30) == [75] * len(job.processes), job.report()
+    said = ["; the same command resumes." in job.text(i) for i in range(len(job.processes))]
+    assert said == [i == 0 for i in range(len(said))], job.report()
     return time.monotonic() - sent
 
 
@@ -57,11 +69,13 @@ def interrupted(job: Job, number: int, which: int) -> float:
         pytest.param(1, 0, signal.SIGTERM, 1000, id="one-SIGTERM", marks=slow),
         pytest.param(1, 0, signal.SIGINT, 1000, id="one-SIGINT", marks=slow),
         pytest.param(1, 0, signal.SIGUSR1, 1000, id="one-SIGUSR1", marks=slow),
+        pytest.param(1, 0, signal.SIGHUP, 1000, id="one-SIGHUP", marks=slow),
         pytest.param(1, 0, signal.SIGTERM, 1, id="one-SIGTERM-in-a-save", marks=slow),
         pytest.param(2, 0, signal.SIGTERM, 1000, id="two-SIGTERM-to-0", marks=slow),
         pytest.param(2, 1, signal.SIGTERM, 1000, id="two-SIGTERM-to-1", marks=slow),
         pytest.param(2, 1, signal.SIGINT, 1000, id="two-SIGINT-to-1", marks=slow),
         pytest.param(2, 1, signal.SIGUSR1, 1000, id="two-SIGUSR1-to-1", marks=slow),
+        pytest.param(2, 1, signal.SIGHUP, 1000, id="two-SIGHUP-to-1", marks=slow),
         pytest.param(2, 0, signal.SIGTERM, 1, id="two-SIGTERM-in-a-save", marks=slow),
     ],
 )
@@ -104,7 +118,7 @@ def test_a_second_interrupt_stops_at_once(start: Start, tmp_path: Path) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("processes", [1, 2])
 def test_stopped_in_sampling_and_in_the_sweep(processes: int, start: Start, reference: Any, tmp_path: Path) -> None:
-    """The processes end with code 0, and no cell is measured twice."""
+    """No cell is measured twice."""
     folder = tmp_path / "run"
     fields = dict(processes=processes, eval__num_samples=64, sample__num_steps=4, sample__batch_size=2 * processes)
     job = start(folder, train__num_steps=3, **fields)
@@ -126,3 +140,90 @@ def test_stopped_in_sampling_and_in_the_sweep(processes: int, start: Start, refe
     job = start(folder, mode="sample", env={"JOB_STEP_SECONDS": "1"}, **fields, sample__seeds=tuple(range(100)))
     wait_until(lambda: len(noted(folder, "started")) > before, job)
     print(f"sampling of {processes}: {interrupted(job, signal.SIGTERM, 0):.2f} s")
+
+
+def launched(folder: Path, cache: Path, env: dict[str, str], prefix: tuple[str, ...] = (), **keywords: Any) -> Any:
+    """The job in one process whose output is not a file."""
+    fields = dict(train__num_steps=60, train__checkpoint_every_steps=1000)
+    line = [*prefix, *command(folder, cache, "train", [], **fields)]
+    return subprocess.Popen(line, cwd=ROOT, env=environment(1, **env), **keywords)
+
+
+def wait_for_step_of(process: subprocess.Popen, folder: Path, step: int) -> None:
+    wait_until(lambda: process.poll() is not None or any(done["step"] >= step for done in steps_of(folder)))
+    assert process.poll() is None, process.returncode
+
+
+@pytest.mark.timeout(600)
+def test_a_run_whose_reader_goes_away_is_trained_to_the_end(cache: Path, tmp_path: Path) -> None:
+    """As with `| head`, or when the program that collects logs dies. errors.log says so."""
+    folder = tmp_path / "run"
+    process = launched(folder, cache, {"JOB_STEP_SECONDS": "0.02"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    wait_for_step_of(process, folder, 3)
+    process.stdout.close()
+    assert process.wait(STARTING) == 0
+    assert len(losses(folder)) == 60 and final_state(folder)[0] == 60
+    assert (
+        "stdout cannot be written any more (Broken pipe); the run goes on without it"
+        in (folder / "errors.log").read_text()
+    )
+
+
+@slow
+@pytest.mark.timeout(600)
+def test_an_interrupt_with_tee_is_a_stop(cache: Path, tmp_path: Path) -> None:
+    """The terminal gives SIGINT to both, and `tee` is gone before the run has saved."""
+    folder = tmp_path / "run"
+    pipe: dict[str, Any] = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    job = launched(folder, cache, {"JOB_STEP_SECONDS": "0.1"}, process_group=0, **pipe)
+    tee = subprocess.Popen(["tee", str(tmp_path / "log")], stdin=job.stdout, process_group=job.pid)
+    job.stdout.close()
+    wait_for_step_of(job, folder, 3)
+    os.killpg(job.pid, signal.SIGINT)
+    assert tee.wait(30) == -signal.SIGINT and job.wait(30) == 75
+    assert final_state(folder)[0] == len(losses(folder)) >= 3
+
+
+TAKE_TERMINAL = (
+    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+)
+IN_TERMINAL = (sys.executable, "-c", TAKE_TERMINAL)
+"""A command that begins with this runs in the terminal of its standard input."""
+SUPERVISE = (sys.executable, str(ROOT / "launch" / "supervise.py"), "--")
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("prefix", [pytest.param((), id="alone", marks=slow), pytest.param(SUPERVISE, id="supervised")])
+def test_a_closed_terminal_is_a_stop(prefix: tuple[str, ...], cache: Path, tmp_path: Path) -> None:
+    """The kernel sends SIGHUP, and every write to the terminal fails. The supervisor waits until the run has saved."""
+    folder = tmp_path / "run"
+    master, slave = os.openpty()
+    process = launched(
+        folder,
+        cache,
+        {"JOB_STEP_SECONDS": "0.1"},
+        (*IN_TERMINAL, *prefix),
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        start_new_session=True,
+    )
+    os.close(slave)
+    wait_for_step_of(process, folder, 3)
+    os.close(master)
+    assert process.wait(30) == 75
+    assert final_state(folder)[0] == len(losses(folder)) >= 3
+    assert (folder / "lock").read_bytes() == b""  # no process is left that holds it
+
+
+@pytest.mark.timeout(600)
+def test_an_error_of_the_program_has_its_traceback(start: Start, tmp_path: Path) -> None:
+    """On the screen, whatever the verbosity, and in errors.log, with the mode and the process."""
+    folder = tmp_path / "run"
+    job = start(folder, env={"JOB_HANG": "error:3"}, more=("--verbosity=-1",), train__num_steps=5)
+    assert job.finish() == [1]
+    entry = (folder / "errors.log").read_text()
+    assert "--mode=train, process 0, pid" in entry
+    for text in (job.text(), entry):
+        assert "Traceback (most recent call last)" in text and "ValueError: image 7 is bad" in text
+        assert re.search(r'job\.py", line \d+, in __next__', text) and "error: " not in text

@@ -4,8 +4,9 @@
     python -m cfd.benchmark --network=adm64 --dtype=bfloat16 --batch_size=128 --in_flight=4 --json=h200.json
     python -m cfd.benchmark --network=small --peer=../guided-diffusion    # needs PyTorch
 
-It prints a line per round, then a table, and writes the result as JSON to --json. If it is stopped by Ctrl-C or by
-SIGTERM, or if the process of a side dies, it prints and writes the results until then and exits with code 1.
+It prints a line per round, then a table, and writes the result as JSON to --json. If it is stopped by Ctrl-C,
+SIGTERM or a closed terminal, or if the process of a side dies, it prints and writes the results until then and exits
+with code 1.
 
 With --peer, both networks have the same weights, and nothing is timed unless their outputs agree. Each side runs in a
 process of its own. The sides take turns, and a ratio is the median over the rounds of time here / time there. Every
@@ -20,6 +21,7 @@ multiplications. The peak memory covers all rows of a run: ask for a single row 
 
 import argparse
 import json
+import os
 import signal
 import sys
 import tempfile
@@ -33,7 +35,9 @@ from jaxtyping import Float64
 
 from cfd.benchmark.ours import our_side
 from cfd.benchmark.side import NETWORKS, PEER_ROW, Died, Setting, Side
+from cfd.devices import output
 from cfd.errors import UserError
+from cfd.runs.files import write_atomically
 
 BATCH_SIZE = {"small": 16, "adm64": 2}
 
@@ -58,8 +62,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the benchmark, prints the table, and writes the JSON file if --json is given.
 
     It exits with code 1 if the run was stopped or a side died, after the same output for what was measured until then.
+    An error that a user can correct is printed in a line; every other error is raised.
     """
     flags = parse(arguments)
+    with output.lasting(lambda _: None):  # the JSON file is written although nobody reads the table
+        try:
+            reason = benchmark(flags)
+        except UserError as error:
+            reason = f"error: {error}"
+    if reason:
+        sys.exit(reason)
+
+
+def benchmark(flags: argparse.Namespace) -> str:
+    """Runs the benchmark and reports it. Returns the reason why it ended early, or ""."""
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(
             network=flags.network,
@@ -77,9 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if any("ours" in times for times in result["seconds"].values()):
         print(table(result), flush=True)
         if flags.json:
-            Path(flags.json).write_text(json.dumps(result, indent=1) + "\n")
-    if reason:
-        sys.exit(reason)
+            write_atomically(Path(flags.json), json.dumps(result, indent=1) + "\n")
+    return reason
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -105,6 +120,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--profile is {flags.profile!r}: choose one of --rows, {flags.rows}")
     if flags.peer and not Path(flags.peer, "guided_diffusion").is_dir():
         parser.error(f"--peer is {flags.peer!r}, which holds no guided_diffusion/: give a checkout of the repository")
+    if flags.json and not os.access(Path(flags.json).absolute().parent, os.W_OK):
+        parser.error(f"--json is {flags.json!r}, whose folder cannot be written: give a file in another")
     return flags
 
 
@@ -116,7 +133,10 @@ def run(setting: Setting, rounds: int) -> tuple[dict[str, Any], str]:
     sides: dict[str, Side] = {}
     seconds: dict[str, dict[str, list[float]]] = {row: {} for row in setting.rows}
     difference, whole_rounds, reason = None, 0, ""
-    handlers = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # as under nohup
+        numbers.remove(signal.SIGHUP)
+    handlers = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         difference = build(setting, sides)
         for number in range(1, rounds + 1):
@@ -152,7 +172,12 @@ def build(setting: Setting, sides: dict[str, Side]) -> float | None:
     Returns the largest difference of their outputs, relative to the largest value, or None if there is no peer.
     """
     if setting.peer:
-        from cfd.benchmark.peer import peer_side  # it needs PyTorch
+        try:
+            from cfd.benchmark.peer import peer_side
+        except ModuleNotFoundError as error:
+            if error.name != "torch":
+                raise
+            raise UserError("--peer needs PyTorch: pip install torch") from None
 
         # The peer is first, because it writes the weights that this package's side reads.
         sides["peer"] = Side("peer", peer_side, setting)

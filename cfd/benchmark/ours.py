@@ -20,9 +20,10 @@ from cfd.convert.adm_network import Hidden, adm_network
 from cfd.convert.adm_weights import adm_params
 from cfd.data.batches import batches
 from cfd.data.sources import open_dataset
-from cfd.devices import xla
+from cfd.devices import seeds, xla
 from cfd.guidance import NULL_LABEL
 from cfd.losses import eps_loss
+from cfd.modes.sampler import to_uint8
 from cfd.modes.train_step import LossFn, TrainState, initial_state, make_optimizer, train_step
 from cfd.networks.times import adm_logsnr
 from cfd.networks.unet import UNet
@@ -34,7 +35,7 @@ def our_side(setting: Setting) -> Built:
     print(f"Building {setting.network}.", flush=True)
     xla.return_freed_memory()
     fields = NETWORKS[setting.network] | dict(dtype=setting.dtype, remat=setting.remat)
-    net = UNet(**fields)
+    net = UNet(image_size=IMAGE_SIZE[setting.network], **fields)
     z, t, labels = map(jnp.asarray, common_input(setting))
     logsnr = adm_logsnr(t, "cosine")
     if setting.peer:
@@ -44,7 +45,7 @@ def our_side(setting: Setting) -> Built:
         params = adm_params(adm_network({k: x.shape for k, x in state.items()}, hidden), state)
         del state
     else:
-        params = jax.jit(net.init)(jax.random.key(0), z[:1], logsnr[:1], labels[:1])["params"]
+        params = jax.jit(net.init)(seeds.key(0), z[:1], logsnr[:1], labels[:1])["params"]
 
     def eps_fn(params: Any) -> Callable[[Array, Array, Array], Array]:
         return lambda z, logsnr, labels: net.apply({"params": params}, z, logsnr, labels)[..., :3]  # pyright: ignore
@@ -57,7 +58,7 @@ def our_side(setting: Setting) -> Built:
 
     def sampler(steps: int, **options: Any) -> Callable[[Any], Array]:
         return lambda params: guided_sample(
-            jax.random.key(0), eps_fn(params), labels, z.shape[1:], num_steps=steps, **options
+            seeds.key(0), eps_fn(params), labels, z.shape[1:], num_steps=steps, **options
         )
 
     def calls(params: Any) -> Array:
@@ -69,7 +70,7 @@ def our_side(setting: Setting) -> Built:
 
     programs: dict[str, Callable[[Any], Any]] = {
         "forward": forward,
-        "gradient": lambda params: jax.value_and_grad(loss_fn, 1)(jax.random.key(0), params, z, labels),
+        "gradient": lambda params: jax.value_and_grad(loss_fn, 1)(seeds.key(0), params, z, labels),
         "w0": sampler(1, w=0.0),
         "guided": sampler(1, w=1.0),
         "guided-doubled": sampler(1, w=1.0, doubled=True),
@@ -95,7 +96,7 @@ def our_side(setting: Setting) -> Built:
     if "forward" not in setting.rows:
         rows.pop("forward", None)  # and its program, which is not part of the memory that is measured
     if "train" in setting.rows:
-        rows["train"] = our_train_step(compiled, loss_fn, current, {"image": z, "label": labels})
+        rows["train"] = our_train_step(compiled, loss_fn, current, {"image": to_uint8(z), "label": labels})
     if "input" in setting.rows:
         rows["input"] = input_pipeline(setting)
 
@@ -126,8 +127,8 @@ def our_train_step(
     optimizer = make_optimizer(
         learning_rate=1e-4, warmup_steps=0, adam_b1=0.9, adam_b2=0.999, weight_decay=0.0, grad_clip=1.0
     )
-    build = jax.jit(lambda p: initial_state(lambda _: p, optimizer, jax.random.key(0)), donate_argnums=0)
-    key = jax.random.key(1)
+    build = jax.jit(lambda p: initial_state(lambda _: p, optimizer, seeds.key(0)), donate_argnums=0)
+    key = seeds.key(1)
 
     def step(state: TrainState, batch: dict[str, Array], key: Array) -> Any:
         return train_step(

@@ -3,21 +3,24 @@
     python -m cfd.convert adm FILE OUT         a U-Net or noisy classifier of openai/guided-diffusion -> a run folder
     python -m cfd.convert inception FILE OUT   InceptionV3 of pytorch-fid or torch-fidelity -> an .npz of parameters
 
-Both need PyTorch, which nothing else in this package needs: `pip install "cfd[convert]"`.
+Both need PyTorch, which nothing else in this package needs: `pip install "torch>=2.10"`.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
 from cfd.convert.adm import convert_adm
 from cfd.convert.adm_network import Hidden
 from cfd.convert.inception import convert_inception
-from cfd.runs.checkpoint import CheckpointError
+from cfd.devices import output
+from cfd.errors import UserError
+from cfd.runs.access import check_writable
 
 
 def main(argv: Sequence[str]) -> None:
-    """Runs the command line. It reports what is wrong with a file in one line, without a traceback."""
+    """Runs the command line. An error that a user can correct is printed in a line; every other error is raised."""
     parser = argparse.ArgumentParser(prog="python -m cfd.convert", description=(__doc__ or "").partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     adm = commands.add_parser("adm", help="a U-Net or noisy classifier of openai/guided-diffusion")
@@ -34,17 +37,23 @@ def main(argv: Sequence[str]) -> None:
     hidden.add_argument("--num-res-blocks", type=int, help="residual blocks per level of a classifier")
     inception = commands.add_parser("inception", help="InceptionV3 of pytorch-fid or torch-fidelity")
     for command in (adm, inception):
+        command.add_argument("--key", help="the dict of tensors in a file that holds several, such as ema or model/ema")
         command.add_argument("FILE")
         command.add_argument("OUT")
     args = parser.parse_args(argv)
-    try:
-        if args.command == "inception":
-            convert_inception(args.FILE, args.OUT)
-        else:
-            flags = Hidden(*(getattr(args, name) for name in Hidden._fields))
-            convert_adm(args.FILE, args.OUT, kind=args.kind, hidden=flags, keep_variance=args.keep_variance)
-    except (ValueError, OSError, ModuleNotFoundError, CheckpointError) as error:
-        sys.exit(f"error: {error}")
+    with output.lasting(lambda _: None):  # the file is written although nobody reads the lines
+        try:
+            if not os.path.exists(args.OUT):  # one that exists is refused by name
+                check_writable(args.OUT, "give another OUT")
+            if args.command == "inception":
+                convert_inception(args.FILE, args.OUT, key=args.key)
+            else:
+                flags = Hidden(*(getattr(args, name) for name in Hidden._fields))
+                convert_adm(
+                    args.FILE, args.OUT, kind=args.kind, hidden=flags, keep_variance=args.keep_variance, key=args.key
+                )
+        except UserError as error:
+            sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

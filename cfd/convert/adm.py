@@ -12,7 +12,7 @@ from cfd.convert.adm_weights import adm_params
 from cfd.convert.torch_file import read_torch
 from cfd.errors import UserError
 from cfd.networks.times import logsnr_table
-from cfd.runs import checkpoint, workdir
+from cfd.runs import access, checkpoint, workdir
 
 
 class Imported(NamedTuple):
@@ -29,24 +29,26 @@ def convert_adm(
     kind: str | None = None,
     hidden: Hidden = Hidden(),
     keep_variance: bool = False,
+    key: str | None = None,
 ) -> Network:
     """Writes a checkpoint of openai/guided-diffusion as a run folder, which `load` or `load_classifier` opens.
 
     A network with a learned variance has twice as many outputs as channels. Their second half is dropped unless
     `keep_variance`. If it is kept, it is in the parameters, and `load(...).eps_fn` still gives the first half alone.
-    Each stage is printed in a line. Returns the network. Raises ValueError for any other file, and if `out` exists.
+    `key` is as for `read_torch`. Each stage is printed in a line. Returns the network. Raises ValueError for any other
+    file, and if `out` exists.
     """
     if Path(out).exists():
         raise UserError(f"{out} exists: give the name of a folder to make")
     print(f"Reading {path}.", flush=True)
-    state = read_torch(path)
+    state = read_torch(path, key)
     try:
         network = adm_network({name: x.shape for name, x in state.items()}, hidden)
         if kind not in (None, network.kind):
             raise UserError(f"this is a {network.kind} network of ADM; --kind asks for a {kind} network")
         print(f"Converting {len(state)} tensors, {sum(x.nbytes for x in state.values()) / 1e9:.2f} GB.", flush=True)
         params = adm_params(network, state)
-    except ValueError as e:
+    except UserError as e:
         raise UserError(f"{path}: {e}") from None
     count = sum(x.size for x in jax.tree.leaves(params))
     size, heads = network.image_size, network.fields["num_heads"] or f"channels / {network.fields['head_channels']}"
@@ -66,8 +68,13 @@ def convert_adm(
         print("It was always trained with a class, and has no null label: sample it with w = 0 or with a classifier.")
     print(f"Saving {out}.", flush=True)
     _write_run(out, network, params, channels)
-    opened_by = "cfd.loading.load" if network.kind == "diffusion" else "cfd.loading.load_classifier"
-    print(f"Wrote {out}; open it with {opened_by}({str(out)!r}).", flush=True)
+    if network.kind == "diffusion":
+        folder = str(out) if "/" in str(out) else f"./{out}"
+        print(f"Wrote {out}; open it with cfd.loading.load({str(out)!r}), or sample it with", flush=True)
+        print(f'    python -m cfd.main --config={folder} --mode=sample --config.sample.w="(0.0,)"', flush=True)
+    else:
+        print(f"Wrote {out}; open it with cfd.loading.load_classifier({str(out)!r}). In the folder", flush=True)
+        print("`classifier` of a run, it guides that run with --config.sample.guidance=classifier.", flush=True)
     return network
 
 
@@ -82,7 +89,7 @@ def _write_run(out: str | Path, network: Network, params: dict[str, Any], channe
     }
     config = {name: dict(sorted(fields.items())) for name, fields in sorted(groups.items())}
     content = workdir.describe(network.kind, config, [str(label) for label in range(num_classes)])
-    with workdir.lock(out):
+    with access.lock(out):
         workdir.write_config(out, content, {})
         manager = checkpoint.open_manager(out, keep=1)
         state = Imported(jnp.zeros((), jnp.int32), params)

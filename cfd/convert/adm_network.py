@@ -27,14 +27,16 @@ class Published(NamedTuple):
     dropout: float
 
 
-PUBLISHED: dict[tuple[str, int, tuple[int, ...], int, tuple[int, ...]], Published] = {
+PUBLISHED: dict[tuple[str, int, tuple[float, ...], int, tuple[int, ...]], Published] = {
     # kind, base channels, multipliers, residual blocks per level, levels with attention
     ("diffusion", 192, (1, 2, 3, 4), 3, (1, 2, 3)): Published(64, 64, 0, "new", "cosine", 0.1),
     ("diffusion", 256, (1, 1, 2, 3, 4), 2, (2, 3, 4)): Published(128, 0, 4, "legacy", "linear", 0.0),
     ("diffusion", 256, (1, 1, 2, 2, 4, 4), 2, (3, 4, 5)): Published(256, 64, 0, "legacy", "linear", 0.0),
+    ("diffusion", 256, (0.5, 1, 1, 2, 2, 4, 4), 2, (4, 5, 6)): Published(512, 64, 0, "legacy", "linear", 0.0),
     ("classifier", 128, (1, 2, 3, 4), 4, (1, 2, 3)): Published(64, 64, 0, "legacy", "cosine", 0.0),
     ("classifier", 128, (1, 1, 2, 3, 4), 2, (2, 3, 4)): Published(128, 64, 0, "legacy", "linear", 0.0),
     ("classifier", 128, (1, 1, 2, 2, 4, 4), 2, (3, 4, 5)): Published(256, 64, 0, "legacy", "linear", 0.0),
+    ("classifier", 128, (0.5, 1, 1, 2, 2, 4, 4), 2, (4, 5, 6)): Published(512, 64, 0, "legacy", "linear", 0.0),
 }
 
 
@@ -59,7 +61,8 @@ class Network(NamedTuple):
     schedule: str
 
     def module(self) -> UNet | Classifier:
-        return UNet(**self.fields) if self.kind == "diffusion" else Classifier(**self.fields)
+        network = UNet if self.kind == "diffusion" else Classifier
+        return network(image_size=self.image_size, **self.fields)
 
 
 def adm_network(shapes: Shapes, hidden: Hidden = Hidden()) -> Network:
@@ -86,15 +89,21 @@ def _infer(found: str, shapes: Shapes, hidden: Hidden) -> Network:
         channels = shapes["input_blocks.0.0.weight"][1]
         raise UserError(f"its first convolution takes {channels} channels: ADM's upsamplers are not supported")
 
-    base, last, levels = shapes["time_embed.0.weight"][1], _last(shapes, "input_blocks."), _levels(shapes, hidden)
+    base, last = shapes["time_embed.0.weight"][1], _last(shapes, "input_blocks.")
+    if empty := [k for k in range(last + 1) if not any(name.startswith(f"input_blocks.{k}.") for name in shapes)]:
+        raise UserError(
+            f"its input blocks {empty} have no tensors: they halve the resolution without weights (conv_resample=False "
+            "with resblock_updown=False), which is not supported"
+        )
+    levels = _levels(shapes, hidden)
     blocks, rest = divmod(last + 1, levels)  # per level: the residual blocks, and the block that halves the resolution
     if rest:
         raise UserError(f"this is {found} whose levels have unequal numbers of residual blocks: not supported")
     starts = range(1, last + 1, blocks)
     widths = [shapes[f"input_blocks.{k}.0.in_layers.2.weight"][0] for k in starts]
-    if any(width % base for width in widths):
-        raise UserError(f"its levels have {widths} channels, not all multiples of its base of {base}: not supported")
-    mult = tuple(width // base for width in widths)
+    if any(width % 32 for width in widths):
+        raise UserError(f"its levels have {widths} channels, not all multiples of 32, ADM's number of norm groups")
+    mult = tuple(width / base if width % base else width // base for width in widths)
     attention = tuple(level for level, k in enumerate(starts) if f"input_blocks.{k}.1.qkv.weight" in shapes)
     updown = not any(name.endswith(".op.weight") for name in shapes)
     scale_shift = shapes["middle_block.0.emb_layers.1.weight"][0] == 2 * widths[-1]

@@ -52,7 +52,10 @@ def adm_params(network: Network, state: Mapping[str, Shaped[np.ndarray, "..."]])
     module, size = network.module(), network.image_size
     z, one = jnp.zeros((1, size, size, state["input_blocks.0.0.weight"].shape[1])), jnp.zeros(1)
     arguments = (z, one, jnp.zeros(1, jnp.int32)) if network.kind == "diffusion" else (z, one)
-    template: dict[str, Any] = jax.eval_shape(module.init, jax.random.key(0), *arguments)["params"]
+    try:
+        template: dict[str, Any] = jax.eval_shape(module.init, jax.random.key(0), *arguments)["params"]
+    except ValueError as e:
+        raise UserError(f"the flags do not fit its tensors: {e}") from None
     blocks = _blocks(network)
 
     unused = set(state)

@@ -13,15 +13,15 @@ from cfd.errors import UserError
 from cfd.evaluation.inception import BATCH_NORM_EPS, param_shapes, save_params
 
 
-def convert_inception(path: str | Path, out: str | Path) -> None:
+def convert_inception(path: str | Path, out: str | Path, *, key: str | None = None) -> None:
     """Writes InceptionV3's weights as the `.npz` that `eval.inception_path` names. Each stage is printed in a line.
 
-    Raises ValueError for any other file, and if `out` exists.
+    `key` is as for `read_torch`. Raises ValueError for any other file, and if `out` exists.
     """
     if Path(out).exists():
         raise UserError(f"{out} exists: give the name of a file to make")
     print(f"Reading {path}.", flush=True)
-    state = read_torch(path)
+    state = read_torch(path, key)
     if (found := identify(list(state))) != INCEPTION:
         raise UserError(f"{path} does not hold InceptionV3 but {found}")
     print(f"Converting {len(state)} tensors.", flush=True)

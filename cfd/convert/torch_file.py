@@ -3,6 +3,7 @@
 This is the only module that needs PyTorch, and only when `read_torch` is called.
 """
 
+import os
 import pickle
 import warnings
 import zipfile
@@ -15,6 +16,7 @@ from jaxtyping import Shaped
 
 from cfd.errors import UserError
 
+INSTALL = 'pip install "torch>=2.10"'
 ADM_UNET = "a U-Net of ADM"
 ADM_CLASSIFIER = "a noisy classifier of ADM"
 INCEPTION = "InceptionV3: convert it with `python -m cfd.convert inception`"
@@ -34,21 +36,20 @@ OTHERS = {
 """{part of a tensor's name: the network that has such a tensor}."""
 
 
-def read_torch(path: str | Path) -> dict[str, Shaped[np.ndarray, "..."]]:
-    """The state dict of a PyTorch file. No code in the file is ever run.
+def read_torch(path: str | Path, key: str | None = None) -> dict[str, Shaped[np.ndarray, "..."]]:
+    """The state dict of a PyTorch file, or the one below `key` in a file that holds several. No code in it is ever run.
 
-    Floating-point tensors become float32. A zip file is mapped into memory rather than read. Raises ValueError for
-    anything but one flat dict of tensors, with a message that says what the file is; ValueError for a PyTorch before
-    2.10; and ModuleNotFoundError if PyTorch is not installed.
+    Floating-point tensors become float32. A zip file is mapped into memory rather than read. A wrapper's prefix that
+    all names have, such as "module.", is removed, and a line says so. Raises ValueError for anything but a dict of
+    tensors, with a message that says what the file is, and if PyTorch is missing or before 2.10.
     """
     try:
         import torch  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError:
-        raise ModuleNotFoundError('reading PyTorch files needs PyTorch: pip install "cfd[convert]"') from None
+        raise UserError(f"reading PyTorch files needs PyTorch: {INSTALL}") from None
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
         raise UserError(
-            f"PyTorch {torch.__version__} runs code that a file can carry (CVE-2025-32434, CVE-2026-24747): "
-            'pip install "cfd[convert]" brings 2.10 or later'
+            f"PyTorch {torch.__version__} runs code that a file can carry (CVE-2025-32434, CVE-2026-24747): {INSTALL}"
         )
     path = Path(path)
     is_zip = _check_container(path)
@@ -63,12 +64,11 @@ def read_torch(path: str | Path) -> dict[str, Shaped[np.ndarray, "..."]]:
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
         raise UserError(f"{path} is damaged or no PyTorch file: {str(e).splitlines()[0][:200]}") from None
-    if not isinstance(state, dict) or not state or not all(isinstance(x, torch.Tensor) for x in state.values()):
-        raise UserError(f"{path} is not one flat dict of tensors. It holds {identify(_names(state))}")
+    state = _choose(path, state, key, torch.Tensor)
     strided = all(x.layout == torch.strided for x in state.values())
     if not strided or sum(x.nbytes for x in state.values()) > path.stat().st_size:
         raise UserError(f"{path} is refused: its tensors are sparse, or repeat their bytes to more than the file holds")
-    state = {str(name): x.detach() for name, x in state.items()}
+    state = _without_prefix({str(name): x.detach() for name, x in state.items()})
     return {name: x.float().numpy() if x.is_floating_point() else x.numpy() for name, x in state.items()}
 
 
@@ -77,11 +77,14 @@ def _check_container(path: Path) -> bool:
 
     Raises ValueError if the first bytes show that the file is neither.
     """
-    if not path.is_file():
-        raise UserError(f"{path} is not a file")
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        head = file.read(64)
+    try:
+        if not path.is_file():
+            raise UserError(f"{path} is not a file")
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): give a file that you may read") from None
     if head.startswith(b"version https://git-lfs"):
         raise UserError(f"{path} is a git-LFS pointer of {size} bytes, not the weights: fetch them with `git lfs pull`")
     if head.lstrip()[:1] == b"<":
@@ -103,17 +106,51 @@ def _check_container(path: Path) -> bool:
     return False
 
 
-def _names(state: Any) -> list[str]:
-    """The keys of nested dicts, the outer ones first. A dict that occurs several times is listed once."""
-    names: list[str] = []
+def _choose(path: Path, state: Any, key: str | None, tensor: type) -> dict[Any, Any]:
+    """The dict of tensors below `key`, or `state` itself. Raises ValueError, with the keys there are, if it is none."""
+
+    def is_flat(value: Any) -> bool:
+        return isinstance(value, dict) and len(value) > 0 and all(isinstance(x, tensor) for x in value.values())
+
+    chosen: Any = state
+    for part in key.split("/") if key else ():
+        chosen = {str(name): x for name, x in chosen.items()}.get(part) if isinstance(chosen, dict) else None
+    if is_flat(chosen):
+        return chosen
+    dicts = _dicts(state)
+    # An optimizer has a small dict of tensors for each parameter.
+    largest = sorted((name for name in dicts if is_flat(dicts[name])), key=lambda name: -len(dicts[name]))[:4]
+    choice = ", ".join(f"--key={name} ({len(dicts[name])} tensors)" for name in largest if name)
+    if key:
+        raise UserError(f"{path} has no dict of tensors at --key={key}: {f'give {choice}' if choice else 'omit it'}")
+    held = identify([str(name) for inner in dicts.values() for name in inner])
+    raise UserError(
+        f"{path} is not one flat dict of tensors. It holds {held}{f': give one of its dicts, {choice}' * bool(choice)}"
+    )
+
+
+def _dicts(state: Any) -> dict[str, dict[Any, Any]]:
+    """The dicts in nested dicts, the outer ones first, by their keys with slashes. Each dict is there once."""
+    dicts: dict[str, dict[Any, Any]] = {}
     seen: set[int] = set()
-    waiting = [state]
-    for value in waiting:  # the loop appends to the list
+    waiting = [("", state)]
+    for name, value in waiting:  # the loop appends to the list
         if isinstance(value, dict) and id(value) not in seen:
             seen.add(id(value))
-            names += map(str, value)
-            waiting += value.values()
-    return names
+            dicts[name] = value
+            waiting += [(f"{name}/{key}".removeprefix("/"), inner) for key, inner in value.items()]
+    return dicts
+
+
+def _without_prefix(state: dict[str, Any]) -> dict[str, Any]:
+    """The same tensors without the prefix that all names share, if the rest are names of a network known here."""
+    prefix = os.path.commonprefix(list(state)).rpartition(".")[0] + "."  # noqa: RUF071 (these are no paths)
+    short = {name.removeprefix(prefix): x for name, x in state.items()}
+    of_others = identify(list(state)) in {*OTHERS.values()} - {INCEPTION}
+    if prefix == "." or of_others or identify(list(short)) not in (ADM_UNET, ADM_CLASSIFIER, INCEPTION):
+        return state
+    print(f"The names of all tensors begin with {prefix!r}, which is removed.", flush=True)
+    return short
 
 
 def identify(names: Sequence[str]) -> str:

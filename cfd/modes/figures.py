@@ -3,13 +3,15 @@
 import base64
 import io
 import math
-import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
+
+from cfd.runs.files import write_atomically
 
 MAX_POINTS = 400
 """Points per training curve, at most about this many."""
@@ -43,9 +45,10 @@ def grid(
 
 
 def save(path: str, picture: UInt8[np.ndarray, "height width 3"]) -> None:
-    """Write a PNG, and make its folder if necessary."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    Image.fromarray(picture).save(path)
+    """Write a PNG whole or not at all, and make its folder if necessary."""
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "PNG")
+    write_atomically(Path(path), file.getvalue())
 
 
 def png_uri(image: UInt8[np.ndarray, "h w c"]) -> str:
@@ -65,11 +68,12 @@ def svg_uri(figure: Any) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def curve_figure(curves: dict[str, list[dict]], published: dict[str, list[dict]]) -> Any:
+def curve_figure(curves: dict[str, list[dict]], published: dict[str, list[dict]], axis: str = "w") -> Any:
     """A matplotlib Figure: FID against Inception Score, as in Figs. 4 and 5 of arXiv:2207.12598, and both against w.
 
-    `curves` and `published` map a name to rows of a sweep. Each weight is a point; published curves are grey. The
-    labels of the axes state the number of samples behind each FID, and the feature network.
+    `curves` and `published` map a name to rows of a sweep, whose curves are over `axis`, "w" or "step". Each row is a
+    point; published curves are grey. The labels of the axes state the number of samples behind each FID, and the
+    feature network.
     """
     from matplotlib.figure import Figure  # imported here because it takes 0.3 s, which training need not wait for
 
@@ -77,29 +81,29 @@ def curve_figure(curves: dict[str, list[dict]], published: dict[str, list[dict]]
     left, middle, right = figure.subplots(1, 3)
     greys = iter(("0.35", "0.55", "0.75"))
     for number, (name, rows) in enumerate((curves | published).items()):
-        rows = sorted(rows, key=lambda row: row["w"])
-        w, fid, score = ([row[key] for row in rows] for key in ("w", "fid", "is"))
+        rows = sorted(rows, key=lambda row: row[axis])
+        x, fid, score = ([row[key] for row in rows] for key in (axis, "fid", "is"))
         style = {"color": next(greys), "linestyle": "--"} if name in published else {}
         (line,) = left.plot(score, fid, "o", markersize=4, label=name, **{"linestyle": "-"} | style)
         if name in curves:
             for row in (rows[0], rows[len(rows) // 2], rows[-1]):
                 left.annotate(
-                    f"w = {row['w']:g}",
+                    f"{axis} = {row[axis]:g}",
                     (row["is"], row["fid"]),
                     textcoords="offset points",
                     color=line.get_color(),
                     **{"xytext": (6, -12), "ha": "left"} if number % 2 else {"xytext": (-6, 4), "ha": "right"},
                 )
-        middle.plot(w, fid, "o", markersize=4, **{"linestyle": "-"} | style)
-        right.plot(w, score, "o", markersize=4, **{"linestyle": "-"} | style)
+        middle.plot(x, fid, "o", markersize=4, **{"linestyle": "-"} | style)
+        right.plot(x, score, "o", markersize=4, **{"linestyle": "-"} | style)
     rows = [row for line in curves.values() for row in line]
     fid = "/".join(sorted({row["fid_name"] for row in rows}))
     features = "/".join(sorted({row["features"] for row in rows}))
     count = ", ".join(f"{n:,} samples" for n in sorted({row["num_samples"] for row in rows}))
     left.margins(x=0.25, y=0.08)  # room for the annotations
     left.set(xlabel="Inception score", ylabel=fid, title=f"{features} features, {count}")
-    middle.set(xlabel="w", ylabel=fid)
-    right.set(xlabel="w", ylabel="Inception score")
+    middle.set(xlabel=axis, ylabel=fid)
+    right.set(xlabel=axis, ylabel="Inception score")
     if len(curves | published) > 1:
         left.legend(fontsize="small")
     for axes in (left, middle, right):
@@ -107,9 +111,11 @@ def curve_figure(curves: dict[str, list[dict]], published: dict[str, list[dict]]
     return figure
 
 
-def save_curve(path: str, curves: dict[str, list[dict]], published: dict[str, list[dict]]) -> None:
-    """Write `curve_figure` as a PNG."""
-    curve_figure(curves, published).savefig(path, dpi=120)
+def save_curve(path: str, curves: dict[str, list[dict]], published: dict[str, list[dict]], axis: str = "w") -> None:
+    """Write `curve_figure` as a PNG, whole or not at all."""
+    file = io.BytesIO()
+    curve_figure(curves, published, axis).savefig(file, format="png", dpi=120)
+    write_atomically(Path(path), file.getvalue())
 
 
 def training_figure(metrics: list[dict[str, Any]]) -> Any:

@@ -1,7 +1,6 @@
 """The training loop of both networks: build, restore, compile, then fetch, step, log, save and draw."""
 
 import gc
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -9,18 +8,18 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
-from clu import parameter_overview
 from jax import Array
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from cfd.config import BEFORE
 from cfd.data.batches import batches
-from cfd.data.sources import Dataset
-from cfd.devices import parallel, preemption, watchdog, xla
+from cfd.data.dataset import Dataset
+from cfd.devices import parallel, preemption, progress, seeds, watchdog, xla
 from cfd.errors import UserError
+from cfd.fields import BEFORE
 from cfd.modes.train_step import LossFn, TrainState, initial_state, train_step
 from cfd.runs import checkpoint, log, workdir
 
@@ -41,6 +40,8 @@ class Training(NamedTuple):
     nonfinite_limit: int
     checkpoint_every_steps: int
     keep_checkpoints: int
+    keep_every_steps: int
+    snapshot_every_steps: int
     log_every_steps: int
     sample_every_steps: int
     flip: bool
@@ -59,15 +60,17 @@ def fit(
     draw: Callable[[int, Any], np.ndarray | None] | None,
     *,
     allow_fresh_start: bool = False,
+    start_from: Callable[[Any], Any] | None = None,
 ) -> None:
     """Train in the run folder `folder` until `training.num_steps`, or resume there.
 
     `draw(step, ema)` returns a picture, every `sample_every_steps`; None from it means that it was asked to stop. The
     step is saved before its picture is drawn. A picture that a stop or an error cuts short is not drawn again.
+    `start_from(params)` makes the parameters at step 0 of the fresh ones, and the EMA begins equal to them.
 
-    Raises ValueError if a run is resumed on another number of images, FloatingPointError after `nonfinite_limit`
-    consecutive non-finite steps, and `preemption.Stopped` when asked to stop. After the last two, the same call resumes
-    from the newest checkpoint.
+    Raises ValueError if a run is resumed on other data or with another PRNG and as `seeds.check` does,
+    FloatingPointError after `nonfinite_limit` consecutive non-finite steps, and `preemption.Stopped` when asked to
+    stop. After the last two, the same call resumes from the newest checkpoint.
 
     The goodput that is logged is the share of the wall time since the call that was spent in steps. Building,
     restoring, waiting for data, drawing and saving are not part of it, nor is the first step, which compiles.
@@ -79,33 +82,39 @@ def fit(
     parallel.check_batch(
         f"{group}.batch_size / train.num_microbatches", training.batch_size // training.num_microbatches, mesh
     )
+    key_init, key_steps = jax.random.split(seeds.key(training.seed))
     workdir.write_config(folder, config_json, BEFORE)
-    key_init, key_steps = jax.random.split(jax.random.key(training.seed))
     init_state = partial(initial_state, init, optimizer)
     abstract = parallel.with_shardings(mesh, jax.eval_shape(init_state, key_init))
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
 
     # Restore: the newest good checkpoint, if there is one.
-    manager = checkpoint.open_manager(folder, keep=training.keep_checkpoints)
+    manager = checkpoint.open_manager(folder, keep=training.keep_checkpoints, keep_every=training.keep_every_steps)
     restored = checkpoint.restore(manager, abstract, allow_fresh_start=allow_fresh_start)
     start, state, skipped = 0, None, 0
     if restored is not None:
         start, state, data_state = restored
         skipped = data_state["skipped_images"]
-        check_same_data(folder, data_state, len(dataset))
-        print(f"Resuming {folder} at step {start} of {training.num_steps}.", flush=True)
-        if start > training.num_steps:
+        check_same_data(folder, config_json["kind"], data_state, dataset)
+        check_same_prng(folder, data_state)
+        if jax.process_index() == 0:
+            print(f"Resuming {folder} at step {start} of {training.num_steps}.", flush=True)
+        progress.report(f"step {start}")
+        if start > training.num_steps and jax.process_index() == 0:
             print(f"The run is past {group}.num_steps = {training.num_steps}: nothing is left to train.", flush=True)
         if start >= training.num_steps:
             checkpoint.close(manager)
             return
     if jax.process_index() == 0:
-        print(f"{parameter_overview.count_parameters(abstract.params):,} parameters.", flush=True)
+        print(f"{sum(x.size for x in jax.tree.leaves(abstract.params)):,} parameters.", flush=True)
 
     # Compile: before a new state exists, because the compiler needs gigabytes of its own.
     step_fn = compile_step(training, mesh, dataset, abstract, shardings, key_steps, loss_fn, optimizer)
     if state is None:
         state = jax.jit(init_state, out_shardings=shardings)(key_init)
+        if start_from is not None:
+            params = start_from(state.params)
+            state = state._replace(params=params, ema=jax.tree.map(jnp.copy, params))
 
     # Train.
     stream = batches(
@@ -123,6 +132,9 @@ def fit(
     step, stop = start, False
     metrics_log = log.metrics_log(folder, start)
     with closing(stream), closing_manager(manager), ExitStack() as at_end:
+        snapshots = checkpoint.open_snapshots(folder) if training.snapshot_every_steps else None
+        if snapshots is not None:
+            at_end.enter_context(closing_manager(snapshots))
         for step in tqdm(range(start + 1, training.num_steps + 1), "train", unit="step", disable=None):
             # Fetch a batch.
             watchdog.alive(slow=step == start + 1)
@@ -134,9 +146,7 @@ def fit(
             # Step. Its result is checked one step late, so that the device always has work while the host waits.
             state, metrics = step_fn(state, batch, key_steps)
             if step == start + 1:
-                # Without this, Python's full garbage collections scan what tracing left behind, for 0.2 s each.
-                gc.freeze()
-                at_end.callback(gc.unfreeze)
+                at_end.enter_context(frozen_objects())
             check_finite(unchecked, training.nonfinite_limit, manager)
             unchecked = step, metrics
 
@@ -145,7 +155,8 @@ def fit(
             last = step == training.num_steps
             is_logged = last or step % training.log_every_steps == 0
             is_drawn = draw is not None and (last or step % training.sample_every_steps == 0)
-            is_saved = stop or last or is_drawn or step % training.checkpoint_every_steps == 0
+            is_kept = training.keep_every_steps > 0 and step % training.keep_every_steps == 0
+            is_saved = stop or last or is_drawn or is_kept or step % training.checkpoint_every_steps == 0
             values = {name: value.item() for name, value in jax.device_get(metrics).items()} if is_logged else {}
             now = time.perf_counter()
             productive += now - fetched if step > start + 1 else 0.0
@@ -160,14 +171,20 @@ def fit(
                 log.write_metrics(metrics_log, step, values)
                 last_logged, clock, waited = step, time.perf_counter(), 0.0
 
-            # Save.
+            # Save. A checkpoint waits for the snapshots up to its step, because a run that resumes from it would not
+            # write them again.
+            if snapshots is not None and step % training.snapshot_every_steps == 0:
+                of_data = {"data": dataset.identity}
+                checkpoint.save(snapshots, step, {"ema": state.ema}, data_state=of_data, config_json=config_json)
             if is_saved:
                 check_finite(unchecked, training.nonfinite_limit, manager)
-                data_state = {"next_step": step, "skipped_images": skipped_images, "num_images": len(dataset)}
+                if snapshots is not None:
+                    checkpoint.wait(snapshots)
+                data_state = data_state_of(dataset, step, skipped_images)
                 checkpoint.save(manager, step, state, data_state=data_state, config_json=config_json)
                 if jax.process_index() == 0:
                     tqdm.write(f"Saving step {step} of {training.num_steps}.")
-                    sys.stdout.flush()  # launch/supervise.py reads this line
+                    progress.report(f"step {step}")
 
             # Draw.
             if draw is not None and is_drawn and not stop:
@@ -215,14 +232,74 @@ def compile_step(
     return xla.compiled(step_fn, abstract, batch, key, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def check_same_data(folder: str, data_state: dict[str, Any], num_images: int) -> None:
-    """Raises ValueError if a run is resumed on a data set of another size, which has another order."""
-    # Checkpoints of the first versions do not record the number of images.
-    trained_on = data_state.get("num_images", num_images)
-    if trained_on != num_images:
+@contextmanager
+def frozen_objects() -> Iterator[None]:
+    """Within the block, garbage collections pass over all objects that exist when it begins.
+
+    Otherwise, Python's full collections scan what tracing left behind, for 0.2 s each. If the host program has frozen
+    objects of its own, nothing is done, because only all objects can be unfrozen.
+    """
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def data_state_of(dataset: Dataset, step: int, skipped_images: int) -> dict[str, Any]:
+    """The part of a checkpoint that says where the batches and the noise of the next step come from."""
+    return {
+        "next_step": step,
+        "skipped_images": skipped_images,
+        "num_images": len(dataset),
+        "data": dataset.identity,
+        "prng": seeds.PRNG,
+    }
+
+
+def check_same_data(folder: str, kind: str, data_state: dict[str, Any], dataset: Dataset) -> None:
+    """Raises ValueError if a run is resumed on other data, as far as its checkpoint says what it was trained on.
+
+    Checkpoints of earlier versions record only the number of images, or not even that.
+    """
+    num_images = data_state.get("num_images", len(dataset))
+    identity = data_state.get("data", dataset.identity)
+    if num_images != len(dataset):
+        other = f"{num_images:,} images, and the data set now has {len(dataset):,}"
+    elif identity != dataset.identity:
+        other = (
+            f"another data set of the same {num_images:,} images in number: names, sizes or labels of its files differ "
+            f"(identity {identity[:12]} there, {dataset.identity[:12]} here)"
+        )
+    else:
+        return
+    begin = f"give another --workdir, which --init_from={folder} lets begin with the weights of this run"
+    again = f"move {folder} away and train the classifier again"
+    raise UserError(
+        f"{folder} was trained on {other}. Resume on the same data (data.path), or "
+        + (begin if kind == "diffusion" else again)
+    )
+
+
+def check_same_prng(folder: str, data_state: dict[str, Any]) -> None:
+    """Raises ValueError if a run drew its noise with another PRNG. Checkpoints of earlier versions do not record it.
+
+    Those versions drew with JAX's default. If that is now another PRNG, a line says that the noise changes.
+    """
+    prng, default = data_state.get("prng"), jax.config.jax_default_prng_impl  # pyright: ignore[reportAttributeAccessIssue]
+    if prng not in (None, seeds.PRNG):
         raise UserError(
-            f"{folder} was trained on {trained_on:,} images, and the data set now has {num_images:,}, so the order of "
-            "the images would change: resume on the same data (data.path), or give another --workdir"
+            f"{folder} was trained with the PRNG {prng}, and this version draws with {seeds.PRNG}: resume with the "
+            "version of cfd that began it, or give another --workdir"
+        )
+    if prng is None and default != seeds.PRNG["impl"] and jax.process_index() == 0:
+        print(
+            f"{folder} is of an earlier version, which drew with JAX's default PRNG, here {default!r}. From this step "
+            f"on, its noise is drawn with {seeds.PRNG['impl']!r}.",
+            flush=True,
         )
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from cfd.errors import UserError
-from cfd.modes import figures, tables
-from cfd.runs import files, log, manifest, npz, results, workdir
+from cfd.modes import figures, settings, tables
+from cfd.runs import files, log, npz, results, workdir
 from cfd.runs.results import Row, samples_path
 
 IMAGE_BYTES = 5_000_000
@@ -22,21 +22,29 @@ IMAGE_BYTES = 5_000_000
 MAX_IMAGES = 20
 
 
-def report(folder: str) -> str:
-    """Write report.html in a run's folder and return its path. Raises ValueError if the folder holds no run."""
+def report(folder: str, out: str) -> str:
+    """Write report.html about the run in `folder` to the folder `out`, and return its path.
+
+    The sweep is the one in `out`, or the run's if there is none. Raises ValueError if `folder` holds no run.
+    """
     content = workdir.read_config(folder)
-    rows = results.latest(folder)
+    swept = results.swept_folder(folder, out)
+    rows = results.latest(swept)
     curves = tables.curves(rows)
-    with_images = tables.curves([row for row in rows if os.path.exists(samples_path(folder, row))])
+    with_images = tables.curves([row for row in rows if os.path.exists(samples_path(swept, row))])
     metrics = read_metrics(os.path.join(folder, log.METRICS))
 
     sections = []
     if with_images:
         line = max(with_images.values(), key=lambda line: (line[0]["step"], len(line)))
-        sections.append(explorer(folder, line, content["class_names"], len(with_images) > 1))
+        sections.append(explorer(swept, line, content["class_names"], len(with_images) > 1))
     if curves:
-        published = tables.published_rows(content["config"], len(content["class_names"]))
+        published = tables.published_rows(settings.config_of_run(folder), len(content["class_names"]))
         sections.append(trade_off(curves, tables.curves(published, "paper")))
+        if "step" in tables.varied(rows):
+            figure = figures.curve_figure(tables.curves(rows, axis="step"), {}, axis="step")
+            picture = image_tag(figure, "FID and Inception score against step")
+            sections.append(f"<section><h2>Steps</h2>{picture}</section>")
         sections.append(result_tables(curves, rows, published))
     if metrics:
         picture = image_tag(figures.training_figure(metrics), "loss, images per second and gradient norm against step")
@@ -47,7 +55,7 @@ def report(folder: str) -> str:
         sections="\n".join(sections) or "<p>Nothing is measured yet: train the run, then --mode=sweep.</p>",
         config=html.escape(json.dumps(content["config"], indent=1)),
     )
-    path = Path(folder, "report.html")
+    path = Path(out, "report.html")
     files.write_atomically(path, page)
     return str(path)
 
@@ -81,9 +89,10 @@ def explorer(folder: str, line: list[Row], class_names: Sequence[str], one_of_ma
     first = line[0]
     shape = npz.npz_headers(samples_path(folder, first))["arr_0"].shape
     count = int(min(MAX_IMAGES, shape[0], max(1, IMAGE_BYTES // ((len(line) + 1) * math.prod(shape[1:])))))
-    classes = manifest.labels_of(first["labels"], first["seed"], count, len(class_names))
+    classes: list[int] = next(npz.npz_batches(samples_path(folder, first), "arr_1", count)).tolist()
     columns = [next(npz.npz_batches(samples_path(folder, row), "arr_0", count)) for row in line]
-    names = [html.escape(class_names[int(c)]) for c in classes]
+    # An unconditional network has no classes of its own. Its images have -1, or a class of the classifier that guides.
+    names = [html.escape(class_names[c]) if 0 <= c < len(class_names) else "" for c in classes]
     images = "\n".join(
         f'<figure><img src="{figures.png_uri(image)}" width="{shape[2]}" height="{shape[1]}" alt="{name}, image {i}">'
         f"<figcaption>{name}</figcaption></figure>"
@@ -97,7 +106,7 @@ def explorer(folder: str, line: list[Row], class_names: Sequence[str], one_of_ma
         }
         for row, column in zip(line, columns, strict=True)
     ]
-    keys = ("num_steps", "sampler", "v", "guidance", "interval")
+    keys = ("step", "num_steps", "sampler", "v", "guidance", "interval")
     settings = ", ".join(f"{tables.SYMBOLS.get(key, key)} = {tables.in_words(key, first[key])}" for key in keys)
     return EXPLORER.format(
         note=html.escape(settings + (", the longest of the curves below that has images" if one_of_many else "")),

@@ -1,4 +1,4 @@
-"""`--mode=sample`: a grid of samples from the newest checkpoint of a run."""
+"""`--mode=sample`: a grid of samples from one step of a run."""
 
 import hashlib
 import json
@@ -16,25 +16,29 @@ from cfd.modes.sampler import compile_sampler, evaluation_flops, evaluations
 from cfd.runs import npz
 
 
-def sample(config: Config, folder: str) -> str:
+def sample(config: Config, folder: str, out: str) -> str:
     """Sample `config.sample`'s classes, seeds and weights, and write them as a PNG grid and an `.npz`.
 
-    The `.npz` has the layout of OpenAI's evaluator. Returns the path of the grid, whose name contains the step and a
-    digest of the settings. Raises `preemption.Stopped` if the run is asked to stop between two batches.
+    Reads the run in `folder`, and writes to samples/ in the folder `out`. The `.npz` has the layout of OpenAI's
+    evaluator. Returns the path of the grid, whose name contains the step and a digest of the settings. Raises
+    `preemption.Stopped` if the run is asked to stop between two batches.
     """
-    config, run, classifier = settings.open_run(config, folder)
+    run = settings.open_run(config, folder)
+    config, mesh = run.config, parallel.make_mesh(**run.config.mesh)
     settings.check_weights(config, config.sample.w)
-    mesh = parallel.make_mesh(**config.mesh)
-    network, sampling = settings.network_of(config), settings.sampling_of(config)
+    settings.check_sampling(config, (config.sample.num_steps,), (config.sample.interval,))
     grid = grid_of(config, run.class_names, config.sample.w)
     spec = spec_of(grid)
-    digest = hashlib.sha256(json.dumps(config.sample.to_dict(), sort_keys=True).encode()).hexdigest()[:8]
-    stem = os.path.join(folder, "samples", f"sample_step_{run.step:07d}_{digest}")
+    model = run.model_at(config.sample.step)
+    network, sampling = settings.network_of_run(model), settings.sampling_of(config)
+    named_by = {name: value for name, value in config.sample.to_dict().items() if name != "step"}
+    digest = hashlib.sha256(json.dumps(named_by, sort_keys=True).encode()).hexdigest()[:8]
+    stem = os.path.join(out, "samples", f"sample_step_{model.step:07d}_{digest}")
 
     sampler = compile_sampler(network, sampling, mesh)
     start = time.perf_counter()
     batches: list[np.ndarray] = []
-    params, classifier = parallel.replicate(mesh, run.params), parallel.replicate(mesh, classifier)
+    params, classifier = parallel.replicate(mesh, model.params), parallel.replicate(mesh, run.classifier)
     for batch in sampler(params, spec, classifier=classifier):
         batches.append(batch)
         if preemption.requested():
@@ -49,10 +53,11 @@ def sample(config: Config, folder: str) -> str:
         figures.save(stem + ".png", picture_of(grid, images))
         with npz.sample_writer(stem + ".npz", len(images), images.shape[1:]) as write:
             write(images, spec.label)
-    count = evaluations(sampling, max(map(abs, grid.weights)), sampling.interval)
-    print(
-        f"{len(images)} images, {count} network evaluations or {count * evaluation_flops(network, run.params):.3g} "
-        f"FLOP per image: {len(images) / seconds:.3g} images/s, compilation included.",
-        flush=True,
-    )
+        count = evaluations(sampling, max(map(abs, grid.weights)), sampling.interval)
+        flops = count * evaluation_flops(network, model.params)
+        print(
+            f"{len(images)} images, {count} network evaluations or {flops:.3g} FLOP per image: "
+            f"{len(images) / seconds:.3g} images/s, compilation included.",
+            flush=True,
+        )
     return stem + ".png"

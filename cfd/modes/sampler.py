@@ -10,7 +10,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float, UInt8
 
-from cfd.devices import parallel, watchdog, xla
+from cfd.devices import parallel, seeds, watchdog, xla
 from cfd.errors import UserError
 from cfd.guidance import Interval, classifier_guidance
 from cfd.networks.classifier import ClassifierFn
@@ -61,9 +61,10 @@ def compile_sampler(network: Network, sampling: Sampling, mesh: Mesh) -> Sampler
 
     Every batch has `sampling.batch_size` rows and the last one is padded, so that an image does not depend on how many
     are asked for. A batch whose weights are all 0 costs one network evaluation per step. With a noisy classifier, w is
-    the weight of classifier guidance. Raises ValueError if the devices do not divide the batch; the sampler raises
-    ValueError for images that are not finite.
+    the weight of classifier guidance. Raises ValueError if the devices do not divide the batch, and as `seeds.check`
+    does; the sampler raises ValueError for images that are not finite.
     """
+    seeds.check()
     parallel.check_batch("sample.batch_size", sampling.batch_size, mesh)
 
     def program(
@@ -73,7 +74,7 @@ def compile_sampler(network: Network, sampling: Sampling, mesh: Mesh) -> Sampler
         eps_fn, weight = network.eps_of_params(params), Interval(w, lo, hi)
         if classifier is not None:
             eps_fn, weight = classifier_guidance(eps_fn, classifier, weight), 0.0
-        keys = jax.vmap(lambda s, i: jax.random.fold_in(jax.random.key(s), i))(seed, index)
+        keys = jax.vmap(lambda s, i: jax.random.fold_in(seeds.key(s), i))(seed, index)
         x = guided_sample(
             keys,
             eps_fn,

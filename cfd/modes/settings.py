@@ -1,45 +1,78 @@
-"""From a config to the values and functions that the rooms below take. A string becomes a function here only."""
+"""From a config to the values and functions that the rooms below take.
 
+A string becomes a function here, and the name of a sampler in `cfd.loading`.
+"""
+
+import functools
 import os
 from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
+from flax.traverse_util import unflatten_dict
+from jax import Array
+from ml_collections import ConfigDict
 
-from cfd.config import BEFORE, Config, as_recorded, complete, with_classes
-from cfd.data.sources import Dataset, open_dataset
+from cfd.config import Config, as_recorded, complete, with_classes, with_defaults
+from cfd.data.sources import Dataset, check_classes, open_dataset
 from cfd.errors import UserError
-from cfd.loading import Loaded, load, load_classifier
+from cfd.fields import BEFORE, DEFAULTS, NETWORK
+from cfd.guidance import NULL_LABEL
+from cfd.loading import STEP_RULES, Loaded, load, load_classifier
 from cfd.modes.fit import Training
 from cfd.modes.sampler import Network, Sampling
 from cfd.modes.train_step import make_optimizer
 from cfd.networks.classifier import ClassifierFn
 from cfd.networks.unet import UNet
 from cfd.runs import workdir
-from cfd.steps import SecondOrder, StepRule, ancestral, ddim, dpm_solver
+from cfd.sampling import EpsFn, schedule
 
-STEP_RULES: dict[str, Callable[[Any], StepRule | SecondOrder]] = {
-    "ancestral": ancestral,
-    "ddim": lambda v: ddim(),
-    "dpm_solver": lambda v: dpm_solver(),
-}
-"""The step rules that sample.sampler names, as functions of sample.v."""
+IMPORTED = "adm"
+"""The data.source of a network that `cfd.convert` imported: the images of its training are not here."""
 
 
 def open_split(config: Config, split: str) -> Dataset:
-    """The data set of `config.data`, of one of its splits."""
+    """The data set of `config.data`, of one of its splits. Raises ValueError as `open_dataset` does.
+
+    Process 0 prints the notes of the data set, once. data.num_classes counts the classes of data.split; other splits
+    are compared with it by `check_classes`, which names the classes that differ.
+    """
     data = config.data
-    return open_dataset(
+    if data.source == IMPORTED:
+        raise UserError(
+            f"config.data.source is {IMPORTED!r}: this network was imported, and the images of its training are not "
+            "here. Set data.source to 'folder' or 'tfds', with data.path or data.name, for a copy of them; or measure "
+            "without them, with eval.features = 'inception' and an .npz file as eval.reference"
+        )
+    dataset = open_dataset(
         source=data.source,
         name=data.name,
         split=split,
         path=data.path,
         image_size=data.image_size,
         channels=data.channels,
-        num_classes=data.num_classes,
+        num_classes=data.num_classes if split == data.split else 0,
         on_bad_image=data.on_bad_image,
         in_memory=data.in_memory,
+        labels=data.labels,
+        empty_classes=data.empty_classes,
+        exif_orientation=data.exif_orientation,
+        transparency=data.transparency,
+        max_pixels=data.max_pixels,
     )
+    print_once(dataset.notes)
+    return dataset
+
+
+@functools.cache
+def print_once(lines: tuple[str, ...]) -> None:
+    """Print lines on process 0, and nothing if the same lines were printed before."""
+    if lines and jax.process_index() == 0:
+        print("\n".join(lines), flush=True)
 
 
 def image_shape(config: Config) -> tuple[int, int, int]:
@@ -49,10 +82,22 @@ def image_shape(config: Config) -> tuple[int, int, int]:
 
 def network_of(config: Config) -> Network:
     """The diffusion network of `config.model`."""
-    net: Any = UNet(**config.model)
+    net: Any = UNet(image_size=config.data.image_size, **config.model)
     return Network(
         lambda params: lambda z, logsnr, labels: net.apply({"params": params}, z, logsnr, labels), image_shape(config)
     )
+
+
+def network_of_run(model: Loaded) -> Network:
+    """The diffusion network of a trained run, as `load` defines it. Labels do not matter to one without classes."""
+
+    def eps_of_params(params: Any) -> EpsFn:
+        def unconditional(z: Array, logsnr: Array, labels: Array) -> Array:
+            return model.eps_fn.func(params, z, logsnr, jnp.full_like(labels, NULL_LABEL))
+
+        return functools.partial(model.eps_fn.func, params) if model.num_classes else unconditional
+
+    return Network(eps_of_params, model.image_shape)
 
 
 def sampling_of(config: Config) -> Sampling:
@@ -84,11 +129,49 @@ def optimizer_of(train: Config) -> optax.GradientTransformation:
 
 
 class Run(NamedTuple):
-    """A trained run: its whole config, its model, and its noisy classifier if the config asks for guidance by one."""
+    """A trained run: its whole config, its classes, and its noisy classifier if the config asks for guidance by one.
+
+    `model_at(step)` is its model; step -1 is the newest. The model of the last call stays in memory.
+    """
 
     config: Config
-    model: Loaded
+    class_names: tuple[str, ...]
+    model_at: Callable[[int], Loaded]
     classifier: ClassifierFn | None
+
+
+def config_of_run(folder: str) -> Config:
+    """The config of the run in `folder`, as config.json records it. Younger fields mean what the code did before.
+
+    The noisy classifier of an imported network has the fields of that network, which fit its images. Raises ValueError
+    if the folder holds no run of a diffusion model.
+    """
+    if not os.path.exists(os.path.join(folder, workdir.CONFIG)):
+        raise UserError(
+            f"--config={folder} is a folder without {workdir.CONFIG}, which is no run: give the folder of a run, a "
+            "Python file, or the name of a config of the package, such as digits"
+        )
+    content = workdir.read_config(folder)
+    if content["kind"] != "diffusion":
+        raise UserError(
+            f"--config={folder} is the run of a noisy classifier: give the folder of its diffusion model, which is "
+            f"usually {os.path.dirname(os.path.abspath(folder))}"
+        )
+    recorded = {name: as_tuples(value) for name, value in workdir.flatten(content["config"]).items()}
+    fields = dict(BEFORE)
+    if is_imported(content):
+        fields |= {f"classifier.{name}": recorded[f"model.{name}"] for name in NETWORK if f"model.{name}" in recorded}
+    return with_defaults(ConfigDict(unflatten_dict(fields | recorded, sep=".")))
+
+
+def as_tuples(value: Any) -> Any:
+    """A value of JSON with tuples in place of lists."""
+    return tuple(map(as_tuples, value)) if isinstance(value, list) else value
+
+
+def is_imported(content: dict[str, Any]) -> bool:
+    """Whether a config.json belongs to a network that `cfd.convert` imported, without the images of its training."""
+    return content["config"]["data"]["source"] == IMPORTED
 
 
 def of_run(config: Config, folder: str) -> Config:
@@ -103,22 +186,50 @@ def of_run(config: Config, folder: str) -> Config:
     old = as_recorded(config, recorded)
     here, there = workdir.flatten(config.to_dict()), workdir.flatten(old.to_dict())
     if changed := [f"{name} = {there[name]!r}" for name in here if here[name] != there[name]]:
-        print(f"{folder} is older than some fields, which keep their old meaning: {', '.join(changed)}.", flush=True)
+        print_once((f"{folder} is older than some fields, which keep their old meaning: {', '.join(changed)}.",))
     return old
 
 
 def open_run(config: Config, folder: str) -> Run:
-    """The newest checkpoint of the run in `folder`, which must be the run of `config`.
+    """The run in `folder`, which must be the run of `config`.
 
-    Raises ValueError if the folder holds no checkpoint or another config's run, and as `check_classifier` does.
+    The classes of an unconditional network that a classifier guides are those of the classifier. Raises ValueError if
+    the folder holds another config's run, and as `check_classifier` does; `model_at` raises it for a step that is not
+    there.
     """
     content = workdir.read_config(folder)
-    config = with_classes(of_run(config, folder), len(content["class_names"]))
-    workdir.check_config(folder, workdir.describe("diffusion", config.to_dict(), content["class_names"]), BEFORE)
-    model = load(folder)
+    names = content["class_names"]
+    config = with_classes(of_run(config, folder), len(names))
+    described = workdir.describe("diffusion", config.to_dict(), names)
+    if is_imported(content):
+        described["config"] = as_imported(described["config"], content["config"])
+    workdir.check_config(folder, described, BEFORE)
     check_classifier(config, folder)
-    by_classifier = config.sample.guidance == "classifier"
-    return Run(config, model, load_classifier(classifier_folder(folder)) if by_classifier else None)
+    classifier = None
+    if config.sample.guidance == "classifier":
+        place = classifier_folder(folder)
+        classifier, names = load_classifier(place), names or workdir.read_config(place)["class_names"]
+
+    cached: dict[int, Loaded] = {}  # of one step, also as -1: a run that trains may have deleted it meanwhile
+
+    def model_at(step: int) -> Loaded:
+        if step not in cached:
+            cached.clear()
+            model = load(folder, None if step == -1 else step)
+            cached.update({step: model, model.step: model})
+        return cached[step]
+
+    return Run(config, tuple(names), model_at, classifier)
+
+
+def as_imported(config: dict[str, Any], recorded: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `config` that must agree with those that `cfd.convert` recorded.
+
+    It records what determines the network and its images. Where a copy of the training images is, is free.
+    """
+    here, there = workdir.flatten(config), workdir.flatten(recorded)
+    free = ("data.source", "data.name")
+    return unflatten_dict({name: there[name] if name in free else here.get(name) for name in there}, sep=".")
 
 
 def classifier_folder(folder: str) -> str:
@@ -136,8 +247,47 @@ def check_classifier(config: Config, folder: str) -> None:
             f"config.sample.guidance is 'classifier', and {place} holds no noisy classifier: train it with "
             "--mode=train_classifier"
         )
-    data = config.data
+    data, ours = config.data, config.process
     workdir.check_images(place, image_size=data.image_size, channels=data.channels, num_classes=data.num_classes)
+    theirs = workdir.read_config(place)["config"]["process"]
+    rounding = 1e-3 * (ours.logsnr_max - ours.logsnr_min)
+    below, above = theirs["logsnr_min"] - ours.logsnr_min, ours.logsnr_max - theirs["logsnr_max"]
+    if max(below, above) > rounding:
+        raise UserError(
+            f"{place} was trained on λ in [{theirs['logsnr_min']:g}, {theirs['logsnr_max']:g}], which does not cover "
+            f"the run's [{ours.logsnr_min:g}, {ours.logsnr_max:g}]: move it away, and train another one with "
+            "--mode=train_classifier"
+        )
+
+
+def say_if_other_data(model: Loaded, train: Dataset | None) -> None:
+    """Prints, on process 0, that a run is measured with other data than those of its training, if it is."""
+    if train is None or model.data_identity in ("", train.identity) or jax.process_index() != 0:
+        return
+    print(
+        "The run was trained on other data than those of data.path here, with which it is measured: names, sizes or "
+        f"labels of the images differ (identity {model.data_identity[:12]} there, {train.identity[:12]} here).",
+        flush=True,
+    )
+
+
+def check_class_names(folder: str, names: Sequence[str], split: str) -> None:
+    """Raises ValueError unless the classes of the run in `folder`, if there is one, are those of a split of the data.
+
+    The classes of an imported network have numbers for names, and only how many they are is compared. An imported
+    network without classes accepts all.
+    """
+    if not os.path.exists(os.path.join(folder, workdir.CONFIG)):
+        return
+    content = workdir.read_config(folder)
+    there = content["class_names"]
+    if not is_imported(content):
+        check_classes(there, f"the run {folder}", names, f"data.split {split!r}")
+    elif len(there) not in (0, len(names)):
+        raise UserError(
+            f"the run {folder} has {len(there)} classes, and data.split {split!r} has {len(names)}: give a copy of the "
+            "images that the network was trained on"
+        )
 
 
 def check_weights(config: Config, weights: Sequence[int | float]) -> None:
@@ -153,3 +303,22 @@ def check_weights(config: Config, weights: Sequence[int | float]) -> None:
             f"w in {tuple(weights)} needs the conditional score, which train.p_uncond = 1 does not train: sample.w and "
             "eval.weights can only be (-1.0,), with sample.guidance 'classifier-free'"
         )
+
+
+def check_sampling(config: Config, num_steps: Sequence[int], intervals: Sequence[tuple[float, ...]]) -> None:
+    """Raises ValueError if, for one of these T, no step falls into one of these guidance intervals.
+
+    Prints a line, once, if config.sample has a v that its sampler does not use.
+    """
+    sample, process = config.sample, config.process
+    if sample.sampler != "ancestral" and sample.v != DEFAULTS["sample.v"]:
+        print_once((f"sample.v = {sample.v} is not used: sample.sampler {sample.sampler!r} has no v.",))
+    for steps, (lo, hi) in product(num_steps, filter(None, intervals)):
+        logsnr = np.asarray(schedule(steps, process.logsnr_min, process.logsnr_max))
+        distance = np.maximum(lo - logsnr, logsnr - hi)
+        if distance.min() > 0:
+            raise UserError(
+                f"the guidance interval ({lo:g}, {hi:g}) of sample.interval or eval.intervals has no effect with "
+                f"{steps} steps: none of them falls into it. The nearest is at λ = {logsnr[distance.argmin()]:.6g}: "
+                "widen the interval, or take more steps"
+            )

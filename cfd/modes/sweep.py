@@ -7,9 +7,8 @@ resumes at the first cell that is missing. One compiled program serves all cells
 import contextlib
 import functools
 import os
-import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -21,11 +20,18 @@ from tqdm import tqdm
 
 from cfd.config import Config, complete, with_classes
 from cfd.data.sources import Dataset, check_classes
-from cfd.devices import parallel, preemption
+from cfd.devices import parallel, preemption, progress, seeds
 from cfd.errors import UserError
 from cfd.evaluation import inception, metrics
-from cfd.evaluation.features import FeatureNetwork, open_classifier, open_inception
-from cfd.evaluation.reference import Reference, check_reference, open_reference, reference_hash
+from cfd.evaluation.features import (
+    FeatureNetwork,
+    classifier_path,
+    open_classifier,
+    open_inception,
+    read_recipe,
+    recipe,
+)
+from cfd.evaluation.reference import Reference, check_count, check_reference, open_reference, reference_hash
 from cfd.evaluation.scores import Batches, score
 from cfd.modes import figures, settings, tables
 from cfd.modes.sampler import Network, Sampler, SampleSpec, Sampling, compile_sampler, evaluation_flops, evaluations
@@ -35,11 +41,14 @@ from cfd.runs.results import MEASURED, SETTINGS, Row
 
 
 class Model(NamedTuple):
-    """A trained network and how it is sampled: its parameters and its noisy classifier, or None, on all devices."""
+    """A trained network and how it is sampled.
+
+    `params_at(step)` are its parameters, and `classifier` is its noisy classifier or None; both are on all devices.
+    """
 
     network: Network
     sampling: Sampling
-    params: Any
+    params_at: Callable[[int], Any]
     classifier: Any
     mesh: Mesh
 
@@ -51,34 +60,43 @@ class Cell(NamedTuple):
     manifest: dict[str, Any]
 
 
-def sweep(config: Config, folder: str) -> list[Row]:
-    """Sample and measure `eval.num_samples` images for every cell of `eval`'s grid: T, v, interval and w.
+def sweep(config: Config, folder: str, out: str) -> list[Row]:
+    """Sample and measure `eval.num_samples` images for every cell of `eval`'s grid: step, T, v, interval and w.
 
-    Writes sweep.csv, a manifest per row, the curves in sweep.png, grids of images, and the images as `.npz`. Prints the
-    table, with the paper's if the config is the paper's. Image i is number i of seed `eval.seed` in every cell. Returns
-    the rows of this config. Raises `preemption.Stopped` when asked to stop; the same call resumes.
+    Reads the run in `folder`, and writes to the folder `out`: sweep.csv, a manifest per row, the curves in sweep.png,
+    grids of images, and the images as `.npz`. Prints the table, with the paper's if the config is the paper's. Image i
+    is number i of seed `eval.seed` in every cell. Returns the rows of this config. Raises `preemption.Stopped` when
+    asked to stop; the same call resumes.
     """
     if not config.eval.weights:
         raise UserError(
             "config.eval.weights is (): give the weights to sweep, such as --config.eval.weights='(0.0, 1.0)'"
         )
-    train = check(config, folder)
-    config, run, classifier = settings.open_run(config, folder)
-    mesh = parallel.make_mesh(**config.mesh)
-    check_classes(run.class_names, f"the run {folder}", train.class_names, f"data.split {config.data.split!r}")
-    features = open_features(config, folder, mesh, train)
+    train = check(config, folder, out)
+    run = settings.open_run(config, folder)
+    config, mesh = run.config, parallel.make_mesh(**run.config.mesh)
+    weights = {}
+    # A step that is not there is named before the feature classifier is trained. The last that is loaded is used first.
+    for step in reversed(config.eval.steps or (config.sample.step,)):
+        model = run.model_at(step)
+        weights[model.step] = model.weights_hash
+        settings.say_if_other_data(model, train)
+    features = open_features(config, folder, out, mesh, train)
     reference_name = reference_hash(features, train, path=config.eval.reference, data=config.data.to_dict())
-    hashes = {
-        "weights": weights_hash(run.params),
-        "classifier": "" if classifier is None else weights_hash(classifier.args[0]),
-        "reference": reference_name,
-    }
-    cells = [Cell(row, manifest_of(config, row, hashes, features)) for row in rows_of_grid(config, run.step)]
-    missing = missing_cells(folder, cells)
+    guide = "" if run.classifier is None else weights_hash(run.classifier.args[0])
+    class_counts = None
+    if train is not None and config.eval.labels == "data":
+        class_counts = np.bincount(train.labels, minlength=len(train.class_names)).tolist()
+    hashes = {"classifier": guide, "reference": reference_name, "data": "" if train is None else train.identity}
+    classes, cells = (len(run.class_names), class_counts), []
+    for step in reversed(weights):
+        made = hashes | {"weights": weights[step]}
+        cells += [Cell(row, manifest_of(config, row, made, features, *classes)) for row in rows_of_grid(config, step)]
+    missing = missing_cells(out, cells)
 
     if missing:
         reference = open_reference(
-            folder,
+            out,
             features,
             train,
             reference_name,
@@ -87,32 +105,51 @@ def sweep(config: Config, folder: str) -> list[Row]:
             num_workers=config.data.num_workers,
         )
         metrics.check_rank(config.eval.num_samples, len(reference.mu))
-        params, classifier = parallel.replicate(mesh, run.params), parallel.replicate(mesh, classifier)
-        model = Model(settings.network_of(config), settings.sampling_of(config), params, classifier, mesh)
-        measure_cells(model, folder, missing, len(run.class_names), features, reference)
+        metrics.check_splits(config.eval.num_samples)
+        classifier = parallel.replicate(mesh, run.classifier)
+        network, sampling = settings.network_of_run(run.model_at(missing[0].row["step"])), settings.sampling_of(config)
 
-    rows = list(measured_rows(folder, cells).values())
+        @functools.lru_cache(maxsize=1)
+        def params_at(step: int) -> Any:
+            return parallel.replicate(mesh, run.model_at(step).params)
+
+        model = Model(network, sampling, params_at, classifier, mesh)
+        measure_cells(model, out, missing, len(run.class_names), features, reference)
+
+    rows = list(measured_rows(out, cells).values())
     if jax.process_index() == 0:
         published = tables.published_rows(config, len(run.class_names))
-        show(folder, rows + comparable_rows(folder, rows), run.class_names, published)
+        show(out, rows + comparable_rows(out, rows), run.class_names, published)
     return rows
 
 
-def check(config: Config, folder: str) -> Dataset:
-    """Check, before hours of training, all that a sweep needs beyond a trained model. Returns the training split.
+def check(config: Config, folder: str, out: str | None = None) -> Dataset | None:
+    """Check, before hours of training, all that a sweep of the run in `folder` needs beyond a trained model.
 
-    Raises ValueError if something is missing or does not fit the config.
+    Returns the training split, or None if nothing needs it: with Inception, a file as the reference, and classes that
+    do not depend on the data. Raises ValueError if something is missing, or does not fit the config or the results in
+    the folder `out`, which is the run's by default.
     """
+    out = folder if out is None else out
+    seeds.check()
+    results.read_rows(out)
     config = complete(config)
     data, evaluate = config.data, config.eval
     parallel.check_batch("sample.batch_size", config.sample.batch_size, parallel.make_mesh(**config.mesh))
-    train = settings.open_split(config, data.split)
-    config = with_classes(config, len(train.class_names))
-    if evaluate.features == "classifier":
+    train = None
+    if evaluate.features == "classifier" or not evaluate.reference or evaluate.labels == "data":
+        train = settings.open_split(config, data.split)
+        settings.check_class_names(folder, train.class_names, data.split)
+        config = with_classes(config, len(train.class_names))
+        if not evaluate.reference:
+            check_count(len(train), f"data.split {data.split!r}")
+    if train is not None and evaluate.features == "classifier":
         held_out = settings.open_split(config, evaluate.test_split).class_names
         check_classes(
             train.class_names, f"data.split {data.split!r}", held_out, f"eval.test_split {evaluate.test_split!r}"
         )
+        trained = recipe(train, num_steps=evaluate.classifier_steps, flip=data.flip, seed=config.seed)
+        read_recipe(classifier_folder(folder, out), trained)
     elif not os.path.isfile(evaluate.inception_path):
         raise UserError(
             f"config.eval.inception_path is {evaluate.inception_path!r}, which is no file; make it with "
@@ -125,23 +162,39 @@ def check(config: Config, folder: str) -> Dataset:
             raise UserError(f"config.eval.reference is {evaluate.reference!r}, which is no file; '' takes the data set")
         check_reference(evaluate.reference, settings.image_shape(config), evaluate.features)
     settings.check_weights(config, evaluate.weights)
+    settings.check_sampling(
+        config, evaluate.num_steps or (config.sample.num_steps,), evaluate.intervals or (config.sample.interval,)
+    )
     settings.check_classifier(config, folder)
     return train
 
 
-def open_features(config: Config, folder: str, mesh: Mesh, train: Dataset) -> FeatureNetwork:
-    """The feature network that `eval.features` names."""
+def open_features(config: Config, folder: str, out: str, mesh: Mesh, train: Dataset | None) -> FeatureNetwork:
+    """The feature network that `eval.features` names.
+
+    A classifier is in `out`. If there is none yet, but one in the run's `folder`, that one is used, for numbers that
+    can be compared with the run's own; a line says so.
+    """
     evaluate = config.eval
-    if evaluate.features == "inception":
+    if train is None or evaluate.features == "inception":
         return open_inception(evaluate.inception_path, mesh)
     held_out = settings.open_split(config, evaluate.test_split)
+    place = classifier_folder(folder, out)
+    if place != out and jax.process_index() == 0:
+        print(f"The feature classifier is that of the run, in {folder}/features.", flush=True)
     return open_classifier(
-        folder, mesh, train, held_out, num_steps=evaluate.classifier_steps, flip=config.data.flip, seed=config.seed
+        place, mesh, train, held_out, num_steps=evaluate.classifier_steps, flip=config.data.flip, seed=config.seed
     )
 
 
+def classifier_folder(folder: str, out: str) -> str:
+    """`out`, or the run's `folder` if it alone has a feature classifier."""
+    there, here = (os.path.exists(classifier_path(place)) for place in (folder, out))
+    return folder if there and not here else out
+
+
 def rows_of_grid(config: Config, step: int) -> list[Row]:
-    """The cells that `eval` asks for, as rows that hold their settings and the name of their FID."""
+    """The cells that `eval` asks for at one step, as rows that hold their settings and the name of their FID."""
     sample, evaluate = config.sample, config.eval
     v = tuple(evaluate.v) or (sample.v,) if sample.sampler == "ancestral" else (0.0,)
     intervals = tuple(evaluate.intervals) or (tuple(sample.interval),)
@@ -184,8 +237,9 @@ def missing_cells(folder: str, cells: list[Cell]) -> list[Cell]:
     parallel.barrier("sweep cells found")
     for name in there.keys() - newest if jax.process_index() == 0 else ():
         results.append_row(folder, there[name])
-    if there:
+    if there and jax.process_index() == 0:
         print(f"{len(there)} of {len(cells)} cells are in {folder}/sweep.csv already.", flush=True)
+        progress.report(f"{len(results.read_rows(folder))} rows")
     return [cell for name, cell in by_name.items() if name not in there]
 
 
@@ -211,25 +265,27 @@ def measure_cells(
 
     costs = [evaluations(sampling_at(row["num_steps"]), row["w"], interval_of(row)) for row, _ in cells]
     total = sum(row["num_samples"] * cost for (row, _), cost in zip(cells, costs, strict=True))
-    flops = total * evaluation_flops(model.network, model.params)
-    print(f"{len(cells)} cells to measure: {total:,} network evaluations, {flops:.3g} FLOP.", flush=True)
-    radii = metrics.squared_radii(reference.features)
+    flops = total * evaluation_flops(model.network, model.params_at(cells[0].row["step"]))
+    if jax.process_index() == 0:
+        print(f"{len(cells)} cells to measure: {total:,} network evaluations, {flops:.3g} FLOP.", flush=True)
+    radii = None if reference.features is None else metrics.squared_radii(reference.features)
     with tqdm(total=total, desc="sweep", unit="eval", unit_scale=True, smoothing=0.1, disable=None) as bar:
         for number, (cell, cost) in enumerate(zip(cells, costs, strict=True)):
             start = time.perf_counter()
             row: Row = cell.row | {"manifest": manifest.manifest_name(cell.manifest)}
             count, sampler = row["num_samples"], sampler_at(row["num_steps"])
-            images = counted(sampled(model, sampler, row, folder, num_classes), bar, cost)
-            row |= score(images, count, features, reference, radii)
+            images = sampled(model, sampler, row, folder, num_classes, cell.manifest.get("class_counts"))
+            row |= score(counted(images, bar, cost), count, features, reference, radii)
+            row |= {} if num_classes else {"class_accuracy": None}  # no class was asked for
             rate = count / (time.perf_counter() - start)
             if jax.process_index() == 0:
                 manifest.write_manifest(folder, cell.manifest)
                 results.append_row(folder, row)
                 measured = "  ".join(f"{key} {row[key]:.4g}" for key in MEASURED if row[key] is not None)
-                tqdm.write(
-                    f"T {row['num_steps']}  w {row['w']:g}  {measured}  ({rate:.3g} images/s sampled and measured)"
-                )
-                sys.stdout.flush()  # launch/supervise.py reads this line
+                step = f"step {row['step']}  " if cells[0].row["step"] != cells[-1].row["step"] else ""
+                where = f"{step}T {row['num_steps']}  w {row['w']:g}"
+                tqdm.write(f"{where}  {measured}  ({rate:.3g} images/s sampled and measured)")
+                progress.report(f"{len(results.read_rows(folder))} rows")
             parallel.barrier(f"sweep cell {number}")
 
 
@@ -240,18 +296,26 @@ def counted(batches: Batches, bar: tqdm, cost: int) -> Batches:
         bar.update(len(images) * cost)
 
 
-def sampled(model: Model, sampler: Sampler, row: Row, folder: str, num_classes: int) -> Batches:
+def sampled(
+    model: Model,
+    sampler: Sampler,
+    row: Row,
+    folder: str,
+    num_classes: int,
+    class_counts: Sequence[int] | None = None,
+) -> Batches:
     """The (images, labels) of a row as they are sampled; also written to the row's `.npz`, in OpenAI's layout."""
     count = row["num_samples"]
     index = np.arange(count, dtype=np.int32)
-    labels = manifest.labels_of(row["labels"], row["seed"], count, num_classes)
+    labels = manifest.labels_of(row["labels"], row["seed"], count, num_classes, class_counts)
     spec = SampleSpec(np.full(count, row["seed"], np.uint32), index, labels, np.full(count, row["w"], np.float32))
     path = results.samples_path(folder, row)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     writer: Callable[..., Any] = npz.sample_writer if jax.process_index() == 0 else discard_samples
     with writer(path, count, model.network.image_shape) as write:
         first = 0
-        images = sampler(model.params, spec, v=row["v"], interval=interval_of(row), classifier=model.classifier)
+        params = model.params_at(row["step"])
+        images = sampler(params, spec, v=row["v"], interval=interval_of(row), classifier=model.classifier)
         for batch in images:
             batch_labels = labels[first : first + len(batch)]
             write(batch, batch_labels)
@@ -266,7 +330,14 @@ def discard_samples(*_: Any) -> contextlib.AbstractContextManager[Callable[..., 
     return contextlib.nullcontext(lambda *_: None)
 
 
-def manifest_of(config: Config, row: Row, hashes: dict[str, str], features: FeatureNetwork) -> dict[str, Any]:
+def manifest_of(
+    config: Config,
+    row: Row,
+    hashes: dict[str, str],
+    features: FeatureNetwork,
+    num_classes: int = 0,
+    class_counts: Sequence[int] | None = None,
+) -> dict[str, Any]:
     """The manifest of a row: the SHA-256 of everything that goes in, every setting, and the versions."""
     return manifest.manifest_of(
         row,
@@ -277,10 +348,13 @@ def manifest_of(config: Config, row: Row, hashes: dict[str, str], features: Feat
         process=config.process.to_dict(),
         clip=config.sample.clip,
         data=config.data.to_dict(),
+        data_identity=hashes["data"],
         reference=hashes["reference"],
         reference_path=config.eval.reference,
         features=features.name,
         features_weights=features.weights_hash,
+        num_classes=num_classes,
+        class_counts=class_counts,
     )
 
 
@@ -296,9 +370,14 @@ def comparable_rows(folder: str, rows: list[Row]) -> list[Row]:
 
 
 def show(folder: str, rows: list[Row], class_names: tuple[str, ...], published: list[Row]) -> None:
-    """Write sweep.png and a grid of images per curve, and print the table, with the paper's if there is one."""
+    """Write sweep.png and a grid of images per curve, and print the table, with the paper's if there is one.
+
+    If the rows are of several steps, also writes the curves over them, in sweep_steps.png.
+    """
     curves = tables.curves(rows)
     figures.save_curve(os.path.join(folder, "sweep.png"), curves, tables.curves(published, "paper"))
+    if "step" in tables.varied(rows):
+        figures.save_curve(os.path.join(folder, "sweep_steps.png"), tables.curves(rows, axis="step"), {}, axis="step")
     for number, line in enumerate(curves.values()):
         name = f"sweep_{number}.png" if len(curves) > 1 else "sweep.png"
         kept = [row for row in line if os.path.exists(results.samples_path(folder, row))]
@@ -314,7 +393,8 @@ def picture_of(line: list[Row], folder: str, class_names: tuple[str, ...]) -> UI
     """The first images of a curve, at most ten, at every weight: each row is an image, each column a weight."""
     first = line[0]
     count = min(10, first["num_samples"])
-    classes = manifest.labels_of(first["labels"], first["seed"], count, len(class_names))
+    classes = next(npz.npz_batches(results.samples_path(folder, first), "arr_1", count))
     columns = [next(npz.npz_batches(results.samples_path(folder, row), "arr_0", count)) for row in line]
     images = np.stack(columns, axis=1)
-    return figures.grid(images, [class_names[i] for i in classes], [f"w = {row['w']:g}" for row in line])
+    names = [class_names[i] if i >= 0 else "" for i in classes]
+    return figures.grid(images, names, [f"w = {row['w']:g}" for row in line])

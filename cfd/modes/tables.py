@@ -10,33 +10,33 @@ from cfd.runs.results import SETTINGS, Row, fid_name
 SYMBOLS = {"num_steps": "T", "num_samples": "N"}
 
 
-def varied(rows: Iterable[Row]) -> tuple[str, ...]:
-    """The names of the settings, other than w, in which rows differ."""
+def varied(rows: Iterable[Row], axis: str = "w") -> tuple[str, ...]:
+    """The names of the settings, other than the axis of the curves, in which rows differ."""
     rows = list(rows)
-    return tuple(key for key in SETTINGS if key != "w" and len({row.get(key) for row in rows}) > 1)
+    return tuple(key for key in SETTINGS if key != axis and len({row.get(key) for row in rows}) > 1)
 
 
-def curves(rows: list[Row], prefix: str = "") -> dict[str, list[Row]]:
-    """The curves over w that rows form, each named by the settings in which it differs from the others.
+def curves(rows: list[Row], prefix: str = "", axis: str = "w") -> dict[str, list[Row]]:
+    """The curves over w, or over "step", that rows form, each named by the settings in which it differs.
 
     If several rows have the same settings, the last one counts.
     """
-    keys = varied(rows)
+    keys = varied(rows, axis)
     grouped: dict[str, dict[float, Row]] = {}
     for row in sorted(rows, key=lambda row: [row[key] for key in keys]):
         settings = [f"{SYMBOLS.get(key, key)} = {in_words(key, row[key])}" for key in keys]
         name = ", ".join(filter(None, [prefix, *settings])) or rows[0]["guidance"] + " guidance"
-        grouped.setdefault(name, {})[row["w"]] = row
-    return {name: [by_weight[w] for w in sorted(by_weight)] for name, by_weight in grouped.items()}
+        grouped.setdefault(name, {})[row[axis]] = row
+    return {name: [along[x] for x in sorted(along)] for name, along in grouped.items()}
 
 
 def published_rows(config: Config, num_classes: int) -> list[Row]:
-    """The paper's results for the experiment of `config`, a ConfigDict or a dict; empty if it has none."""
+    """The paper's results for the experiment of `config`; empty if it has none."""
     table = paper.table_of(
-        name=config["data"]["name"],
+        name=config.data.name,
         num_classes=num_classes,
-        image_size=config["data"]["image_size"],
-        features=config["eval"]["features"],
+        image_size=config.data.image_size,
+        features=config.eval.features,
     )
     return [] if table is None else paper.rows(table)
 

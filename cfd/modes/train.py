@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,26 +13,33 @@ from jax.sharding import Mesh
 
 from cfd.config import Config, with_classes
 from cfd.devices import parallel, preemption
+from cfd.errors import UserError
 from cfd.losses import eps_loss
-from cfd.modes import figures, settings
+from cfd.modes import figures, finetune, settings
 from cfd.modes.fit import fit
 from cfd.modes.grid import grid_of, picture_of, spec_of
 from cfd.modes.sampler import compile_sampler
 from cfd.modes.train_step import LossFn
 from cfd.networks.unet import UNet
 from cfd.runs import files, workdir
+from cfd.runs.reading import steps_of
 
 
-def train(config: Config, folder: str, *, allow_fresh_start: bool = False) -> None:
+def train(config: Config, folder: str, *, init_from: str | None = None, allow_fresh_start: bool = False) -> None:
     """Train the diffusion model of `config` in the run folder `folder`, or resume it there.
 
-    If all checkpoints of the run are damaged, raises CheckpointError, or with `allow_fresh_start` sets them aside and
-    starts at step 0. Raises ValueError, FloatingPointError and `preemption.Stopped` as `fit` does.
+    With `init_from`, "RUN" or "RUN:STEP", a new run begins with the EMA weights of another run. If all checkpoints of
+    the run are damaged, raises CheckpointError, or with `allow_fresh_start` sets them aside and starts at step 0.
+    Raises ValueError, FloatingPointError and `preemption.Stopped` as `fit` does.
     """
     config = settings.of_run(config, folder)
+    start = finetune.find(config, folder, init_from)
     mesh = parallel.make_mesh(**config.mesh)
     dataset = settings.open_split(config, config.data.split)
     config = with_classes(config, len(dataset.class_names))
+    content = workdir.describe("diffusion", config.to_dict(), dataset.class_names)
+    if start is not None:
+        content["init_from"] = start.source._asdict()
     init, loss_fn = diffusion(config)
     draw = preview(config, mesh, folder, dataset.class_names) if config.train.sample_every_steps else None
     fit(
@@ -39,18 +47,42 @@ def train(config: Config, folder: str, *, allow_fresh_start: bool = False) -> No
         folder,
         mesh,
         dataset,
-        workdir.describe("diffusion", config.to_dict(), dataset.class_names),
+        content,
         init,
         loss_fn,
         settings.optimizer_of(config.train),
         draw,
         allow_fresh_start=allow_fresh_start,
+        start_from=None if start is None else finetune.from_weights(start, config, dataset.class_names),
     )
+
+
+def check_steps(config: Config, folder: str) -> None:
+    """Raises ValueError if a step that `eval.steps` or `sample.step` names will not be there when training ends."""
+    wanted = [step for step in config.eval.steps or (config.sample.step,) if step >= 0]
+    train = config.train
+    saved, snapshots = (steps_of(Path(folder, name)) for name in (workdir.CHECKPOINTS, workdir.SNAPSHOTS))
+
+    def to_come(*every: int) -> set[int]:
+        first = max(saved, default=0) + 1
+        return {step for n in every if n for step in range(-(-first // n) * n, train.num_steps + 1, n)}
+
+    will_be = {*saved, *to_come(train.checkpoint_every_steps, train.sample_every_steps, train.keep_every_steps)}
+    will_be |= {train.num_steps} if train.num_steps > max(saved, default=0) else set()
+    there = {step for step in will_be if train.keep_every_steps and step % train.keep_every_steps == 0}
+    there |= {*sorted(will_be)[-train.keep_checkpoints :], *snapshots, *to_come(train.snapshot_every_steps)}
+    if missing := [step for step in wanted if step not in there]:
+        raise UserError(
+            f"config.eval.steps or sample.step has {missing[0]}, which will not be there when training ends at step "
+            f"{train.num_steps}; then there are {workdir.abbreviate(list(map(str, sorted(there))), separator=', ')}. "
+            f"For steps to come, set train.snapshot_every_steps to {missing[0]} or to a divisor of it"
+        )
 
 
 def diffusion(config: Config) -> tuple[Callable[[Array], Any], LossFn]:
     """(key -> initial parameters, loss) of the diffusion model: the joint training of Algorithm 1."""
-    net, shape = UNet(**config.model), (1, *settings.image_shape(config))
+    net = UNet(image_size=config.data.image_size, **config.model)
+    shape = (1, *settings.image_shape(config))
     p_uncond, logsnr_range = config.train.p_uncond, config.process.to_dict()
 
     def init(key: Array) -> Any:
@@ -77,6 +109,7 @@ def preview(
     """
     weights = config.sample.w if config.sample.guidance == "classifier-free" else (0.0,)
     settings.check_weights(config, weights)
+    settings.check_sampling(config, (config.sample.num_steps,), (config.sample.interval,))
     grid = grid_of(config, class_names, weights)
     spec = spec_of(grid)
     # A batch has no more rows than the grid has images, because a running program cannot be stopped.

@@ -9,7 +9,6 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from cfd.config import Config, with_classes
-from cfd.data.sources import check_classes
 from cfd.devices import parallel
 from cfd.modes import settings
 from cfd.modes.fit import fit
@@ -28,7 +27,8 @@ def train_classifier(config: Config, folder: str, *, allow_fresh_start: bool = F
     dataset = settings.open_split(config, config.data.split)
     config = with_classes(config, len(dataset.class_names))
     check_same_images(config, folder, dataset.class_names)
-    net, shape = Classifier(**config.classifier), (1, *settings.image_shape(config))
+    net = Classifier(image_size=config.data.image_size, **config.classifier)
+    shape = (1, *settings.image_shape(config))
     train = ConfigDict({**config.train.to_dict(), **config.classifier_train.to_dict()})
     logsnr_range = config.process.to_dict()
 
@@ -63,5 +63,4 @@ def check_same_images(config: Config, folder: str, class_names: tuple[str, ...])
         return
     data = config.data
     workdir.check_images(folder, image_size=data.image_size, channels=data.channels, num_classes=data.num_classes)
-    names = workdir.read_config(folder)["class_names"]
-    check_classes(names, f"the run {folder}", class_names, f"data.split {data.split!r}")
+    settings.check_class_names(folder, class_names, data.split)

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from jax import Array
 from jax.experimental.layout import Layout, with_layout_constraint
+from jaxtyping import Float, UInt8
 
 from cfd.kernels.cpu import materialize_on_cpu
 
@@ -50,6 +51,7 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Array]]:
     """One step on the mean loss of the global batch, with the key `fold_in(key, step)`.
 
+    `batch` is {"image": uint8 [B, H, W, C], "label": int32 [B]}; the loss gets the images as `to_float` makes them.
     A step whose loss or gradient is not finite leaves parameters, EMA and optimizer unchanged, and is counted. With
     `ema_warmup`, the decay of the EMA at step t is at most (1 + t) / (10 + t), as in TensorFlow's
     ExponentialMovingAverage. Without it, the EMA of a short run still contains a part of the random initialisation.
@@ -152,7 +154,10 @@ def row_major(grads: Any) -> Any:
 def _loss_and_grads(
     params: Any, batch: dict[str, Array], key: Array, loss_fn: LossFn, num_microbatches: int
 ) -> tuple[Array, Any]:
-    value_and_grad = jax.value_and_grad(loss_fn, argnums=1)
+    def loss_of_pixels(key: Array, params: Any, images: Array, labels: Array) -> Array:
+        return loss_fn(key, params, to_float(images), labels)  # inside, so that only the bytes are kept
+
+    value_and_grad = jax.value_and_grad(loss_of_pixels, argnums=1)
     if num_microbatches == 1:
         return value_and_grad(key, params, batch["image"], batch["label"])
     # Microbatch i takes every num_microbatches-th row, so that each device works on rows that it already holds.
@@ -167,6 +172,14 @@ def _loss_and_grads(
 
     zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
     return jax.lax.scan(add, zero, (keys, split))[0]
+
+
+def to_float(images: UInt8[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    """Pixels 0 to 255 as float32 in [-1, 1], to exactly the bits of NumPy's `images.astype(float32) / 127.5 - 1`."""
+    # XLA would replace a division by a product with the rounded reciprocal, which gives other bits. The first part of
+    # the reciprocal has 9 bits, so that the first product is exact, and the sum rounds as the quotient does.
+    x, first = images.astype(jnp.float32), 257 / 2**15
+    return x * first + x * (1 / 127.5 - first) - 1.0
 
 
 def make_optimizer(

@@ -35,7 +35,8 @@ TINY: dict[str, Any] = COMMON | dict(
 @pytest.mark.parametrize("network, parameters", [("small", 7_995_011), ("adm64", 295_904_454)])
 def test_the_networks_have_their_documented_size(network: str, parameters: int) -> None:
     fields: dict[str, Any] = NETWORKS[network] | dict(dtype="float32", remat=False)
-    net, size = UNet(**fields), IMAGE_SIZE[network]
+    size = IMAGE_SIZE[network]
+    net = UNet(image_size=size, **fields)
     z, one = jnp.zeros((1, size, size, 3)), jnp.zeros(1)
     shapes = jax.eval_shape(net.init, jax.random.key(0), z, one, jnp.zeros(1, jnp.int32))
     assert sum(x.size for x in jax.tree.leaves(shapes)) == parameters
@@ -56,7 +57,7 @@ def test_rows_are_built_and_can_be_called_again(monkeypatch: pytest.MonkeyPatch,
 def test_flops_are_those_of_the_products() -> None:
     """The products of a network of one level can be counted by hand. Norms and embeddings add less than 1 %."""
     fields: dict[str, Any] = TINY | dict(num_classes=0, dtype="float32", remat=False)
-    net = UNet(**fields)
+    net = UNet(image_size=32, **fields)
     z, one, labels = jnp.zeros((1, 32, 32, 3)), jnp.zeros(1), jnp.zeros(1, jnp.int32)
     params = jax.eval_shape(net.init, jax.random.key(0), z, one, labels)["params"]
     # The 3x3 convolutions: conv_in, one block down, two in the middle, two up, conv_out. The blocks up have a 1x1 too.
@@ -151,6 +152,7 @@ def test_of_several_calls_only_the_last_is_waited_for() -> None:
         "--batch_size=-1",
         "--peer=no",
         "--profile=w1",
+        "--json=/proc/none/x.json",
     ],
 )
 def test_bad_flags_are_refused_before_anything_is_built(flag: str, capsys: pytest.CaptureFixture) -> None:
@@ -159,6 +161,18 @@ def test_bad_flags_are_refused_before_anything_is_built(flag: str, capsys: pytes
     name, _, value = flag.partition("=")
     error = capsys.readouterr().err
     assert f"error: {name} " in error and value in error
+
+
+def test_errors_that_a_user_can_correct_are_said_in_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "guided_diffusion").mkdir()
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delitem(sys.modules, "cfd.benchmark.peer", raising=False)
+    with pytest.raises(SystemExit) as end:
+        benchmark.main([f"--peer={tmp_path}"])
+    assert end.value.code == "error: --peer needs PyTorch: pip install torch"
+    monkeypatch.setattr(benchmark, "build", lambda *_: {}["a bug"])
+    with pytest.raises(KeyError, match="a bug"):
+        benchmark.main([])
 
 
 TINY_COMMAND = f"""
@@ -175,6 +189,7 @@ if __name__ == "__main__":
     [
         ("SIGINT", "stopped by SIGINT"),
         pytest.param("SIGTERM", "stopped by SIGTERM", marks=pytest.mark.slow),
+        pytest.param("SIGHUP", "stopped by SIGHUP", marks=pytest.mark.slow),
         pytest.param("a side dies", "the process of side 'ours' ended with exit code -9", marks=pytest.mark.slow),
     ],
 )

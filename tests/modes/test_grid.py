@@ -1,6 +1,7 @@
 """The grid of samples: which images it has, and where they are in the picture."""
 
 import numpy as np
+import pytest
 from tiny import tiny_config
 
 from cfd.modes import figures
@@ -20,6 +21,17 @@ def test_the_grid_of_a_config_has_its_classes_or_the_first_ten() -> None:
     assert grid == Grid((0, 7), ("class 0", "class 7"), (3, 4), (0.0, 2.0))
     assert grid_of(tiny_config(sample__classes=()), names, (0.0,)).classes == tuple(range(10))
     assert grid_of(tiny_config(sample__classes=()), names[:2], (0.0,)).names == names[:2]
+
+
+def test_classes_are_named_or_numbered_and_an_unknown_name_is_refused() -> None:
+    """Of folders with numbers for names, "10" is the name of class 2, and 10 a number."""
+    names = tuple(sorted(map(str, range(12))))
+    grid = grid_of(tiny_config(sample__classes=("10", 2, "2", 3)), names, (0.0,))
+    assert grid.classes == (2, 2, names.index("2"), 3) and grid.names == ("10", "10", "2", "11")
+    with pytest.raises(ValueError, match=r"has the name '99', .*0 = '0', .*'2', \.\.\.; close to it: '9'\): give"):
+        grid_of(tiny_config(sample__classes=("99",)), names, (0.0,))
+    with pytest.raises(ValueError, match=r"has the name 'zebr', .*; close to it: 'zebra'\)"):
+        grid_of(tiny_config(sample__classes=("zebr",)), ("ape", "zebra"), (0.0,))
 
 
 def test_the_picture_has_a_row_per_class_and_seed_and_a_column_per_weight() -> None:

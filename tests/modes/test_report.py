@@ -52,7 +52,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder of a run and its report. The name of one class is an attack on the page."""
     names = ["</script><script>document.title='broken'</script>", *"123456789"]
     folder = run_folder(tmp_path_factory.mktemp("report") / "a run & <b>more", tiny_config(), names)
-    return folder, Path(report(str(folder))).read_text()
+    return folder, Path(report(str(folder), str(folder))).read_text()
 
 
 def pixels(uri: str) -> np.ndarray:
@@ -103,7 +103,7 @@ def test_the_explorer_shows_the_curve_of_most_weights(tmp_path: Path) -> None:
     config = tiny_config(eval__weights=WEIGHTS, eval__num_steps=(4, 5))
     folder = run_folder(tmp_path / "run", config, list("0123456789"))
     Path(samples_path(str(folder), results.read_rows(str(folder))[0])).unlink()
-    text = Path(report(str(folder))).read_text()
+    text = Path(report(str(folder), str(folder))).read_text()
     assert [state["w"] for state in states_of(text)] == list(WEIGHTS)
     assert "T = 5" in text and "the longest of the curves below that has images" in text
 
@@ -111,15 +111,15 @@ def test_the_explorer_shows_the_curve_of_most_weights(tmp_path: Path) -> None:
 def test_numbers_outlive_their_images(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "run", tiny_config(eval__weights=WEIGHTS), list("0123456789"))
     first, *others = results.read_rows(str(folder))
-    whole = Path(report(str(folder))).read_text()
+    whole = Path(report(str(folder), str(folder))).read_text()
     Path(samples_path(str(folder), first)).unlink()
-    text = Path(report(str(folder))).read_text()
+    text = Path(report(str(folder), str(folder))).read_text()
     assert [state["w"] for state in states_of(text)] == [row["w"] for row in others]
     after = "<h2>Fidelity and diversity</h2>"
     assert text.split(after)[1] == whole.split(after)[1]
     for row in others:
         Path(samples_path(str(folder), row)).unlink()
-    text = Path(report(str(folder))).read_text()
+    text = Path(report(str(folder), str(folder))).read_text()
     assert "const states" not in text and text.split(after)[1] == whole.split(after)[1]
 
 
@@ -154,7 +154,7 @@ def config_of(name: str, weights: tuple[float, ...]) -> Any:
 def test_the_papers_curves_are_shown_if_the_config_is_the_papers(tmp_path: Path) -> None:
     config = config_of("imagenet64", WEIGHTS)
     folder = run_folder(tmp_path / "run", config, [f"class {i}" for i in range(1000)], count=2, size=8)
-    text = Path(report(str(folder))).read_text()
+    text = Path(report(str(folder), str(folder))).read_text()
     plot = svg_of(plots_of(text)[0][0])
     for p_uncond in paper.TABLE_1.columns:
         assert f"<!-- paper, p_uncond = {p_uncond} -->" in plot  # Matplotlib writes each text as a comment, too
@@ -165,16 +165,29 @@ def test_a_large_run_stays_below_ten_megabytes(tmp_path: Path) -> None:
     """41 weights at 128x128, with images of noise, which PNG cannot compress."""
     config = config_of("imagenet128", tuple(i / 10 for i in range(41)))
     folder = run_folder(tmp_path / "run", config, [f"class {i}" for i in range(1000)], count=4)
-    path = Path(report(str(folder)))
+    path = Path(report(str(folder), str(folder)))
     assert len(states_of(path.read_text())[0]["images"]) == 2
     assert path.stat().st_size < 10_000_000
 
 
+def test_another_folder_can_be_written_to(tmp_path: Path) -> None:
+    """The page is the same, and nothing is added to the run. A sweep in the other folder takes the run's place."""
+    folder = run_folder(tmp_path / "run", tiny_config(eval__weights=WEIGHTS), list("0123456789"))
+    before, out = sorted(folder.rglob("*")), tmp_path / "new" / "out"
+    assert report(str(folder), str(out)) == str(out / "report.html")
+    assert sorted(folder.rglob("*")) == before
+    assert (out / "report.html").read_text() == Path(report(str(folder), str(folder))).read_text()
+    elsewhere = run_folder(tmp_path / "elsewhere", tiny_config(eval__weights=(0.5, 2.0)), list("0123456789"))
+    text = Path(report(str(folder), str(elsewhere))).read_text()
+    assert [state["w"] for state in states_of(text)] == [0.5, 2.0] and "<h1>run</h1>" in text
+    assert "1,000 training steps" in text  # the metrics are the run's
+
+
 def test_a_run_without_results_still_has_a_page(tmp_path: Path) -> None:
     workdir.write_config(tmp_path, workdir.describe("diffusion", tiny_config().to_dict(), list("0123456789")))
-    assert "Nothing is measured yet" in Path(report(str(tmp_path))).read_text()
+    assert "Nothing is measured yet" in Path(report(str(tmp_path), str(tmp_path))).read_text()
     with pytest.raises(ValueError, match="is not the folder of a run"):
-        report(str(tmp_path / "nowhere"))
+        report(str(tmp_path / "nowhere"), str(tmp_path))
 
 
 @pytest.mark.parametrize("line", ["{", "3", '{"loss": 1.0}'])
@@ -182,7 +195,7 @@ def test_a_damaged_line_of_the_metrics_is_named(tmp_path: Path, line: str) -> No
     workdir.write_config(tmp_path, workdir.describe("diffusion", tiny_config().to_dict(), list("0123456789")))
     (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl: line 2 is damaged: delete it"):
-        report(str(tmp_path))
+        report(str(tmp_path), str(tmp_path))
 
 
 def dom(path: Path, profile: Path, fragment: str = "") -> str:

@@ -23,9 +23,14 @@ from cfd.runs import npz
 pytestmark = pytest.mark.usefixtures("compile_once")
 
 
+def sampled(config: Any, folder: str) -> str:
+    """The grid of a sample that is written to the folder of its run."""
+    return sample(config, folder, folder)
+
+
 def test_sample_writes_a_grid_and_openais_npz(mixing_run: Path, capsys: pytest.CaptureFixture) -> None:
     config = tiny_config(sample__seeds=(0, 5))
-    path = sample(config, str(mixing_run))
+    path = sampled(config, str(mixing_run))
     with Image.open(path) as image:
         image.load()
         assert image.format == "PNG" and image.mode == "RGB"
@@ -47,7 +52,7 @@ def test_a_sample_is_guided_by_the_classifier_of_the_run(mixing_run: Path, monke
     for strength in (0.0, 3.0):
         classifier = jax.tree_util.Partial(brighter, {"strength": jnp.float32(strength)})
         monkeypatch.setattr(settings, "open_run", opening(params(), classifier))
-        path = sample(tiny_config(sample__guidance="classifier"), str(mixing_run))
+        path = sampled(tiny_config(sample__guidance="classifier"), str(mixing_run))
         images.append(npz.read_npz(path.replace(".png", ".npz"))["arr_0"])
     indifferent, decided = images
     np.testing.assert_array_equal(indifferent[0::2], indifferent[1::2])
@@ -58,14 +63,14 @@ def test_a_sample_is_guided_by_the_classifier_of_the_run(mixing_run: Path, monke
 def test_a_stop_says_that_the_next_start_samples_all_images(mixing_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preemption, "requested", lambda: True)
     with pytest.raises(preemption.Stopped, match="after 4 of 4 images; the next start samples all of them"):
-        sample(tiny_config(), str(mixing_run))
+        sampled(tiny_config(), str(mixing_run))
     assert not (mixing_run / "samples").exists()
 
 
 def test_other_settings_do_not_overwrite(mixing_run: Path) -> None:
     changes: list[dict[str, Any]] = [{}, {"sample__w": (0.0, 3.0)}, {"sample__v": 1.0}, {"sample__seeds": (1,)}]
-    paths = [sample(tiny_config(**change), str(mixing_run)) for change in changes]
+    paths = [sampled(tiny_config(**change), str(mixing_run)) for change in changes]
     assert len(set(paths)) == len(paths) and len(list((mixing_run / "samples").iterdir())) == 2 * len(paths)
     before = Path(paths[0]).read_bytes()
-    assert sample(tiny_config(), str(mixing_run)) == paths[0]
+    assert sampled(tiny_config(), str(mixing_run)) == paths[0]
     assert Path(paths[0]).read_bytes() == before

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
+from jax_settings import jax_setting
 from meshes import mesh_of
 from mixing import NETWORK, TRACED, assert_same_images, brighter
 from mixing import params as mixing_params
@@ -75,6 +76,26 @@ def test_an_image_does_not_depend_on_the_other_images(params: Any, forty: np.nda
     mixed = np.random.default_rng(1).permutation(40)[:21]
     assert_same_images(images_of(params, rows(some(40), mixed)), forty[mixed])
     np.testing.assert_array_equal(images_of(params, rows(some(40), [5])), images_of(params, rows(some(40), [5])))
+
+
+@pytest.mark.parametrize("implementation", ["rbg", "unsafe_rbg"])
+def test_an_image_does_not_depend_on_jax_s_default_prng(params: Any, forty: np.ndarray, implementation: str) -> None:
+    """Under `vmap`, a key of "rbg" draws numbers that depend on the row, and all keys draw those of the first."""
+    backwards = np.arange(40)[::-1]
+    with jax_setting("jax_default_prng_impl", implementation):
+        assert_same_images(images_of(params, rows(some(40), backwards)), forty[backwards])
+        assert_same_images(images_of(params, rows(some(40), [5]), batch_size=8), forty[5:6])
+
+
+def test_a_setting_that_changes_the_meaning_of_seeds_is_refused(params: Any) -> None:
+    sampler = compile_sampler(NETWORK, sampling_of(tiny_config()), mesh_of(1))
+    on_mesh = parallel.replicate(mesh_of(1), params)
+    list(sampler(on_mesh, some(16)))
+    with jax_setting("jax_threefry_partitionable", False):
+        with pytest.raises(ValueError, match="jax_threefry_partitionable is False"):
+            compile_sampler(NETWORK, sampling_of(tiny_config()), mesh_of(1))
+        with pytest.raises(ValueError, match="jax_threefry_partitionable is False"):
+            list(sampler(on_mesh, some(16)))
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import pytest
+from meshes import mesh_of
 from mixing import DIGITS
 from tiny import tiny_config
 
-from cfd.modes import settings
+from cfd.errors import UserError
+from cfd.modes import settings, sweep, train
 from cfd.runs import workdir
 
 
@@ -16,8 +18,9 @@ def test_a_run_of_another_config_is_not_opened(tmp_path: Path) -> None:
     workdir.write_config(tmp_path, workdir.describe("diffusion", tiny_config().to_dict(), DIGITS))
     with pytest.raises(ValueError, match=r"num_res_blocks: 1 there, 2 here"):
         settings.open_run(tiny_config(model__num_res_blocks=2), str(tmp_path))
+    run = settings.open_run(tiny_config(sample__v=0.9), str(tmp_path))
     with pytest.raises(ValueError, match="has no step"):
-        settings.open_run(tiny_config(sample__v=0.9), str(tmp_path))
+        run.model_at(-1)
 
 
 def test_an_unconditional_score_is_asked_only_of_a_run_that_trains_it() -> None:
@@ -33,3 +36,30 @@ def test_a_run_without_a_conditional_score_is_sampled_only_at_minus_1() -> None:
     for guidance, weights in (("classifier-free", (-1.0, 0.0)), ("classifier", (-1.0,))):
         with pytest.raises(ValueError, match=r"needs the conditional score.*p_uncond = 1"):
             settings.check_weights(tiny_config(train__p_uncond=1.0, sample__guidance=guidance), weights)
+
+
+def test_an_interval_that_no_step_falls_into_is_refused() -> None:
+    """The four steps of the paper's schedule are at λ = −20, −1.0985, 1.0985 and 20. The remedy, more steps, works."""
+    config = tiny_config()
+    with pytest.raises(UserError, match=r"interval \(-1, 1\) .* no effect with 4 steps.* at λ = -1\.098"):
+        settings.check_sampling(config, (64, 4), ((), (-3.0, 5.0), (-1.0, 1.0)))
+    settings.check_sampling(config, (64,), ((), (-3.0, 5.0), (-1.0, 1.0)))
+    settings.check_sampling(config, (4,), ((), (-20.0, -19.0), (-1.0, 1.1), (20.0, 30.0)))
+
+
+def test_such_an_interval_is_refused_before_training(tmp_path: Path) -> None:
+    for interval in ({"sample__interval": (-1.0, 1.0)}, {"eval__intervals": ((), (-1.0, 1.0))}):
+        with pytest.raises(UserError, match="no effect with 4 steps"):
+            sweep.check(tiny_config(**interval), str(tmp_path))
+    with pytest.raises(UserError, match="no effect with 8 steps"):
+        sweep.check(tiny_config(eval__num_steps=(64, 8), eval__intervals=((-0.1, 0.1),)), str(tmp_path))
+    with pytest.raises(UserError, match="no effect with 4 steps"):
+        train.preview(tiny_config(sample__interval=(-1.0, 1.0)), mesh_of(1), str(tmp_path), DIGITS)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "v", "said"), [("ddim", 0.41, True), ("ddim", 0.3, False), ("ancestral", 0.41, False)]
+)
+def test_a_v_that_the_sampler_does_not_use_is_said(sampler: str, v: float, said: bool, capsys) -> None:
+    settings.check_sampling(tiny_config(sample__sampler=sampler, sample__v=v), (4,), ((),))
+    assert ("sample.v = 0.41 is not used: sample.sampler 'ddim' has no v." in capsys.readouterr().out) == said

@@ -67,6 +67,11 @@ def on_eight_devices(mixing_run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return mixing_run
 
 
+def swept(config: Any, folder: str) -> list[results.Row]:
+    """The rows of a sweep that writes to the folder of its run."""
+    return sweep.sweep(config, folder, folder)
+
+
 def images_of(folder: Path, row: results.Row) -> np.ndarray:
     return npz.read_npz(results.samples_path(str(folder), row))["arr_0"]
 
@@ -88,14 +93,14 @@ def test_a_grid_is_resumed_at_any_cell(
     asked = iter([False] * 20 + [True])
     monkeypatch.setattr(preemption, "requested", lambda: next(asked, False))
     with pytest.raises(preemption.Stopped, match="Stopped in the sweep at w ="):
-        sweep.sweep(config, str(folder))
+        swept(config, str(folder))
     before = results.read_rows(str(folder))
     assert 0 < len(before) < 16
     with open(folder / "sweep.csv", "a") as file:
         file.write("7,0.1,2,ance")
     capsys.readouterr()
 
-    rows = sweep.sweep(config, str(folder))
+    rows = swept(config, str(folder))
     assert f"{len(before)} of 16 cells are in" in capsys.readouterr().out
     cells = [(row["num_steps"], row["v"], row["interval"], row["w"]) for row in rows]
     assert cells == [(t, v, i, w) for t in (2, 3) for v in (0.0, 1.0) for i in ("", "-30:0") for w in (0.0, 2.0)]
@@ -112,7 +117,7 @@ def test_a_grid_is_resumed_at_any_cell(
 
 def test_a_row_is_used_again_only_with_its_manifest(on_eight_devices: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, config = str(on_eight_devices), tiny_config(eval__weights=(2.0,), sample__num_steps=2)
-    (row,) = sweep.sweep(config, folder)
+    (row,) = swept(config, folder)
     assert row["fid_name"] == "FID-20" and row["labels"] == "balanced" and row["sfid"] is None
     path = on_eight_devices / "manifests" / f"{row['manifest']}.json"
     made = json.loads(path.read_text())
@@ -121,31 +126,31 @@ def test_a_row_is_used_again_only_with_its_manifest(on_eight_devices: Path, monk
     sampling = {"num_steps": 2, "v": 0.3, "w": 2.0, "clip": True, "seed": 1000, "num_samples": 20, "interval": ""}
     assert sampling.items() <= made["sampling"].items()
     train = settings.open_split(config, "train")
-    network = sweep.open_features(config, folder, parallel.make_mesh(-1, 1), train)
+    network = sweep.open_features(config, folder, folder, parallel.make_mesh(-1, 1), train)
     measured = reference.reference_hash(network, train, path=config.eval.reference, data=config.data.to_dict())
     assert made["reference"]["sha256"] == measured
     assert made["features"]["sha256"] == network.weights_hash
     assert made["environment"]["jax"] == jax.__version__ and "127.5" in made["images"]
 
-    assert sweep.sweep(config, folder) == [row]
+    assert swept(config, folder) == [row]
     assert len(results.read_rows(folder)) == 1, "nothing was measured again"
 
     first = settings.open_run
     params = mixing.params()
     monkeypatch.setattr(settings, "open_run", mixing.opening(params | {"mix": 0.9 * params["mix"]}))
-    (other,) = sweep.sweep(config, folder)
+    (other,) = swept(config, folder)
     assert other["manifest"] != row["manifest"] and other["fid"] != row["fid"]
     assert len(results.read_rows(folder)) == 2, "other weights give another row"
 
     other_path = on_eight_devices / "manifests" / f"{other['manifest']}.json"
     other_path.write_text(other_path.read_text().replace('"w": 2.0', '"w": 3.0'))
-    assert sweep.sweep(config, folder) == [other]
+    assert swept(config, folder) == [other]
     assert len(results.read_rows(folder)) == 3, "a manifest with other content is not that of the row"
 
     monkeypatch.setattr(settings, "open_run", first)
     monkeypatch.setattr(sweep, "measure_cells", lambda *_: pytest.fail("it was measured again"))
     assert results.latest(folder) == [other]
-    assert sweep.sweep(config, folder) == results.latest(folder) == [row]
+    assert swept(config, folder) == results.latest(folder) == [row]
 
 
 def test_everything_that_a_row_is_made_from_is_in_the_name_of_its_manifest() -> None:
@@ -154,15 +159,15 @@ def test_everything_that_a_row_is_made_from_is_in_the_name_of_its_manifest() -> 
     def name(network: FeatureNetwork = network, changes: Any = (), **hashes: str) -> str:
         config = tiny_config(**dict(changes))
         row = sweep.rows_of_grid(config, 5)[0]
-        hashes = dict(weights="w", classifier="", reference="r") | hashes
+        hashes = dict(weights="w", classifier="", reference="r", data="d") | hashes
         return manifest.manifest_name(sweep.manifest_of(config, row, hashes, network))
 
-    names = {name(), name(weights="x"), name(classifier="g"), name(reference="s")}
+    names = {name(), name(weights="x"), name(classifier="g"), name(reference="s"), name(data="e")}
     names |= {name(network=network._replace(weights_hash="h")), name(network=network._replace(name="inception"))}
     fields = dict(train__ema_decay=0.5, model__num_res_blocks=2, process__logsnr_min=-9.0, sample__clip=False)
     fields |= dict(sample__v=0.9, eval__labels="random", data__split="test")
     names |= {name(changes={field: value}) for field, value in fields.items()}
-    assert len(names) == 6 + len(fields)
+    assert len(names) == 7 + len(fields)
 
 
 def test_the_ends_of_intervals_are_exact_in_the_rows() -> None:
@@ -178,7 +183,7 @@ def test_the_ends_of_intervals_are_exact_in_the_rows() -> None:
 
 def test_random_labels_come_from_the_seed(on_eight_devices: Path) -> None:
     config = tiny_config(eval__weights=(1.0,), eval__labels="random", sample__num_steps=2)
-    (row,) = sweep.sweep(config, str(on_eight_devices))
+    (row,) = swept(config, str(on_eight_devices))
     labels = npz.read_npz(results.samples_path(str(on_eight_devices), row))["arr_1"]
     np.testing.assert_array_equal(labels, np.random.default_rng(1000).integers(10, size=20))
     np.testing.assert_array_equal(manifest.labels_of("random", 1000, 7, 10), labels[:7])
@@ -189,7 +194,7 @@ def test_random_labels_come_from_the_seed(on_eight_devices: Path) -> None:
 
 def test_a_sweep_leaves_rows_images_and_pictures(run: Path, capsys: pytest.CaptureFixture) -> None:
     config = tiny_config()
-    rows = sweep.sweep(config, str(run))
+    rows = swept(config, str(run))
     assert [row["w"] for row in rows] == [0.0, 1.0, 3.0]
     assert {(row["step"], row["num_samples"], row["num_steps"], row["features"]) for row in rows} == {
         (7, 20, 4, "classifier")
@@ -219,20 +224,20 @@ def test_a_lost_row_is_measured_again_to_the_same_numbers(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     config, path = tiny_config(), run / "sweep.csv"
-    rows = sweep.sweep(config, str(run))
+    rows = swept(config, str(run))
     whole = path.read_text()
     # The last row without its newline, cut short in its first column, and missing.
     for cut in (len(whole) - 1, whole.rstrip().rfind("\n") + 4, whole.rstrip().rfind("\n") + 1):
         path.write_text(whole[:cut])
         capsys.readouterr()
-        assert sweep.sweep(config, str(run)) == rows
+        assert swept(config, str(run)) == rows
         assert "2 of 3 cells are in" in capsys.readouterr().out and path.read_text() == whole
     monkeypatch.setattr(sweep, "compile_sampler", lambda *_: pytest.fail("nothing is left to sample"))
-    assert sweep.sweep(config, str(run)) == rows and path.read_text() == whole
+    assert swept(config, str(run)) == rows and path.read_text() == whole
 
 
 def test_a_row_that_is_measured_in_another_way_does_not_overwrite_the_images_of_the_first(run: Path) -> None:
-    rows = [sweep.sweep(tiny_config(sample__clip=clip, eval__weights=(1.0,)), str(run)) for clip in (True, False)]
+    rows = [swept(tiny_config(sample__clip=clip, eval__weights=(1.0,)), str(run)) for clip in (True, False)]
     images = [images_of(run, row) for (row,) in rows]
     assert not (images[0] == images[1]).all()
     assert len(results.read_rows(str(run))) == 2 and len(list((run / "samples").glob("*.npz"))) == 2
@@ -240,18 +245,18 @@ def test_a_row_that_is_measured_in_another_way_does_not_overwrite_the_images_of_
 
 @pytest.mark.parametrize("change", [{"eval__seed": 3}, {"eval__num_samples": 30}, {"sample__num_steps": 5}])
 def test_other_settings_get_rows_and_files_of_their_own(run: Path, change: dict[str, Any]) -> None:
-    first = sweep.sweep(tiny_config(eval__weights=(1.0,)), str(run))
-    other = sweep.sweep(tiny_config(eval__weights=(1.0,), **change), str(run))
+    first = swept(tiny_config(eval__weights=(1.0,)), str(run))
+    other = swept(tiny_config(eval__weights=(1.0,), **change), str(run))
     one, changed = (images_of(run, row)[:20] for row in first + other)
     assert (one == changed).all() == ("eval__num_samples" in change)
     assert results.read_rows(str(run)) == first + other
     assert len(list((run / "samples").glob("*.npz"))) == len(list((run / "manifests").iterdir())) == 2
-    assert sweep.sweep(tiny_config(eval__weights=(1.0,)), str(run)) == first
+    assert swept(tiny_config(eval__weights=(1.0,)), str(run)) == first
 
 
 def test_a_weight_may_be_written_as_an_integer(run: Path) -> None:
-    rows = sweep.sweep(tiny_config(eval__weights=(1, 0)), str(run))
-    assert sweep.sweep(tiny_config(eval__weights=(1.0, 0.0)), str(run)) == rows
+    rows = swept(tiny_config(eval__weights=(1, 0)), str(run))
+    assert swept(tiny_config(eval__weights=(1.0, 0.0)), str(run)) == rows
     assert len(results.read_rows(str(run))) == 2
 
 
@@ -262,17 +267,17 @@ def test_a_sweep_is_guided_by_the_classifier_of_the_run(run: Path, monkeypatch: 
     for strength in (0.0, 3.0):
         classifier = jax.tree_util.Partial(mixing.brighter, {"strength": jnp.float32(strength)})
         monkeypatch.setattr(settings, "open_run", mixing.opening(mixing.params(), classifier))
-        rows += sweep.sweep(tiny_config(sample__guidance="classifier", eval__weights=(0.0, 2.0)), str(run))
+        rows += swept(tiny_config(sample__guidance="classifier", eval__weights=(0.0, 2.0)), str(run))
     images = [images_of(run, row) for row in rows]
     assert len({row["manifest"] for row in rows}) == 4
     assert (images[0] == images[1]).all() and (images[0] == images[2]).all() and (images[2] != images[3]).any()
 
 
 def test_the_picture_leaves_out_the_weights_whose_images_are_lost(run: Path, capsys: pytest.CaptureFixture) -> None:
-    rows = sweep.sweep(tiny_config(), str(run))
+    rows = swept(tiny_config(), str(run))
     for lost, row in (("1", rows[1]), ("0, 1", rows[0]), ("0, 1, 3", rows[2])):
         Path(results.samples_path(str(run), row)).unlink()
-        assert sweep.sweep(tiny_config(), str(run)) == rows
+        assert swept(tiny_config(), str(run)) == rows
         assert f"The images of w = {lost} are not in {run}/samples: sweep.png" in capsys.readouterr().out
 
 
@@ -300,14 +305,14 @@ def test_images_that_are_not_finite_are_an_error(on_eight_devices: Path, monkeyp
     nans = jax.tree.map(lambda x: np.full_like(x, np.nan), mixing.params())
     monkeypatch.setattr(settings, "open_run", mixing.opening(nans))
     with pytest.raises(ValueError, match="16 of 16 images hold NaN or infinity, such as number 0 of seed 1000"):
-        sweep.sweep(tiny_config(eval__weights=(1.0,), sample__num_steps=2), str(on_eight_devices))
+        swept(tiny_config(eval__weights=(1.0,), sample__num_steps=2), str(on_eight_devices))
     assert results.read_rows(str(on_eight_devices)) == []
     assert not list((on_eight_devices / "samples").glob("*.npz*"))
 
 
 def test_too_few_samples_give_a_warning_with_their_number(on_eight_devices: Path) -> None:
     with pytest.warns(UserWarning, match="20 samples of 64 features give a covariance of rank at most 19"):
-        sweep.sweep(tiny_config(eval__weights=(0.0,), sample__num_steps=1), str(on_eight_devices))
+        swept(tiny_config(eval__weights=(0.0,), sample__num_steps=1), str(on_eight_devices))
 
 
 # Refusals
@@ -315,7 +320,7 @@ def test_too_few_samples_give_a_warning_with_their_number(on_eight_devices: Path
 
 def test_a_sweep_without_weights_is_refused(run: Path) -> None:
     with pytest.raises(ValueError, match=r"config\.eval\.weights is \(\): give the weights to sweep"):
-        sweep.sweep(tiny_config(eval__weights=()), str(run))
+        swept(tiny_config(eval__weights=()), str(run))
     assert not list(run.iterdir())
 
 
@@ -326,13 +331,14 @@ def test_data_of_other_classes_is_not_measured(run: Path, monkeypatch: pytest.Mo
     def renamed(config: Any, split: str) -> Dataset:
         return dataclasses.replace(open_split(config, split), class_names=names[split])
 
+    workdir.write_config(run, workdir.describe("diffusion", tiny_config().to_dict(), mixing.DIGITS))
     monkeypatch.setattr(settings, "open_split", renamed)
     with pytest.raises(ValueError, match=r"class 9 is '9' in the run .* and 'nine' in data.split 'train'"):
-        sweep.sweep(tiny_config(), str(run))
+        swept(tiny_config(), str(run))
     names["train"] = tuple("0123456789")
     with pytest.raises(ValueError, match=r"class 9 is '9' in data.split 'train' and 'nine' in eval.test_split 'test'"):
         sweep.check(tiny_config(), str(run))
-    assert not list(run.iterdir())
+    assert [path.name for path in run.iterdir()] == [workdir.CONFIG]
 
 
 def test_files_that_the_metrics_cannot_use_are_found_before_training(tmp_path: Path) -> None:
@@ -363,6 +369,10 @@ def test_a_missing_or_foreign_classifier_is_found_before_training(tmp_path: Path
         with pytest.raises(ValueError, match=rf"classifier was trained with data.{name} = {value}, not {ours}"):
             sweep.check(config, str(tmp_path))
     theirs = tiny_config(process__logsnr_max=5.0).to_dict()
+    workdir.write_config(place, workdir.describe("classifier", theirs, mixing.DIGITS))
+    with pytest.raises(ValueError, match=r"was trained on λ in \[-20, 5\], which does not cover the run's \[-20, 20\]"):
+        sweep.check(config, str(tmp_path))
+    theirs = tiny_config(process__logsnr_max=21.0).to_dict()
     workdir.write_config(place, workdir.describe("classifier", theirs, mixing.DIGITS))
     sweep.check(config, str(tmp_path))
     # A config file need not state the number of classes.

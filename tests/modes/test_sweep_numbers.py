@@ -36,7 +36,7 @@ def random_params(config: Any) -> Any:
     """Parameters of the U-Net of which none is zero, so that guidance has an effect."""
     size = config.data.image_size
     shapes = jax.eval_shape(
-        UNet(**config.model).init,
+        UNet(image_size=size, **config.model).init,
         jax.random.key(0),
         jnp.zeros((1, size, size, config.data.channels)),
         jnp.zeros(1),
@@ -79,7 +79,8 @@ def test_neither_batches_nor_devices_change_the_numbers(whole: bool, tmp_path: P
             folder, features, train, "hash", path="", image_shape=(8, 8, 1), num_workers=config.data.num_workers
         )
         sampling = settings.sampling_of(tiny_config(sample__batch_size=batch_size))
-        model = sweep.Model(network, sampling, parallel.replicate(mesh, params), None, mesh)
+        replicated = parallel.replicate(mesh, params)
+        model = sweep.Model(network, sampling, lambda step, params=replicated: params, None, mesh)
         batches = sweep.sampled(model, compile_sampler(network, sampling, mesh), row, folder, 10)
         measured.append(score(batches, 150, features, base))
     one, eight = measured

@@ -16,6 +16,7 @@ from tiny import QUICK, tiny_config
 
 from cfd.config import complete, with_classes
 from cfd.devices import parallel, preemption
+from cfd.errors import UserError
 from cfd.loading import load
 from cfd.modes import settings, train, train_classifier
 from cfd.modes.grid import grid_of, picture_of, spec_of
@@ -45,7 +46,8 @@ def test_each_network_is_trained_with_its_own_settings_on_the_training_images(
     for (_, _, _, dataset, content, *_, options), kind in zip(calls, ("diffusion", "classifier"), strict=True):
         np.testing.assert_array_equal(dataset.labels, images.labels)
         assert content == workdir.describe(kind, config.to_dict(), DIGITS)
-        assert options == dict(allow_fresh_start=kind == "classifier")
+        start_from = {"start_from": None} if kind == "diffusion" else {}
+        assert options == dict(allow_fresh_start=kind == "classifier", **start_from)
     assert (own.seed, own.flip, own.num_workers) == (other.seed, other.flip, other.num_workers) == (5, True, 1)
     theirs = config.train.to_dict() | config.classifier_train.to_dict()
     for training, optimizer, group in zip((own, other), optimizers, (config.train, theirs), strict=True):
@@ -97,13 +99,13 @@ def test_a_folder_of_two_classes_is_trained_on_without_a_number_of_classes(
     whole = with_classes(complete(ants_and_bees), 2).to_dict()
     assert described == [workdir.describe("classifier", whole, ("ant", "bee"))]
     opened = settings.open_run(ants_and_bees, folder)
-    assert json.loads(opened.config.to_json()) == content["config"] and opened.model.step == 2
+    assert json.loads(opened.config.to_json()) == content["config"] and opened.model_at(-1).step == 2
 
     for group in ("data", "model", "classifier"):  # the same run, with its number of classes stated
         ants_and_bees[group].num_classes = 2
     train.train(ants_and_bees, folder)
     ants_and_bees.classifier.num_classes = 3
-    with pytest.raises(ValueError, match=r"config\.classifier\.num_classes is 3, and .* is 2: set both to the same"):
+    with pytest.raises(ValueError, match=r"config\.classifier\.num_classes is 3, and .* is 2: set all of them"):
         train.train(ants_and_bees, folder)
 
 
@@ -180,3 +182,29 @@ def test_a_preview_has_no_weight_whose_scores_the_run_does_not_train(mixing_run:
         preview(train__p_uncond=0.0)
     by_classifier = preview(sample__guidance="classifier", train__p_uncond=0.0)(12, params())
     np.testing.assert_array_equal(by_classifier, preview(sample__w=(0.0,))(12, params()))
+
+
+def test_steps_that_training_will_not_keep_are_refused_before_it(tmp_path: Path) -> None:
+    """Checkpoints at 2, 4, 6 of 6 steps, of which two are kept; snapshots and kept checkpoints are there for good."""
+
+    def missing(*steps: int, **changes: Any) -> str:
+        try:
+            train.check_steps(tiny_config(eval__steps=steps, **changes), str(tmp_path))
+        except UserError as error:
+            return str(error)
+        return ""
+
+    assert missing(4, 6) == missing() == ""
+    assert "has 2, which will not be there when training ends at step 6; then there are 4, 6." in missing(2, 6)
+    assert "set train.snapshot_every_steps to 3 or to a divisor of it" in missing(3)
+    assert missing(3, train__snapshot_every_steps=3) == missing(1, 2, 3, train__keep_every_steps=1) == ""
+    assert "has 5" in missing(5, train__sample_every_steps=5, train__keep_checkpoints=1)
+    assert missing(5, train__sample_every_steps=5) == missing(2, train__keep_checkpoints=3) == ""
+    assert "has 2" in missing(sample__step=2) and missing(sample__step=6) == ""
+
+    # A run that has come to step 4: what it did not keep is gone, and step 2 goes with step 6.
+    for place in ("checkpoints/2", "checkpoints/4", "snapshots/1"):
+        (tmp_path / place).mkdir(parents=True)
+    assert "then there are 1, 4, 6" in missing(2) and missing(1, 4, 6) == ""
+    assert "has 3" in missing(3, train__snapshot_every_steps=3) and missing(2, train__keep_every_steps=2) == ""
+    assert missing(2, 4, train__num_steps=4) == ""

@@ -13,14 +13,14 @@ from linear import assert_same_bits, bad_at, bad_loss, init, noisy, squares
 from tiny import tiny_config
 
 from cfd.modes.settings import optimizer_of
-from cfd.modes.train_step import TrainState, global_norm, initial_state, row_major, train_step
+from cfd.modes.train_step import TrainState, global_norm, initial_state, row_major, to_float, train_step
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 def batch_of(seed: int, rows: int = 16) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
-    image = rng.uniform(-1.0, 1.0, (rows, 8, 8, 1)).astype(np.float32)
+    image = rng.integers(0, 256, (rows, 8, 8, 1), np.uint8)
     return {"image": jnp.asarray(image), "label": jnp.asarray(rng.integers(0, 10, rows, np.int32))}
 
 
@@ -50,6 +50,25 @@ def test_a_step_is_a_function_of_its_arguments() -> None:
     assert_same_bits(before, state)
     other_step = step(state._replace(step=state.step + 1), batch_of(0), key)
     assert float(other_step[1]["loss"]) != float(first[1]["loss"])  # each step has its own noise
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 4])
+def test_a_loss_gets_pixels_scaled_to_the_bits_of_numpy(num_microbatches: int) -> None:
+    """All 256 values, also where XLA fuses the scaling with the arithmetic of a loss."""
+    pixels = np.arange(256, dtype=np.uint8).reshape(4, 8, 8, 1)
+    wanted = pixels.astype(np.float32) / np.float32(127.5) - np.float32(1.0)
+    for scale in (to_float, jax.jit(to_float)):
+        np.testing.assert_array_equal(scale(jnp.asarray(pixels)), wanted)
+
+    def loss_fn(key: Any, params: Any, x: Any, labels: Any) -> Any:
+        order = labels[:, None] * 64 + jnp.arange(64)[None]
+        equal = jax.lax.bitcast_convert_type(x.reshape(-1, 64), jnp.int32) == jnp.asarray(bits)[order]
+        return jnp.mean(equal) + 0.0 * jnp.sum(params["w"])
+
+    bits = wanted.ravel().view(np.int32)
+    state, step = step_of(loss_fn, num_microbatches=num_microbatches)
+    batch = {"image": jnp.asarray(pixels), "label": jnp.arange(4, dtype=jnp.int32)}
+    assert float(step(state, batch, jax.random.key(0))[1]["loss"]) == 1.0
 
 
 @pytest.mark.parametrize("vectors", [0, 3])
@@ -113,6 +132,7 @@ def numpy_training(
     norms = []
     for t, batch in enumerate(batches, 1):
         x, y = np.asarray(batch["image"], np.float64).reshape(-1, 64), np.asarray(batch["label"], np.float64)[:, None]
+        x = 2.0 * x / 255.0 - 1.0
         residual = 2.0 * (x @ w + b - y) / (len(x) * 4)
         grad_w, grad_b = x.T @ residual, residual.sum(0)
         norm = np.sqrt((grad_w**2).sum() + (grad_b**2).sum())
@@ -212,7 +232,7 @@ def test_float32_under_x64() -> None:
     def loss_fn(key: Any, params: Any, x: Any, labels: Any) -> Any:
         return global_norm(params) + jnp.mean(x)
 
-    batch = {"image": jnp.zeros((4, 8, 8, 1)), "label": jnp.zeros(4, jnp.int32)}
+    batch = {"image": jnp.zeros((4, 8, 8, 1), jnp.uint8), "label": jnp.zeros(4, jnp.int32)}
     with jax.enable_x64(True):
         state = jax.eval_shape(lambda key: initial_state(lambda _: params, optimizer, key), jax.random.key(0))
         for join_vectors in (False, True):

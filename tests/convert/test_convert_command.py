@@ -1,0 +1,31 @@
+"""`python -m cfd.convert`: errors that a user can correct are said in a line, and others are raised."""
+
+from pathlib import Path
+
+import pytest
+from permissions import obeyed
+
+from cfd.convert.__main__ import main
+
+
+@pytest.mark.parametrize("command", ["adm", "inception"])
+def test_files_that_may_not_be_read_or_written_are_named(command: str, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    file, closed = tmp_path / "model.pt", tmp_path / "closed"
+    file.touch()
+    closed.mkdir()
+    closed.chmod(0o555)
+    with obeyed():
+        with pytest.raises(SystemExit) as end:
+            main([command, str(file), str(closed / "out")])
+        assert end.value.code == f"error: {closed}/out cannot be written (Permission denied): give another OUT"
+        file.chmod(0o000)
+        with pytest.raises(SystemExit) as end:
+            main([command, str(file), str(tmp_path / "out")])
+        assert str(end.value.code).startswith(f"error: {file} cannot be read (Permission denied)")
+
+
+def test_an_error_of_the_program_is_raised(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("cfd.convert.__main__.convert_inception", lambda *_, **__: {}["a bug"])
+    with pytest.raises(KeyError, match="a bug"):
+        main(["inception", "FILE", str(tmp_path / "out")])
