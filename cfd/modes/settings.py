@@ -177,12 +177,19 @@ def is_imported(content: dict[str, Any]) -> bool:
 def of_run(config: Config, folder: str) -> Config:
     """The whole config of the run in `folder`, which may not exist yet.
 
-    Fields that are younger than the run take the value that means what the code did then; a line names them.
+    Fields that are younger than the run take the value that means what the code did then; a line names them. Raises
+    ValueError if transparent images would get another background than before.
     """
     config = complete(config)
     if not os.path.exists(os.path.join(folder, workdir.CONFIG)):
         return config
     recorded = workdir.flatten(workdir.read_config(folder)["config"])
+    background = recorded.get("data.transparency", BEFORE["data.transparency"])
+    if background not in ("refuse", config.data.transparency):  # a run that refused them has seen none
+        raise UserError(
+            f"data.transparency was {background!r} in {folder} and is {config.data.transparency!r} here, which changes "
+            f"images that it has been trained on: set it to {background!r}, or give another --workdir"
+        )
     old = as_recorded(config, recorded)
     here, there = workdir.flatten(config.to_dict()), workdir.flatten(old.to_dict())
     if changed := [f"{name} = {there[name]!r}" for name in here if here[name] != there[name]]:

@@ -23,6 +23,18 @@ def test_a_run_of_another_config_is_not_opened(tmp_path: Path) -> None:
         run.model_at(-1)
 
 
+def test_transparent_images_do_not_get_another_background_on_resume(tmp_path: Path) -> None:
+    """A run that refused transparent images has seen none, so that any background may follow; then it stays."""
+    refused, white, black = (tiny_config(data__transparency=name) for name in ("refuse", "white", "black"))
+    workdir.write_config(tmp_path, workdir.describe("diffusion", refused.to_dict(), DIGITS))
+    assert settings.of_run(white, str(tmp_path)).data.transparency == "white"
+    workdir.write_config(tmp_path, workdir.describe("diffusion", white.to_dict(), DIGITS))
+    for other in (refused, black):
+        with pytest.raises(UserError, match=r"data\.transparency was 'white' .* set it to 'white', or give another"):
+            settings.of_run(other, str(tmp_path))
+    assert settings.of_run(white, str(tmp_path)).data.transparency == "white"
+
+
 def test_an_unconditional_score_is_asked_only_of_a_run_that_trains_it() -> None:
     config = tiny_config(train__p_uncond=0.0)
     settings.check_weights(config, (0.0,))
