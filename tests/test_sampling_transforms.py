@@ -239,7 +239,7 @@ def test_an_interval_between_two_steps_is_refused(transform):
 def test_an_interval_of_one_step_is_accepted(num_steps, ends):
     for logsnr in schedule(num_steps, *ends):
         w = Interval(4.0, logsnr, logsnr)
-        shape_of(jax.jit, w=w, num_steps=num_steps, logsnr_min=ends[0], logsnr_max=ends[1])
+        assert shape_of(jax.jit, w=w, num_steps=num_steps, logsnr_min=ends[0], logsnr_max=ends[1])
 
 
 def trained_network(z, logsnr, labels):

@@ -37,7 +37,7 @@ NUM_DRAWS = 32
 
 
 class Found(NamedTuple):
-    """What this process has found out about the images of a data set. It saves time, and changes no batch.
+    """The labels and bad images of a data set that this process has met. It saves time, and changes no batch.
 
     labels: int32 [N], the classes that were read, and -1 elsewhere. Empty if bad images are not skipped.
     bad: {image: why it cannot be used}.
@@ -131,15 +131,15 @@ def batches(
         def __len__(self) -> int:
             return sys.maxsize // batch_size
 
-        def __getitem__(self, step: int) -> dict[str, Any]:
-            first = step * batch_size + process_index * rows
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            first = index * batch_size + process_index * rows
             image = np.empty((rows, dataset.image_size, dataset.image_size, dataset.channels), np.uint8)
             label = np.empty(rows, np.int32)
             skipped = 0
-            for row, index in enumerate(epoch_order(seed, range(first, first + rows), len(dataset))):
-                example = _read(dataset, found, index)
+            for row, number in enumerate(epoch_order(seed, range(first, first + rows), len(dataset))):
+                example = _read(dataset, found, number)
                 if example is None:
-                    example = _substitute(dataset, found, seed, first + row, index)
+                    example = _substitute(dataset, found, seed, first + row, number)
                     skipped += 1
                 image[row], label[row] = example
             if flip:
@@ -162,7 +162,7 @@ def _flips(seed: int, first: int, rows: int) -> np.ndarray:
 
 
 def _found(dataset: Dataset) -> Found:
-    """What is known of a data set, also to later calls with the same data set."""
+    """The record of a data set, which later calls with the same data set share."""
     if dataset not in _FOUND:
         num_labels = len(dataset) if dataset.on_bad_image == "skip" else 0
         _FOUND[dataset] = Found(np.full(num_labels, -1, np.int32), {})

@@ -316,7 +316,7 @@ def _some(names: list[str], limit: int = 4) -> str:
 
 
 def _note_of_unread(place: Place, unread: Unread) -> Iterator[str]:
-    """What lies in `place` and is not read."""
+    """The files and folders in `place` that are not read."""
     if unread:
         total = sum(count for count, _ in unread.values())
         yield f"Not read in {place.label}: {total:,} files or folders ({_counted(unread)})."

@@ -285,7 +285,7 @@ def _sums(blocks: Iterable[np.ndarray]) -> str:
     return f"{h % 2**32:08x}{g % 2**32:08x}"
 
 
-# What the processes tell each other.
+# Results shared among the processes.
 
 
 def _share(owners: list[dict[Span, int]], found: list[dict[Span, Any]]) -> list[dict[Span, tuple[str, bool]]]:

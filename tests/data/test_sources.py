@@ -1,4 +1,4 @@
-"""What `open_dataset` checks for every source, images kept in memory, and the comparison of classes."""
+"""The checks of `open_dataset` for every source, images kept in memory, and the comparison of classes."""
 
 import inspect
 import threading

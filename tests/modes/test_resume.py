@@ -1,4 +1,4 @@
-"""What must be the same when a run is resumed, besides its config: the data, and how a seed becomes noise."""
+"""A run resumes only with the same data, and with the same meaning of a seed."""
 
 import gc
 import re
