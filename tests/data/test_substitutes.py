@@ -1,4 +1,4 @@
-"""Bad images that are skipped: what takes their place, and what is remembered of them."""
+"""Bad images that are skipped: the images that take their place, and the record of the bad ones."""
 
 import collections
 import dataclasses

@@ -24,7 +24,7 @@ def test_the_grid_of_a_config_has_its_classes_or_the_first_ten() -> None:
 
 
 def test_classes_are_named_or_numbered_and_an_unknown_name_is_refused() -> None:
-    """Of folders with numbers for names, "10" is the name of class 2, and 10 a number."""
+    """If the names of folders are numbers, the text "10" names class 2, and the number 10 is class 10."""
     names = tuple(sorted(map(str, range(12))))
     grid = grid_of(tiny_config(sample__classes=("10", 2, "2", 3)), names, (0.0,))
     assert grid.classes == (2, 2, names.index("2"), 3) and grid.names == ("10", "10", "2", "11")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from meshes import mesh_of
 from PIL import Image
-from swept import sweep_again
+from swept import pixels, sweep_again
 from tiny import ROOT, read_config, tiny_config
 
 from cfd.data.sources import Dataset
@@ -42,12 +42,6 @@ def brightness(images: np.ndarray) -> Outputs:
     """Features without a network: the mean of each quarter of an image, and a class by its brightness."""
     quarters = images.reshape(len(images), 4, -1).mean(axis=2) / 255.0
     return Outputs(quarters, None, np.eye(10)[(images.mean(axis=(1, 2, 3)) / 25.6).astype(int)])
-
-
-def pixels(images: np.ndarray) -> Outputs:
-    """Features without a network: all pixels of an image."""
-    pool = images.reshape(len(images), 64) / 255
-    return Outputs(pool, None, np.exp(pool[:, :10]) / np.exp(pool[:, :10]).sum(axis=1, keepdims=True))
 
 
 @pytest.fixture

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from meshes import mesh_of
 from PIL import Image
+from swept import pixels
 from tiny import tiny_config
 
 from cfd.devices import parallel
-from cfd.evaluation.features import FeatureNetwork, Outputs
+from cfd.evaluation.features import FeatureNetwork
 from cfd.modes import settings, sweep
 from cfd.runs import manifest, npz, results
 
@@ -34,12 +35,6 @@ def images_of_classes(root: Path, **counts: int) -> str:
 
 def folder_config(path: str, **changes: Any) -> Any:
     return tiny_config(data__source="folder", data__path=path, data__num_classes=2, sample__classes=(), **changes)
-
-
-def pixels(images: np.ndarray) -> Outputs:
-    """Features without a network: all pixels of an image."""
-    pool = images.reshape(len(images), 64) / 255
-    return Outputs(pool, None, np.exp(pool[:, :10]) / np.exp(pool[:, :10]).sum(axis=1, keepdims=True))
 
 
 @pytest.fixture

@@ -71,7 +71,7 @@ def test_the_lock_is_free_after_an_error(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_written_is_named_with_the_remedy(tmp_path: Path) -> None:
-    """Of another user, below a file, and below a folder in which nothing can be made."""
+    """The folder belongs to another user, lies below a file, or lies below a folder in which nothing can be made."""
     closed, file = tmp_path / "closed", tmp_path / "file"
     closed.mkdir()
     closed.chmod(0o555)
