@@ -1,11 +1,19 @@
-"""A linear map from images to four outputs, which tests train in place of a network."""
+"""A linear map from images to four outputs, which tests train in place of a network, and the loop that trains it."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from meshes import mesh_of
+from tiny import tiny_config
+
+from cfd.modes import settings
+from cfd.modes.fit import fit
+from cfd.runs import workdir
 
 
 def init(key: Any) -> Any:
@@ -24,6 +32,31 @@ def squares(key: Any, params: Any, x: Any, labels: Any) -> Any:
 def noisy(key: Any, params: Any, x: Any, labels: Any) -> Any:
     """A loss with randomness: the mean squared error of a linear map that predicts noise."""
     return jnp.mean((forward(params, x) - jax.random.normal(key, (len(x), 4))) ** 2)
+
+
+def run(
+    folder: Path,
+    loss_fn: Any = noisy,
+    *,
+    mesh: Mesh | None = None,
+    init: Callable[[Any], Any] = init,
+    draw: Callable[[int, Any], np.ndarray | None] | None = None,
+    **changes: Any,
+) -> None:
+    """`fit` with the tiny config, by default on the linear map and one device."""
+    config = tiny_config(**changes)
+    dataset = settings.open_split(config, config.data.split)
+    fit(
+        settings.training_of(config, config.train),
+        str(folder),
+        mesh or mesh_of(1),
+        dataset,
+        workdir.describe("diffusion", config.to_dict(), dataset.class_names),
+        init,
+        loss_fn,
+        settings.optimizer_of(config.train),
+        draw,
+    )
 
 
 def bad_loss(kind: str, is_bad: Callable[[Any], Any]) -> Callable:

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import Mesh
-from linear import assert_same_bits, bad_at, bad_loss, init, noisy
+from linear import assert_same_bits, bad_at, bad_loss, init, noisy, run
 from meshes import mesh_of
 from PIL import Image
 from tiny import tiny_config
@@ -26,39 +26,12 @@ from tiny import tiny_config
 from cfd.data.decode import BadImage
 from cfd.devices import parallel, preemption, xla
 from cfd.modes import fit as fit_module
-from cfd.modes import settings
-from cfd.modes.fit import fit
 from cfd.modes.settings import optimizer_of
 from cfd.modes.train import diffusion
 from cfd.modes.train_step import initial_state
-from cfd.runs import checkpoint, workdir
+from cfd.runs import checkpoint
 
 pytestmark = pytest.mark.usefixtures("compile_once")
-
-
-def run(
-    folder: Path,
-    loss_fn: Any = noisy,
-    *,
-    mesh: Mesh | None = None,
-    init: Callable[[Any], Any] = init,
-    draw: Callable[[int, Any], np.ndarray | None] | None = None,
-    **changes: Any,
-) -> None:
-    """`fit` with the tiny config, by default on the linear map and one device."""
-    config = tiny_config(**changes)
-    dataset = settings.open_split(config, config.data.split)
-    fit(
-        settings.training_of(config, config.train),
-        str(folder),
-        mesh or mesh_of(1),
-        dataset,
-        workdir.describe("diffusion", config.to_dict(), dataset.class_names),
-        init,
-        loss_fn,
-        optimizer_of(config.train),
-        draw,
-    )
 
 
 def lines(folder: Path, *names: str) -> list[tuple]:

@@ -5,19 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import linear
 import numpy as np
 import pytest
 from jax.sharding import Mesh
-from linear import assert_same_bits, init, noisy
+from linear import assert_same_bits
 from meshes import mesh_of
-from tiny import tiny_config
 
 from cfd.devices import preemption
 from cfd.loading import load_ema
-from cfd.modes import settings
-from cfd.modes.fit import fit
-from cfd.modes.settings import optimizer_of
-from cfd.runs import workdir
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 
@@ -25,19 +21,7 @@ pytestmark = pytest.mark.usefixtures("compile_once")
 def run(folder: Path, mesh: Mesh | None = None, draw: Any = None, **changes: Any) -> None:
     """`fit` on the linear map, with a checkpoint every 5 steps of which the newest is kept."""
     fields: Any = dict(train__num_steps=12, train__checkpoint_every_steps=5, train__keep_checkpoints=1)
-    config = tiny_config(**fields | changes)
-    dataset = settings.open_split(config, config.data.split)
-    fit(
-        settings.training_of(config, config.train),
-        str(folder),
-        mesh or mesh_of(1),
-        dataset,
-        workdir.describe("diffusion", config.to_dict(), dataset.class_names),
-        init,
-        noisy,
-        optimizer_of(config.train),
-        draw,
-    )
+    linear.run(folder, mesh=mesh, draw=draw, **fields | changes)
 
 
 def steps(folder: Path, name: str) -> list[int]:
