@@ -15,9 +15,6 @@ from cfd.runs import checkpoint, workdir
 from cfd.runs.checkpoint import CheckpointError
 from cfd.runs.digest import weights_hash
 
-# After a failed read, Orbax closes its event loop, and reads that are still running complain of it.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
 
 def save_snapshots(folder: Path, *steps: int) -> None:
     manager = checkpoint.open_snapshots(folder)

@@ -23,9 +23,6 @@ from cfd.runs import checkpoint, workdir
 from cfd.runs.checkpoint import CheckpointError
 from cfd.sampling import ancestral, ddim, dpm_solver, guided_sample
 
-# After a failed read, Orbax closes its event loop, and reads that are still running complain of it.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
 
 def digits_run(folder: Path, num_classes: int = 10, without: tuple[str, ...] = (), **changes: Any) -> tuple[Any, Any]:
     """Makes a run's folder with a tiny untrained model, whose config lacks the groups `without`.

@@ -4,6 +4,7 @@ Every process calls these functions, and all of them come to the same result.
 """
 
 import contextlib
+import gc
 import hashlib
 import json
 import sys
@@ -97,6 +98,8 @@ def _attempt(read: Callable[[], Any]) -> Any:
         except Exception as e:  # JSON, TensorStore and Orbax raise ValueError, KeyError, OSError, TypeError ...
             result = _Damage(reason_of(e))
             time.sleep(0.1)  # until the other reads have failed too
+        if isinstance(result, _Damage):
+            gc.collect()  # reads that never ended complain when they are collected: not in the midst of later work
     if not on_all(not isinstance(result, _Damage)):
         return result if isinstance(result, _Damage) else _Damage("another process could not read it")
     return result
@@ -107,12 +110,12 @@ def _late_reads_logged() -> Iterator[None]:
     """Logs, at level debug, the tracebacks of reads that fail because an earlier read failed.
 
     When an array is unreadable, Orbax closes its event loop while other reads are using it. Each of them then prints a
-    traceback, and the one line that matters would be lost among hundreds.
+    traceback, some only when they are collected as garbage, and the one line that matters would be lost among hundreds.
     """
     hook = sys.unraisablehook
 
     def log(e: Any) -> None:
-        if str(e.exc_value) == "Event loop is closed":
+        if str(e.exc_value) == "Event loop is closed" or isinstance(e.exc_value.__cause__, GeneratorExit):
             logging.debug("a read after the first failed one: %s", e.exc_value)
         else:
             hook(e)

@@ -18,9 +18,6 @@ from cfd import loading
 from cfd.runs import checkpoint, workdir
 from cfd.runs.checkpoint import CheckpointError
 
-# After a failed read or write, Orbax closes its event loop, and reads or writes that are still running complain of it.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
 
 def test_everything_comes_back(tmp_path: Path) -> None:
     template = abstract(make_state(0))

@@ -39,9 +39,6 @@ from cfd.runs.checkpoint import CheckpointError
 from cfd.runs.digest import weights_hash
 from cfd.runs.reading import read_verified
 
-# After a failed read or write, Orbax closes its event loop, and reads or writes that are still running complain of it.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
 
 def damaged_copies(path: Path) -> Iterator[str]:
     """Damages a file in several ways, one after the other, and repairs it after each."""

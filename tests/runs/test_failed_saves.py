@@ -1,7 +1,8 @@
 """Saves that fail because a disk is full: the run continues, and fails only if they go on failing."""
 
+import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,15 @@ from disk import file_size_limit, filled, small_disk
 from cfd.runs import checkpoint
 from cfd.runs.checkpoint import CheckpointError
 
-# After a failed read or write, Orbax closes its event loop, and reads or writes that are still running complain of it.
+# After a failed write, Orbax closes its event loop, and writes that are still running complain of it.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def no_late_complaints() -> Iterator[None]:
+    """Complaints that garbage makes are made in the test that left it."""
+    yield
+    gc.collect()
 
 
 def check_failed_saves(folder: Path, full: Callable[[], Any], caplog: pytest.LogCaptureFixture, rows: int) -> list[int]:

@@ -23,9 +23,6 @@ from checkpoints import abstract, litter, make_state, opened, same_bits, save, s
 
 from cfd.runs import access, checkpoint
 
-# After a failed read or write, Orbax closes its event loop, and reads or writes that are still running complain of it.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
 
 def count_to(folder: str, said: Any, steps: int, pause: float, rows: int) -> None:
     """A job that saves one step after the other and reports what it does. Its state is a function of the step."""
