@@ -4,9 +4,13 @@ import os
 from collections.abc import Iterator
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # read at import: no question about the kind of a bucket
+os.environ["FSSPEC_GCS_TOKEN"] = "anon"  # likewise: no search for credentials
 
 import jax
 import pytest
+from etils.epath import backend as epath_backend
+from gcs import FakeGcs
 from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import install_import_hook
 
@@ -29,8 +33,25 @@ def compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     compilation_cache.reset_cache()
 
 
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGcs]:
+    """An empty bucket on loopback, to which all clients go, in this process and in those that it starts."""
+    gcsfs = pytest.importorskip("gcsfs", reason="gcsfs is in the extra `test`")
+    with FakeGcs() as gcs:
+        for name, value in gcs.environment.items():
+            monkeypatch.setenv(name, value)
+        # Both keep one client for the whole process, which would go on asking the bucket of an earlier test.
+        epath_backend.fsspec_backend._get_filesystem.cache_clear()
+        gcsfs.GCSFileSystem.clear_instance_cache()
+        yield gcs
+        epath_backend.fsspec_backend._get_filesystem.cache_clear()
+        gcsfs.GCSFileSystem.clear_instance_cache()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Slow tests run when they are asked for by `-m`."""
+    """Slow tests run when they are asked for by `-m`. Every test allows gcsfs to send a large body at once."""
+    for item in items:
+        item.add_marker(pytest.mark.filterwarnings("ignore:Sending a large body directly:ResourceWarning"))
     if config.option.markexpr:
         return
     for item in items:

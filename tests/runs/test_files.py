@@ -1,0 +1,90 @@
+"""Files of a run: the same functions on a disk and in a bucket."""
+
+import os
+from pathlib import Path
+
+import pytest
+from gcs import FakeGcs
+
+from cfd.runs import files
+
+
+@pytest.fixture(params=["disk", "bucket"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A folder that does not exist yet."""
+    return f"{tmp_path}/run" if request.param == "disk" else f"{request.getfixturevalue('bucket').url}/run"
+
+
+def test_a_file_is_read_as_it_was_last_written(folder: str) -> None:
+    path = files.place(folder, "deep", "x.txt")
+    assert files.read_bytes(path) is None and files.names(folder) == []
+    for content in ("one", "ä" * 1000, ""):
+        files.write_atomically(path, content)
+        assert files.read_bytes(path) == content.encode()
+        assert path.read_text(encoding="utf-8") == content
+    assert files.names(folder) == ["deep"] and files.names(files.place(folder, "deep")) == ["x.txt"]
+
+
+def test_a_large_file_is_whole_or_absent(folder: str) -> None:
+    path, content = files.place(folder, "x.npz"), os.urandom(3_000_000)
+    with pytest.raises(RuntimeError, match="in the middle"), files.uploaded(path) as local:
+        local.write_bytes(content)
+        raise RuntimeError("in the middle")
+    assert files.names(folder) == []
+    with files.uploaded(path) as local:
+        local.write_bytes(content)
+    assert files.read_bytes(path) == content and files.names(folder) == ["x.npz"]
+    with files.downloaded(path) as local:
+        assert local.read_bytes() == content
+    assert files.read_bytes(path) == content
+    with pytest.raises(FileNotFoundError), files.downloaded(f"{path}.missing"):
+        pass
+
+
+@pytest.mark.parametrize("where", ["disk", "bucket", "memory"])
+def test_a_write_can_be_bound_to_what_it_replaces(where: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    folder = {"disk": str(tmp_path), "memory": "memory://run"}.get(where) or request.getfixturevalue("bucket").url
+    kv = files.store(folder)
+    missing = kv.read("lock").result().stamp.generation
+    first = kv.write("lock", b"a", if_equal=missing).result().generation
+    assert first and not kv.write("lock", b"b", if_equal=missing).result().generation
+    second = kv.write("lock", b"c", if_equal=first).result().generation
+    assert second and second != first and kv.read("lock").result().value == b"c"
+    assert not kv.write("lock", None, if_equal=first).result().generation
+    assert kv.write("lock", None, if_equal=second).result().generation
+    assert kv.read("lock").result().state == "missing"
+
+
+def test_what_another_client_writes_is_seen_at_once(bucket: FakeGcs) -> None:
+    folder = f"{bucket.url}/run"
+    assert files.names(folder) == [] and files.read_bytes(f"{folder}/x") is None
+    bucket.put("run/x", b"1")
+    bucket.put("run/deep/y", b"2")
+    bucket.put("runs/z", b"3")
+    assert files.names(folder) == ["deep", "x"] and files.read_bytes(f"{folder}/x") == b"1"
+    bucket.put("run/x", b"4")
+    assert files.read_bytes(f"{folder}/x") == b"4"
+
+
+def test_busy_and_failing_services_are_asked_again(bucket: FakeGcs) -> None:
+    """Statuses 429 and 503 are answers of a service that is busy, and a lost answer is like the latter."""
+    answers = iter([503, 429])
+    bucket.fail = lambda request: next(answers, None)
+    files.write_atomically(f"{bucket.url}/x", "1")
+    assert files.read_bytes(f"{bucket.url}/x") == b"1"
+    lost = iter([True])
+    bucket.lose = lambda request: request.method == "POST" and next(lost, False)
+    files.write_atomically(f"{bucket.url}/x", "2")
+    assert files.read_bytes(f"{bucket.url}/x") == b"2"
+
+
+def test_a_refusal_is_an_error_that_names_the_file(bucket: FakeGcs) -> None:
+    bucket.fail = lambda request: 403
+    for call in (
+        lambda: files.read_bytes(f"{bucket.url}/x"),
+        lambda: files.names(bucket.url),
+        lambda: files.write_atomically(f"{bucket.url}/x", "1"),
+    ):
+        with pytest.raises(OSError, match=r"403|Forbidden") as refused:
+            call()
+        assert str(refused.value.filename).startswith(bucket.url)
