@@ -1,6 +1,7 @@
 """Eight virtual CPU devices, explicit broadcasting, and shapes checked at every call of the package."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -14,6 +15,7 @@ from gcs import FakeGcs
 from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import install_import_hook
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, also in the processes that tests start
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 install_import_hook("cfd", "beartype.beartype")
