@@ -8,3 +8,10 @@ class UserError(ValueError):
     devices raise it. The mathematics and the networks raise a plain ValueError, whose traceback shows the caller's
     mistake.
     """
+
+
+def reason_of(error: Exception | str) -> str:
+    """An error in one line of at most 200 characters."""
+    text = " ".join(str(error).split())
+    kind = "" if isinstance(error, str) else f"{type(error).__name__}: "
+    return kind + (text if len(text) <= 200 else f"{text[:200]}...")

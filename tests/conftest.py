@@ -10,6 +10,7 @@ os.environ["FSSPEC_GCS_TOKEN"] = "anon"  # likewise: no search for credentials
 
 import jax
 import pytest
+import tensorstore
 from etils.epath import backend as epath_backend
 from gcs import FakeGcs
 from jax.experimental.compilation_cache import compilation_cache
@@ -42,7 +43,8 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGcs]:
     with FakeGcs() as gcs:
         for name, value in gcs.environment.items():
             monkeypatch.setenv(name, value)
-        # Both keep one client for the whole process, which would go on asking the bucket of an earlier test.
+        # All keep one client for the whole process, which would go on asking the bucket of an earlier test.
+        monkeypatch.setattr("cfd.runs.files._MEMORY", tensorstore.Context())
         epath_backend.fsspec_backend._get_filesystem.cache_clear()
         gcsfs.GCSFileSystem.clear_instance_cache()
         yield gcs

@@ -4,13 +4,16 @@ import ctypes
 import functools
 import math
 import os
+import secrets
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 from absl import logging
 from jax.stages import Compiled
 
+from cfd.devices import buckets, parallel
 from cfd.errors import UserError
 
 # - XLA:CPU's experimental YNN library is fast at matrix products and slow at convolutions: use it for the former alone.
@@ -48,19 +51,28 @@ def compiled(fun: Callable, *arguments: Any, **kwargs: Any) -> Compiled:
 
 @functools.cache
 def compiler_options() -> dict[str, str | bool]:
-    """The compiler options for the default backend: CPU_OPTIONS on a CPU, or none if its compiler rejects them."""
+    """The compiler options for the default backend: those of CPU_OPTIONS that its compiler knows on a CPU, or none.
+
+    XLA's versions differ in the options that they know: jaxlib 0.7.2 knows two of the four.
+    """
     if jax.default_backend() != "cpu":
         return {}
-    try:
-        jax.jit(lambda: jax.lax.optimization_barrier(0), compiler_options=CPU_OPTIONS).lower().compile()
-    except jax.errors.JaxRuntimeError as error:
+    rejected = {name: reason for name, value in CPU_OPTIONS.items() if (reason := _rejection(name, value))}
+    if rejected:
         logging.warning(
-            "this XLA rejects %s (%s): on the CPU, convolutions are slower and `remat` saves no memory",
-            CPU_OPTIONS,
-            error,
+            "this XLA rejects %s: on the CPU, a step may be slower, and `remat` may save no memory",
+            "; ".join(f"{name} ({reason})" for name, reason in rejected.items()),
         )
-        return {}
-    return CPU_OPTIONS
+    return {name: value for name, value in CPU_OPTIONS.items() if name not in rejected}
+
+
+def _rejection(name: str, value: str | bool) -> str:
+    """The reason why XLA rejects a compiler option, or "" if it accepts the option."""
+    try:
+        jax.jit(lambda: jax.lax.optimization_barrier(0), compiler_options={name: value}).lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        return str(error)
+    return ""
 
 
 def flops(fun: Callable, *arguments: Any) -> float:
@@ -116,25 +128,69 @@ def use_compilation_cache(folder: str) -> None:
     """Keeps compiled programs in `folder`, a path or a URL of a bucket, for later starts. "" keeps none.
 
     The cache holds native code. Therefore this raises UserError if another user owns a local folder or can write to it.
-    It also raises UserError for a folder that cannot be made or read. The permissions of a bucket are not checked.
+    Whoever may write to a bucket is trusted. This also raises UserError for a folder that cannot be made or read, and
+    for a bucket that cannot be read or, by process 0, be written. A folder that processes do not share is logged.
+
+    Every process must call this, after `parallel.init_distributed`.
     """
     if not folder:
         return
-    if "://" not in folder:
-        folder = os.path.abspath(os.path.expanduser(folder))
-        try:
-            os.makedirs(folder, mode=0o700, exist_ok=True)
-            os.listdir(folder)
-            found = os.stat(folder)
-        except OSError as error:
-            raise UserError(
-                f"config.xla.compilation_cache is {folder}, which cannot be used ({error.strerror}): give another "
-                "folder, or '' for none"
-            ) from None
-        if found.st_mode & 0o022 or found.st_uid not in (os.getuid(), 0):
-            raise UserError(
-                f"compilation cache {folder} is another user's, or can be written by others, although it holds native "
-                "code: chmod go-w it, or give a folder of your own"
-            )
+    problem = None
+    try:
+        folder = _usable(folder)
+    except UserError as error:
+        problem = error
+    if parallel.total(int(problem is not None)):
+        raise problem or UserError(f"another process cannot use config.xla.compilation_cache, {folder}, and says why")
+    if buckets.is_url(folder):
+        # XLA's own cache, of what it has measured on a GPU, is written to local folders alone.
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+    elif (alone := _processes_without(folder)) and jax.process_index() == 0:
+        logging.warning(
+            "config.xla.compilation_cache is %s, which %d of %d processes do not share with process 0, and only "
+            "process 0 writes to it: the others compile again at every start. Give gs://BUCKET/FOLDER, or a folder on "
+            "a disk that all hosts mount",
+            folder,
+            alone,
+            jax.process_count(),
+        )
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def _usable(folder: str) -> str:
+    """The URL or the absolute path of a cache that this process can use. Raises UserError if it cannot."""
+    if buckets.is_url(folder):
+        buckets.check("config.xla.compilation_cache", folder, write=jax.process_index() == 0)
+        return folder
+    folder = os.path.abspath(os.path.expanduser(folder))
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        os.listdir(folder)
+        found = os.stat(folder)
+    except OSError as error:
+        raise UserError(
+            f"config.xla.compilation_cache is {folder}, which cannot be used ({error.strerror}): give another "
+            "folder, or '' for none"
+        ) from None
+    if found.st_mode & 0o022 or found.st_uid not in (os.getuid(), 0):
+        raise UserError(
+            f"compilation cache {folder} is another user's, or can be written by others, although it holds native "
+            "code: chmod go-w it, or give a folder of your own"
+        )
+    return folder
+
+
+def _processes_without(folder: str) -> int:
+    """How many processes see another folder of this name than process 0 does. Every process must call this."""
+    if jax.process_count() == 1:
+        return 0
+    first = jax.process_index() == 0
+    mark = Path(folder) / f".shared-{parallel.total(secrets.randbelow(2**31) if first else 0)}"
+    if first:
+        mark.touch()
+    parallel.barrier("the compilation cache is marked")
+    alone = parallel.total(int(not mark.exists()))
+    if first:
+        mark.unlink()
+    return alone

@@ -1,9 +1,9 @@
 """XLA: correct gradients under the compiler options, memory returned after long compilations, a safe cache folder."""
 
-import contextlib
 import ctypes
 import gc
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,16 +75,20 @@ def test_rematerialisation_spares_memory_under_the_options() -> None:
     assert needed[True] < 0.5 * needed[False], needed
 
 
-def test_a_compiler_that_rejects_the_options_gets_none_and_one_line_says_so(
+def test_a_compiler_gets_the_options_that_it_knows_and_one_line_names_the_others(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(xla, "CPU_OPTIONS", {"xla_of_another_version": True})
+    known = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+    unknown = {"xla_of_another_version": True, "xla_of_a_third": "NAME"}
+    monkeypatch.setattr(xla, "CPU_OPTIONS", unknown | known)
     xla.compiler_options.cache_clear()
     try:
-        assert xla.jit(lambda x: x + 1)(1) == 2 and xla.compiler_options() == {}
+        assert xla.jit(lambda x: x + 1)(1) == 2 and xla.compiler_options() == known
     finally:
         xla.compiler_options.cache_clear()
-    assert len(caplog.records) == 1 and "this XLA rejects {'xla_of_another_version': True}" in caplog.text
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and all(name in record.message for name in unknown)
+    assert "xla_disable_hlo_passes" not in record.message
 
 
 @pytest.mark.parametrize("mode", [0o720, 0o702])
@@ -108,22 +112,21 @@ def test_memory_is_returned_after_a_long_compilation_alone(monkeypatch: pytest.M
         events.append(event)
 
     compiled = "/jax/core/compile/backend_compile_duration"
-    with contextlib.suppress(AssertionError):  # it is registered only if another test called `return_freed_memory`
-        jax.monitoring.unregister_event_duration_listener(xla._trim_after)
-    xla.return_freed_memory.cache_clear()
-    xla.return_freed_memory()
-    try:
-        assert set_to == {-1: 8 * 2**20, -3: 32 * 2**20}
-        jax.monitoring.register_event_duration_secs_listener(record)
-        jax.jit(lambda x: x + 1.5)(1.0)
-        assert compiled in events
-        trimmed.clear()
-        jax.monitoring.record_event_duration_secs(compiled, 0.1)
-        assert trimmed == []
-        jax.monitoring.record_event_duration_secs(compiled, 0.3)
-        assert trimmed == [0]
-    finally:
-        jax.monitoring.unregister_event_duration_listener(record)
+    listeners: list[Callable[..., None]] = []
+    with monkeypatch.context() as patch:  # jax 0.7 cannot remove a single listener
+        patch.setattr(jax.monitoring, "register_event_duration_secs_listener", listeners.append)
+        xla.return_freed_memory.cache_clear()
+        xla.return_freed_memory()
+    assert set_to == {-1: 8 * 2**20, -3: 32 * 2**20}
+    jax.monitoring.register_event_duration_secs_listener(record)
+    jax.jit(lambda x: x + 1.5)(1.0)
+    assert compiled in events
+    trimmed.clear()
+    (listener,) = listeners
+    listener(compiled, 0.1)
+    assert trimmed == []
+    listener(compiled, 0.3)
+    assert trimmed == [0]
 
 
 def test_a_program_keeps_nothing_of_what_it_was_made_from() -> None:
@@ -162,11 +165,3 @@ def test_a_compilation_cache_that_cannot_be_used_is_named_with_the_remedy(tmp_pa
             with pytest.raises(ValueError, match=f"compilation_cache is {folder}, which cannot be used .*'' for none"):
                 xla.use_compilation_cache(str(folder))
     xla.use_compilation_cache("")  # the remedy
-
-
-def test_a_compilation_cache_in_a_bucket_is_left_to_jax(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given: dict[str, Any] = {}
-    monkeypatch.setattr(jax.config, "update", given.__setitem__)
-    monkeypatch.chdir(tmp_path)
-    xla.use_compilation_cache("gs://bucket/cache")
-    assert given["jax_compilation_cache_dir"] == "gs://bucket/cache" and not list(tmp_path.iterdir())
