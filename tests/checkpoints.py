@@ -72,7 +72,7 @@ def only_litter_of(folder: Path, *failed: int) -> bool:
 
 
 @contextmanager
-def opened(folder: Path, keep: int = 2, keep_every: int = 0) -> Iterator[checkpoint.Manager]:
+def opened(folder: str | Path, keep: int = 2, keep_every: int = 0) -> Iterator[checkpoint.Manager]:
     """The checkpoints of a folder, closed at the end."""
     manager = checkpoint.open_manager(folder, keep=keep, keep_every=keep_every)
     yield manager

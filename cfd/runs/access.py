@@ -1,11 +1,10 @@
 """Whether this job may write to a folder: paths that cannot be a folder, permissions, and the lock of a run."""
 
 import contextlib
-import datetime
 import fcntl
 import json
 import os
-import socket
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,30 +12,39 @@ from typing import BinaryIO
 
 import jax
 
-from cfd.devices import parallel
+from cfd.devices import buckets, parallel, preemption
+from cfd.devices.buckets import is_url
 from cfd.errors import UserError
+from cfd.runs import lease
+from cfd.runs.lease import LOCK, Lease
 
-LOCK = "lock"
+MOUNTS = "/proc/mounts"
+
+_leases: list[Lease] = []
+"""The leases that this process holds."""
 
 
-def local_path(flag: str, path: str) -> str:
-    """The path that a flag gives, with ~ expanded. Raises UserError if it is empty or a URL."""
+def run_path(flag: str, path: str) -> str:
+    """The folder that a flag gives: a local one with ~ expanded, or gs://BUCKET/FOLDER without a slash at its end.
+
+    Raises UserError if it is empty, a URL of another scheme or a malformed one, and if the bucket cannot be read.
+    """
     if not path:
         raise UserError(f"{flag} is empty: name a folder, or leave the flag out")
-    if "://" in path:
-        raise UserError(
-            f"{flag} is {path!r}, a URL; a run needs a file system with locks and renames: mount one, such as a "
-            "network disk, and give a path there"
-        )
-    return os.path.expanduser(path)
+    if not is_url(path):
+        return os.path.expanduser(path)
+    buckets.check(flag, path)
+    return "gs://" + "/".join(buckets.split(flag, path)).rstrip("/")
 
 
 def check_run_path(folder: str | os.PathLike[str]) -> None:
-    r"""Raises UserError if checkpoints in the folder could not be read back.
+    r"""Raises UserError if checkpoints in the folder could not be read back, or if its bucket cannot be read.
 
     Orbax takes the absolute path for a pattern, in which [ ] * ? have a meaning, and TensorStore takes \ for a slash.
     """
-    local_path("the run's folder", os.fspath(folder))
+    run_path("the run's folder", os.fspath(folder))
+    if is_url(folder):
+        return
     path = str(Path(folder).absolute())
     if found := [mark for mark in r"\[]*?" if mark in path]:
         raise UserError(
@@ -50,16 +58,29 @@ def check_writable(folder: str | os.PathLike[str], elsewhere: str) -> None:
 
     Nothing is left in the folder. Every process must call this; process 0 tries it for all.
     """
-    problem = ""
+    problem = None
     if jax.process_index() == 0:
         try:
-            place = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
-            with tempfile.TemporaryFile(dir=place):
-                pass
+            if is_url(folder):
+                _check_bucket(os.fspath(folder), elsewhere)
+            else:
+                place = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
+                with tempfile.TemporaryFile(dir=place):
+                    pass
         except OSError as error:
-            problem = f"{os.fspath(folder)} cannot be written ({error.strerror}): {elsewhere}"
-    if parallel.total(int(bool(problem))):
-        raise UserError(problem or f"process 0 cannot write to {os.fspath(folder)}: {elsewhere}")
+            problem = UserError(f"{os.fspath(folder)} cannot be written ({error.strerror}): {elsewhere}")
+        except UserError as error:
+            problem = error
+    if parallel.total(int(problem is not None)):
+        raise problem or UserError(f"process 0 cannot write to {os.fspath(folder)}: {elsewhere}")
+
+
+def _check_bucket(folder: str, elsewhere: str) -> None:
+    """Raises UserError, with the remedy `elsewhere` among others, unless the folder in a bucket can be written."""
+    try:
+        buckets.check("the folder", folder, write=True)
+    except UserError as error:
+        raise UserError(f"{error}; or {elsewhere}") from error
 
 
 @contextlib.contextmanager
@@ -67,23 +88,97 @@ def lock(folder: str | os.PathLike[str], elsewhere: str = "give another --workdi
     """Locks the folder for this job, so that only one job at a time writes to it, and makes it if there is none.
 
     Process 0 holds the lock for all processes of the job, and every process must call this. The operating system
-    releases the lock of a process that died. Raises UserError, with the remedy `elsewhere`, if another live job holds
-    the lock, or if the folder cannot be written.
+    releases the lock of a process that died. In a bucket, the lock is a lease, which another job takes over when it is
+    not renewed: see `cfd.runs.lease`. Raises UserError, with the remedy `elsewhere`, if another live job holds the
+    lock, or if the folder cannot be written.
     """
-    file, problem = None, None
-    if jax.process_index() == 0:
+    with contextlib.ExitStack() as held:
+        problem = None
+        if jax.process_index() == 0:
+            try:
+                held.enter_context(
+                    _leased(os.fspath(folder), elsewhere) if is_url(folder) else _flocked(folder, elsewhere)
+                )
+            except UserError as error:
+                problem = error
+        if parallel.total(int(problem is not None)):
+            raise problem or UserError(f"process 0 could not lock {os.fspath(folder)}, and says why")
+        if is_url(folder):
+            held.enter_context(preemption.holding(_lost))
+        yield
+
+
+def still_held(path: str | os.PathLike[str]) -> None:
+    """Raises unless the lease of the folder that holds `path` is this process's now, if this process took it.
+
+    Any thread may call this. It raises `preemption.Lost` if another job has taken the lease over, and OSError if the
+    lease cannot be read and was not renewed in time.
+    """
+    for held in _leases:
+        if not os.fspath(path).startswith(f"{held.folder}/"):
+            continue
         try:
-            file = _locked(Path(folder), elsewhere)
-        except UserError as error:
-            problem = error
-    if not parallel.total(int(file is not None)):
-        raise problem or UserError(f"process 0 could not lock {os.fspath(folder)}, and says why")
+            reason = lease.problem(held)
+        except OSError:
+            if not lease.stands(held):
+                raise
+            continue
+        if reason:
+            raise preemption.Lost(reason)
+
+
+def _lost() -> str:
+    """The reason why a lease of this process is lost, or "". One that cannot be read may be its own still."""
+    for held in _leases:
+        with contextlib.suppress(OSError):
+            if reason := lease.problem(held):
+                return reason
+    return ""
+
+
+@contextlib.contextmanager
+def _leased(folder: str, elsewhere: str) -> Iterator[None]:
+    _check_bucket(folder, elsewhere)
+    with lease.leased(folder.rstrip("/"), elsewhere) as held:
+        _leases.append(held)
+        try:
+            yield
+        finally:
+            _leases.remove(held)
+
+
+@contextlib.contextmanager
+def _flocked(folder: str | os.PathLike[str], elsewhere: str) -> Iterator[None]:
+    _refuse_gcsfuse(Path(folder), elsewhere)
+    file = _locked(Path(folder), elsewhere)
     try:
         yield
     finally:
-        if file is not None:
-            file.truncate(0)
-            file.close()
+        file.truncate(0)
+        file.close()
+
+
+def _refuse_gcsfuse(folder: Path, elsewhere: str) -> None:
+    """Raises UserError if a bucket is mounted there by gcsfuse, which neither locks nor renames folders."""
+    try:
+        lines = Path(MOUNTS).read_text(errors="replace").splitlines()
+    except OSError:  # other systems than Linux have no such file
+        return
+    mounts = [line.split()[:3] for line in lines]
+    place = os.path.realpath(folder)
+    above = {}
+    for source, escaped, kind in mounts:
+        at = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), escaped)
+        if Path(place).is_relative_to(at):
+            above[at] = (source, kind)
+    source, kind = above[max(above, key=len)] if above else ("", "")
+    # The driver of GKE mounts it without the name of the program, from the bucket.
+    on_gke = kind == "fuse" and "/" not in source and "KUBERNETES_SERVICE_HOST" in os.environ
+    if kind == "fuse.gcsfuse" or on_gke:
+        raise UserError(
+            f"{folder} is on gcsfuse (bucket {source}), which neither locks files nor renames folders: give the bucket "
+            f"itself, as gs://{source}/FOLDER, or {elsewhere}"
+        )
 
 
 def _locked(folder: Path, elsewhere: str) -> BinaryIO:
@@ -101,10 +196,7 @@ def _locked(folder: Path, elsewhere: str) -> BinaryIO:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise UserError(
-                f"{folder} is {_describe_holder(file.read())}: two jobs cannot write to one folder; stop the other "
-                f"job or {elsewhere}"
-            ) from None
+            raise lease.refusal(folder, file.read(), elsewhere) from None
         except OSError as e:
             raise UserError(
                 f"{path} cannot be locked ({e.strerror}): mount its file system with flock (Lustre: -o flock), or "
@@ -112,18 +204,8 @@ def _locked(folder: Path, elsewhere: str) -> BinaryIO:
             ) from e
         try:
             file.truncate(0)
-            started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-            holder = {"pid": os.getpid(), "host": socket.gethostname(), "start_time": started}
-            file.write(json.dumps(holder).encode())
+            file.write(json.dumps(lease.this_job()).encode())
         except OSError as e:
             raise UserError(f"{path} cannot be written ({e.strerror}): free space, or {elsewhere}") from e
         on_error.pop_all()
     return file
-
-
-def _describe_holder(text: bytes) -> str:
-    try:
-        holder = json.loads(text)
-        return f"locked by pid {holder['pid']} on {holder['host']} since {holder['start_time']}"
-    except (ValueError, KeyError, TypeError):
-        return "locked by another job that is just starting or stopping"

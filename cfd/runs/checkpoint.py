@@ -3,12 +3,14 @@
 A snapshot is a step that holds the EMA alone. No step is trusted because it is listed: its digests are computed again
 from the arrays that were read. A checkpoint that fails this check is moved to checkpoints/quarantine/, and the one
 before it is used.
+
+A step on a disk becomes visible by a rename. For a step in a bucket, see `cfd.runs.steps`. There, the job that holds
+the lease of the run keeps the list of its steps itself, because Orbax's manager would ask every process for listings.
 """
 
+import contextlib
 import dataclasses
 import os
-import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +18,20 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 
-from cfd.devices import parallel
-from cfd.errors import UserError
-from cfd.runs.access import check_run_path
+from cfd.devices import parallel, watchdog
+from cfd.errors import UserError, reason_of
+from cfd.runs import files, steps
+from cfd.runs.access import check_run_path, still_held
 from cfd.runs.digest import digests, leaves
-from cfd.runs.files import fsync
-from cfd.runs.reading import on_all, read_verified, reason_of, seal, some
+from cfd.runs.files import AnyPath
+from cfd.runs.reading import from_process_0, on_all, read_verified, seal, some
 from cfd.runs.workdir import CHECKPOINTS, SNAPSHOTS, abbreviate
 
-QUARANTINE = "quarantine"
-TRASH = "trash"
-UNFINISHED = f"*{ocp.path.atomicity_types.TMP_DIR_SUFFIX}*"
 MAX_FAILED_SAVES = 3
+SAVE_SECONDS = 600
+"""A save to a bucket that takes longer has failed. TensorStore asks a busy service again for about 15 minutes."""
+RELEASE_MS = 60_000
+"""How long process 0 waits for the other processes to hear that a save has failed."""
 
 
 class CheckpointError(UserError):
@@ -39,14 +43,21 @@ class Manager:
     """An Orbax manager and the state of its saves.
 
     It is mutable because a save continues after the call that began it: `saving` is the step that is being written, and
-    `failed_saves` counts the saves in a row that failed.
+    `failed_saves` counts the saves in a row that failed. For a bucket, `orbax` only saves. `bucket_steps` are the steps
+    that count, `litter` are steps to be deleted, and `failed` those of failed saves, which may still add files. All of
+    this is the same on every process. `reached` are the barriers that the save has reached on this process.
     """
 
-    directory: Path
-    policy: Any
-    orbax: ocp.CheckpointManager
+    directory: AnyPath
+    keep: int | None
+    keep_every: int
+    orbax: Any
     saving: int | None = None
     failed_saves: int = 0
+    bucket_steps: list[int] = dataclasses.field(default_factory=list)
+    litter: set[int] = dataclasses.field(default_factory=set)
+    failed: set[int] = dataclasses.field(default_factory=set)
+    reached: set[str] = dataclasses.field(default_factory=set)
 
 
 def open_manager(workdir: str | os.PathLike[str], *, keep: int, keep_every: int = 0) -> Manager:
@@ -55,65 +66,97 @@ def open_manager(workdir: str | os.PathLike[str], *, keep: int, keep_every: int 
     Call it under `access.lock`, on every process. It removes the steps that a killed run left half written or half
     deleted.
     """
-    kept = [ocp.checkpoint_managers.LatestN(keep)]
-    kept += [ocp.checkpoint_managers.EveryNSteps(keep_every)] if keep_every else []
-    return _open(workdir, CHECKPOINTS, ocp.checkpoint_managers.AnyPreservationPolicy(kept))
+    return _open(workdir, CHECKPOINTS, keep, keep_every)
 
 
 def open_snapshots(workdir: str | os.PathLike[str]) -> Manager:
     """The snapshots of a run, which are all kept. For the rest, it is like `open_manager`."""
-    return _open(workdir, SNAPSHOTS, ocp.checkpoint_managers.LatestN(None))
+    return _open(workdir, SNAPSHOTS, None, 0)
 
 
-def _open(workdir: str | os.PathLike[str], name: str, policy: Any) -> Manager:
+def _open(workdir: str | os.PathLike[str], name: str, keep: int | None, keep_every: int) -> Manager:
     check_run_path(workdir)
-    directory = Path(workdir).absolute() / name
-    return Manager(directory, policy, _open_orbax(directory, policy))
+    directory = files.place(workdir, name)
+    if isinstance(directory, Path):
+        steps.remove_unfinished(directory)
+        return Manager(directory, keep, keep_every, _open_orbax(directory, keep, keep_every, set()))
+    try:
+        there = from_process_0(lambda: steps.cleaned(directory))
+    except Exception as e:  # the exceptions of gcsfs and TensorStore have no common class
+        raise CheckpointError(f"{directory} cannot be read: {reason_of(e)}") from e
+    reached = set()
+    orbax = _open_orbax(directory, keep, keep_every, reached)
+    return Manager(directory, keep, keep_every, orbax, reached=reached, bucket_steps=there)
 
 
-def _open_orbax(directory: Path, policy: Any) -> ocp.CheckpointManager:
-    _remove_litter(directory)
+def _open_orbax(directory: AnyPath, keep: int | None, keep_every: int, reached: set[str]) -> Any:
+    # A checkpoint and a snapshot may be written at the same time.
+    processes = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=directory.name)
+    if not isinstance(directory, Path):
+        sync = ocp.multihost.get_barrier_sync_fn()
+
+        def reach(*, key: str, timeout_ms: int) -> None:
+            reached.add(key)
+            sync(key=key, timeout_ms=timeout_ms)
+
+        in_background = ocp.options.AsyncOptions(
+            timeout_secs=SAVE_SECONDS,
+            barrier_sync_fn=reach,
+            # Orbax calls this just before it writes the commit file.
+            post_finalization_callback=lambda: still_held(directory),
+        )
+        composite = ocp.CompositeOptions(multiprocessing_options=processes, async_options=in_background)
+        return ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler("state", "meta", composite_options=composite),
+            async_options=in_background,
+            multiprocessing_options=processes,
+        )
+    kept = [ocp.checkpoint_managers.LatestN(keep)]
+    kept += [ocp.checkpoint_managers.EveryNSteps(keep_every)] if keep_every else []
     return ocp.CheckpointManager(
         directory,
         options=ocp.CheckpointManagerOptions(
-            preservation_policy=policy,
+            preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(kept),
             # Orbax renames an old step into this folder. If it deleted the step in place, a kill could leave a listed
             # step half deleted.
-            todelete_subdir=TRASH,
-            async_options=ocp.options.AsyncOptions(post_finalization_callback=lambda: _fsync_unfinished(directory)),
-            # A checkpoint and a snapshot may be written at the same time.
-            multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=directory.name),
+            todelete_subdir=steps.TRASH,
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=lambda: steps.sync_unfinished(directory)),
+            multiprocessing_options=processes,
         ),
     )
 
 
-def _fsync_unfinished(directory: Path) -> None:
-    """Flushes the files of a step to the disk. Orbax calls this just before the rename that makes the step visible.
-
-    Orbax itself syncs the arrays but not the small files: after a power cut, the newest step could have empty metadata.
-    """
-    for step in directory.glob(UNFINISHED):
-        for path in (*step.rglob("*"), step):
-            fsync(path)
-
-
-def _remove_litter(directory: Path) -> None:
-    """Deletes half-written steps, and old steps from the trash. Call it while no save is in progress.
-
-    Orbax empties neither its trash nor, until it is opened again, the folders of failed saves, which would keep a full
-    disk full.
-    """
-    if jax.process_index() != 0:
+def _tidy(manager: Manager) -> None:
+    """Deletes what is no longer needed. Call it on every process, while no save is in progress."""
+    directory = manager.directory
+    if isinstance(directory, Path):
+        steps.remove_unfinished(directory)
         return
-    for old in (*directory.glob(UNFINISHED), *(directory / TRASH).glob("*")):
+    if manager.litter or manager.failed:
+        # A step may be there although its last request, or its deletion, seemed to fail.
         try:
-            # The folder is renamed first because a failed save may still be adding files to it. If that save makes the
-            # folder again, it is deleted before the next save, or when the checkpoints are next opened.
-            renamed = old.with_name(f"{old.name}.{time.time_ns()}")
-            old.rename(renamed)
-            shutil.rmtree(renamed)
-        except OSError as e:  # the next call tries again
-            logging.warning("%s was not deleted: %s", old, reason_of(e))
+            manager.bucket_steps = from_process_0(lambda: steps.steps_of(directory))
+        except Exception as e:  # no common class, as in `_open`; the next call tries again
+            logging.warning("%s was not read: %s", directory, reason_of(e))
+            return
+    there, keep = manager.bucket_steps, manager.keep
+    kept = [
+        step
+        for number, step in enumerate(there)
+        if keep is None or number >= len(there) - keep or (manager.keep_every and step % manager.keep_every == 0)
+    ]
+    manager.bucket_steps = kept
+    manager.litter = {*manager.litter, *there} - {*kept}
+    unwanted = sorted(manager.litter | (manager.failed - {*kept}))
+
+    def delete() -> list[int]:
+        still_held(directory)  # a job that has lost its lease would delete what the next job writes
+        return steps.deleted(directory, unwanted)
+
+    try:
+        manager.litter -= {*(from_process_0(delete) if unwanted else ())}
+    except Exception as e:  # no common class, as in `_open`
+        logging.warning("nothing was deleted in %s: %s", directory, reason_of(e))
 
 
 def save(manager: Manager, step: int, state: Any, *, data_state: dict[str, Any], config_json: dict[str, Any]) -> None:
@@ -124,48 +167,91 @@ def save(manager: Manager, step: int, state: Any, *, data_state: dict[str, Any],
     Inf, which is never written.
     """
     wait(manager)
-    if step in manager.orbax.all_steps():
+    if step in _steps(manager):
         return
     arrays, nonfinite = digests(state)
     if nonfinite:
         raise CheckpointError(
             f"the state of step {step} is not saved because it has NaN or Inf in {some(nonfinite)}. The last good "
-            f"checkpoint in {manager.directory} is step {manager.orbax.latest_step()}; start again to resume from it"
+            f"checkpoint in {manager.directory} is step {_newest(manager)}; start again to resume from it"
         )
     meta = seal({"step": step, "arrays": arrays, "data_state": data_state, "config": config_json})
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
-    if manager.failed_saves:
-        _remove_litter(manager.directory)  # files that the failed save wrote after its folder was removed
     manager.saving = step
+    manager.reached.clear()
     try:
-        manager.orbax.save(step, args=args, force=True)
+        if isinstance(manager.directory, Path):
+            if manager.failed_saves:  # it may have written files after its folder was removed
+                steps.remove_unfinished(manager.directory)
+            manager.orbax.save(step, args=args, force=True)
+        else:
+            from_process_0(lambda: _prepare(manager, step))
+            manager.orbax.save(_step_directory(manager.directory, step), args=args, force=True)
     except Exception as e:  # the exceptions of Orbax and TensorStore have no common class
-        _finish(manager, e)
+        _finish(manager, step, e)
+
+
+def _prepare(manager: Manager, step: int) -> list[int]:
+    still_held(manager.directory)
+    return steps.make_room(manager.directory, step, step in manager.failed)
 
 
 def latest_step(manager: Manager) -> int | None:
-    """The newest step on the disk, or None. Waits for the save in progress."""
+    """The newest step that is written, or None. Waits for the save in progress."""
     wait(manager)
-    return manager.orbax.latest_step()
+    return _newest(manager)
+
+
+def _newest(manager: Manager) -> int | None:
+    return max(_steps(manager), default=None)
+
+
+def _steps(manager: Manager) -> list[int]:
+    """The steps that are written."""
+    return list(manager.orbax.all_steps()) if isinstance(manager.directory, Path) else manager.bucket_steps
 
 
 def wait(manager: Manager) -> None:
-    """Waits until the save in progress, if any, is on the disk or has failed."""
-    if manager.saving is None:
+    """Waits until the save in progress, if any, is written or has failed."""
+    if (step := manager.saving) is None:
         return
+    is_local = isinstance(manager.directory, Path)
+    if not is_local:
+        watchdog.alive(slow=True)
     try:
-        manager.orbax.wait_until_finished()
-        error = None if _step_directory(manager.directory, manager.saving).is_dir() else "no step was written"
+        _wait_orbax(manager, step)
+        looks = is_local or jax.process_index() == 0
+        is_there = not looks or steps.is_committed(_step_directory(manager.directory, step))
+        error = None if is_there else "no step was written"
     except Exception as e:  # no common class, as in `save`
         error = e
-    _finish(manager, error)
+    _finish(manager, step, error)
 
 
-def _finish(manager: Manager, error: Exception | str | None) -> None:
-    step, manager.saving = manager.saving, None
+def _wait_orbax(manager: Manager, step: int) -> None:
+    """Waits for the save in progress. If it fails in a bucket on process 0, the other processes need not wait longer.
+
+    Process 0 goes to the barriers of Orbax that it has not reached. Only process 0 commits a step. Therefore it may.
+    """
+    try:
+        manager.orbax.wait_until_finished()
+    except Exception:
+        if not isinstance(manager.directory, Path) and jax.process_index() == 0:
+            for name in ("async_write_complete", "async_commit_complete"):
+                key = f"{manager.directory.name}_{name}.{step}"
+                if key not in manager.reached:
+                    with contextlib.suppress(jax.errors.JaxRuntimeError):  # it only saves time
+                        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=RELEASE_MS)
+        raise
+
+
+def _finish(manager: Manager, step: int, error: Exception | str | None) -> None:
+    manager.saving = None
     if on_all(error is None):
         manager.failed_saves = 0
-        _remove_litter(manager.directory)
+        if not isinstance(manager.directory, Path):
+            manager.bucket_steps = sorted({*manager.bucket_steps, step})
+        _tidy(manager)
         return
     manager.failed_saves += 1
     reason = reason_of(error) if error else "another process failed"
@@ -174,11 +260,14 @@ def _finish(manager: Manager, error: Exception | str | None) -> None:
         manager.orbax.close()
     except Exception as e:  # it closes what it can, and the next statement replaces it
         logging.info("closing after a failed save: %s", reason_of(e))
-    manager.orbax = _open_orbax(manager.directory, manager.policy)
+    manager.failed.add(step)
+    _tidy(manager)
+    manager.orbax = _open_orbax(manager.directory, manager.keep, manager.keep_every, manager.reached)
     if manager.failed_saves >= MAX_FAILED_SAVES:
+        space = "free space" if isinstance(manager.directory, Path) else "let this job write to the bucket"
         raise CheckpointError(
             f"{manager.failed_saves} saves in a row failed in {manager.directory}, the last one that of step {step}: "
-            f"{reason}. The last good checkpoint is step {manager.orbax.latest_step()}; free space and start again"
+            f"{reason}. The last good checkpoint is step {_newest(manager)}; {space} and start again"
         )
 
 
@@ -198,6 +287,8 @@ def abandon(manager: Manager) -> None:
     `close` would deadlock: it waits for all processes to agree on the last save, while they wait for this one.
     """
     try:
+        if manager.saving is not None:
+            _wait_orbax(manager, manager.saving)
         manager.orbax.close()
     except Exception as e:  # no common class, as in `save`
         logging.error(
@@ -218,7 +309,7 @@ def restore(
     wait(manager)
     damaged: list[tuple[int, str]] = []
     found = None
-    for step in sorted(manager.orbax.all_steps(), reverse=True):
+    for step in sorted(_steps(manager), reverse=True):
         place = _step_directory(manager.directory, step)
         result = read_verified(place, lambda meta, step=step: _match(meta, abstract_state, step))
         if isinstance(result, str):
@@ -227,32 +318,51 @@ def restore(
         else:
             found = (step, *result)
             break
-    if damaged and found is None and not allow_fresh_start:
-        raise CheckpointError(
-            f"all checkpoints in {manager.directory} are damaged ("
-            + "; ".join(f"step {step}: {reason}" for step, reason in damaged)
-            + "). Restore the folder from a copy, or start again from step 0 with --allow_fresh_start"
-        )
-    for step, _ in damaged:
-        _quarantine(manager.directory, step)
+    if found is None and not allow_fresh_start:
+        if damaged:
+            raise CheckpointError(
+                f"all checkpoints in {manager.directory} are damaged ("
+                + "; ".join(f"step {step}: {reason}" for step, reason in damaged)
+                + "). Restore the folder from a copy, or start again from step 0 with --allow_fresh_start"
+            )
+        _refuse_copies(manager.directory)
     if damaged:
-        parallel.barrier("cfd.checkpoint.quarantine")
-        manager.orbax.reload()
+        _quarantine(manager, [step for step, _ in damaged])
     if found is None:
         return None
     step, state, meta = found
     return step, state, meta["data_state"]
 
 
-def _quarantine(directory: Path, step: int) -> None:
-    if jax.process_index() != 0:
+def _refuse_copies(directory: AnyPath) -> None:
+    """Raises CheckpointError if a bucket has only steps that do not count, which a fresh start would then hide."""
+    if isinstance(directory, Path):
         return
-    place = directory / QUARANTINE
-    place.mkdir(exist_ok=True)
-    number = 0
-    while (target := place / f"{step}.{number}").exists():
-        number += 1
-    os.rename(_step_directory(directory, step), target)
+    if others := from_process_0(lambda: steps.uncommitted(directory)):
+        raise CheckpointError(
+            f"{steps.about_uncommitted(directory, others)}; or start again from step 0 with --allow_fresh_start"
+        )
+
+
+def _quarantine(manager: Manager, damaged: list[int]) -> None:
+    def move() -> list[int]:
+        still_held(manager.directory)
+        for step in damaged:
+            steps.set_aside(manager.directory, step)
+        return []
+
+    try:
+        from_process_0(move)
+    except Exception as e:  # no common class, as in `_open`
+        raise CheckpointError(
+            f"steps {damaged} in {manager.directory} are damaged and were not moved to {steps.QUARANTINE}: "
+            f"{reason_of(e)}. Move or delete them, and start again"
+        ) from e
+    if isinstance(manager.directory, Path):
+        parallel.barrier("cfd.checkpoint.quarantine")
+        manager.orbax.reload()
+    else:
+        manager.bucket_steps = [step for step in manager.bucket_steps if step not in damaged]
 
 
 def _match(meta: dict[str, Any], abstract_state: Any, step: int) -> Any:
@@ -279,5 +389,5 @@ def _text(shape_dtype: tuple[tuple[int, ...], str]) -> str:
     return f"{shape_dtype[1]}{list(shape_dtype[0])}"
 
 
-def _step_directory(directory: Path, step: int) -> Path:
+def _step_directory(directory: AnyPath, step: int) -> AnyPath:
     return directory / str(step)

@@ -5,7 +5,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,34 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes | None:
     return found.value if found.state == "value" else None
 
 
+def exists(path: str | os.PathLike[str]) -> bool:
+    """Whether there is a file now. Raises OSError if a bucket does not say. For folders in a bucket, use `names`."""
+    path = place(path)
+    if isinstance(path, Path):
+        return os.path.exists(path)
+    return _result(store(path.parent).read(path.name, byte_range=slice(0, 0)), path).state == "value"
+
+
+def size_of(path: str | os.PathLike[str]) -> int:
+    """The size of a file in bytes. Raises FileNotFoundError if there is none."""
+    path = place(path)
+    if isinstance(path, Path):
+        return path.stat().st_size
+    if not exists(path):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))
+    try:
+        return fsspec.filesystem("gcs").info(os.fspath(path))["size"]
+    except Exception as error:  # the exceptions of gcsfs have no common class
+        raise _as_os_error(error, path) from error
+
+
+def read_range(path: str | os.PathLike[str], start: int, end: int) -> tuple[bytes, Any]:
+    """Bytes `start` to `end` of a file in a bucket, and its generation. Raises OSError if it has not so many."""
+    path = place(path)
+    found = _result(store(path.parent).read(path.name, byte_range=slice(start, end)), path)
+    return found.value, found.stamp.generation
+
+
 def names(folder: str | os.PathLike[str]) -> list[str]:
     """The names of the files and folders in a folder as it is now, sorted; [] if there is no such folder."""
     folder = place(folder)
@@ -96,6 +124,42 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None
     fsync(path.parent)
 
 
+def rewrite(path: str | os.PathLike[str], change: Callable[[bytes], bytes]) -> tuple[bytes, Any]:
+    """Replaces the content of a file by `change(content)`, where a missing file has the content b"".
+
+    In a bucket, nothing that another program writes at the same time is overwritten: `change` is then called again with
+    the new content. If the answer of the service is lost, `change` is called with its own result. Returns the new
+    content and the generation of the file, which is None for a local one.
+    """
+    path = place(path)
+    if isinstance(path, Path):
+        old = read_bytes(path)
+        if (new := change(old or b"")) != old:
+            write_atomically(path, new)
+        return new, None
+    while True:
+        old, generation = read_generation(path)
+        new = change(old)
+        if (generation := replace_generation(path, new, generation)) is not None:
+            return new, generation
+
+
+def read_generation(path: str | os.PathLike[str]) -> tuple[bytes, Any]:
+    """The content of a file in a bucket, and its generation. That there is no file is a generation too, with b""."""
+    path = place(path)
+    found = _result(store(path.parent).read(path.name), path)
+    return found.value, found.stamp.generation
+
+
+def replace_generation(path: str | os.PathLike[str], content: bytes, generation: Any) -> Any:
+    """Writes a file in a bucket if it still has `generation`. Returns its new generation, or None if it has another.
+
+    After a lost answer, the result is None although the file was written: read it back.
+    """
+    path = place(path)
+    return _result(store(path.parent).write(path.name, content, if_equal=generation), path).generation or None
+
+
 @contextlib.contextmanager
 def uploaded(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A local file to write, which replaces the file `path` when the block ends. After an error, nothing is left."""
@@ -114,7 +178,10 @@ def uploaded(path: str | os.PathLike[str]) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         tmp = Path(folder, path.name)
         yield tmp
-        epath.Path(tmp).copy(path, overwrite=True)
+        try:
+            epath.Path(tmp).copy(path, overwrite=True)
+        except Exception as error:  # the exceptions of gcsfs have no common class
+            raise _as_os_error(error, path) from error
 
 
 @contextlib.contextmanager
@@ -135,6 +202,13 @@ def downloaded(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield copy
 
 
+def how_to_allow(path: str | os.PathLike[str]) -> str:
+    """The remedy, as the end of a message, if a file exists and cannot be read."""
+    if is_url(path):
+        return "the owner of the bucket can allow it, by the role Storage Object Viewer (roles/storage.objectViewer)"
+    return "its owner can allow it, by chmod -R a+rX"
+
+
 def fsync(path: Path) -> None:
     """Flushes a file or a directory to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -148,12 +222,13 @@ def fsync(path: Path) -> None:
 def despite_a_full_disk(path: str | os.PathLike[str]) -> Iterator[None]:
     """Logs the OSError of a full disk, an exhausted quota or a file that reached its size limit, and continues.
 
-    Every other exception is raised. `path` is the file that the message names.
+    Of a file in a bucket, it logs every OSError. Every other exception is raised. `path` is the file that the message
+    names.
     """
     try:
         yield
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if not is_url(path) and e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         logging.error("%s was not written: %s", path, e.strerror)
 

@@ -1,13 +1,17 @@
-"""The metrics of a run: metrics.jsonl, with one object per line, and the same scalars and images for TensorBoard."""
+"""The metrics of a run: metrics.jsonl, with one object per line, and the same scalars and images for TensorBoard.
 
-import dataclasses
+Nothing can be appended to an object in a bucket. There, a thread writes metrics.jsonl whole again, at most once per
+second, and new lines are in memory until then. TensorBoard gets a new file with the events of each minute.
+"""
+
+import contextlib
 import json
 import math
 import os
 import socket
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,56 +20,115 @@ import numpy as np
 from absl import logging
 from jaxtyping import Float, UInt8
 
-from cfd.runs.files import despite_a_full_disk, write_atomically
+from cfd.devices import preemption
+from cfd.runs import files
+from cfd.runs.access import still_held
+from cfd.runs.files import AnyPath
+from cfd.runs.growing import GrowingFile, GrowingUpload
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
-
-
-@dataclasses.dataclass
-class GrowingFile:
-    """A file that is only appended to. Bytes that a full disk refuses stay in memory until there is space again."""
-
-    path: Path
-    unwritten: bytes = b""
-
-    def write(self, data: bytes) -> None:
-        """Appends `data`, after any bytes that an earlier call could not write."""
-        self.unwritten += data
-        with despite_a_full_disk(self.path), open(self.path, "ab", buffering=0) as file:
-            while self.unwritten:
-                self.unwritten = self.unwritten[file.write(self.unwritten) :]
+UPDATE_SECONDS = 1.0
+"""Seconds between two updates of one object: buckets of Google Cloud Storage accept about one per second."""
+EVENTS_SECONDS = 60.0
+"""Seconds between two new files of TensorBoard in a bucket."""
 
 
 class MetricsLog(NamedTuple):
     """The files that scalars and images go to. Only process 0 writes them; on the other processes both are None."""
 
-    lines: GrowingFile | None
-    board: GrowingFile | None
+    lines: GrowingFile | GrowingUpload | None
+    board: GrowingFile | GrowingUpload | None
 
 
 def metrics_log(workdir: str | os.PathLike[str], step: int) -> MetricsLog:
-    """The log of a run that continues from `step`.
+    """The log of a run that continues from `step`. `close` ends it.
 
-    It first drops the lines of later steps, and a last line that was cut short. If the line of a step is written before
-    the checkpoint of that step is saved, no step is ever missing or present twice.
+    It first drops the lines of later steps, and a last line that was cut short. If the line of a step is written and
+    flushed before the checkpoint of that step is saved, no step is ever missing or present twice.
     """
     if jax.process_index() != 0:
         return MetricsLog(None, None)
-    workdir = Path(workdir)
-    _truncate(workdir / METRICS, step)
-    os.makedirs(workdir / TENSORBOARD, exist_ok=True)
+    path, folder = files.place(workdir, METRICS), files.place(workdir, TENSORBOARD)
+    # In a bucket, this writes the file even if nothing is dropped: a job that lost its lease has the generation before,
+    # and can then no longer write.
+    content, generation = files.rewrite(path, lambda old: _truncated(path, old, step))
     # TensorBoard reads the files of a folder in the order of their names.
     name = f"events.out.tfevents.{time.time_ns() / 1e9:.6f}.{socket.gethostname()}"
-    board = GrowingFile(workdir / TENSORBOARD / name)
-    _write_event(board, 0, file_version="brain.Event:2")
+    version = _record(0, file_version="brain.Event:2")
     # This event makes TensorBoard hide the later steps that an earlier start of the run wrote.
-    _write_event(board, step + 1, session_log={"status": "START"})
-    return MetricsLog(GrowingFile(workdir / METRICS), board)
+    start = _record(step + 1, session_log={"status": "START"})
+    if isinstance(path, Path) and isinstance(folder, Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        lines, board = GrowingFile(path), GrowingFile(folder / name)
+        board.write(version + start)
+        return MetricsLog(lines, board)
+    put = _rewriting(path, content, generation)
+    lines = GrowingUpload(path, put, pause=UPDATE_SECONDS, shortest_pause=UPDATE_SECONDS)
+    put = _numbering(folder / name, version)
+    board = GrowingUpload(folder, put, pause=EVENTS_SECONDS, shortest_pause=0.0)
+    board.write(start)
+    return MetricsLog(lines, board)
 
 
-def _write_event(board: GrowingFile, step: int, **content: Any) -> None:
-    """Appends one TensorBoard record: length, checksum of the length, event, checksum of the event.
+def flush(log: MetricsLog) -> None:
+    """Waits until all that was written is in the bucket, or until the service has refused it, which is logged.
+
+    Lines that it refuses stay in memory and are tried again. On a disk, there is nothing to wait for.
+    """
+    for file in log:
+        if isinstance(file, GrowingUpload):
+            file.flush()
+
+
+def close(log: MetricsLog) -> None:
+    """Flushes the log, and ends the threads that write to a bucket. Nothing may be written to it any more.
+
+    Raises Lost if another program has written metrics.jsonl.
+    """
+    with contextlib.ExitStack() as all_of_them:
+        for file in log:
+            if isinstance(file, GrowingUpload):
+                all_of_them.callback(file.close)
+
+
+def _rewriting(path: AnyPath, content: bytes, generation: Any) -> Callable[[bytes], None]:
+    """A function that adds bytes to an object, which has this content and generation, by writing it whole again.
+
+    If another job has written to the object, it is left alone, and this job is told that it has lost the run.
+    """
+
+    def put(data: bytes) -> None:
+        nonlocal content, generation
+        new = content + data
+        while (written := files.replace_generation(path, new, generation)) is None:
+            found, generation = files.read_generation(path)
+            # An attempt of this job whose answer was lost has written more than `content`, and nothing but `new`.
+            if len(found) <= len(content) or not found.startswith(content) or not new.startswith(found):
+                with contextlib.suppress(OSError):
+                    still_held(path)  # names the job that has the lock now
+                reason = f"another program has written {path}: let only one job at a time write to a run"
+                preemption.lose(reason)
+                raise preemption.Lost(reason)
+        content, generation = new, written
+
+    return put
+
+
+def _numbering(path: AnyPath, version: bytes) -> Callable[[bytes], None]:
+    """A function that writes TensorBoard records to a new file on every call, after the record of the version."""
+    number = 0
+
+    def put(data: bytes) -> None:
+        nonlocal number
+        files.write_atomically(path.with_name(f"{path.name}.{number:06d}"), version + data)
+        number += 1
+
+    return put
+
+
+def _record(step: int, **content: Any) -> bytes:
+    """One TensorBoard record: length, checksum of the length, event, checksum of the event.
 
     `tensorboardX.SummaryWriter` is not used because it writes from a thread that dies when the disk is full: every
     later event would be lost.
@@ -78,13 +141,13 @@ def _write_event(board: GrowingFile, step: int, **content: Any) -> None:
     data = protocol.Event(wall_time=time.time(), step=step, **content).SerializeToString()
     length = struct.pack("<Q", len(data))
     checksums = (struct.pack("<I", masked_crc32c(x)) for x in (length, data))
-    board.write(length + next(checksums) + data + next(checksums))
+    return length + next(checksums) + data + next(checksums)
 
 
-def _truncate(path: Path, step: int) -> None:
-    old = path.read_bytes() if path.exists() else None
+def _truncated(path: AnyPath, old: bytes, step: int) -> bytes:
+    """The lines of `old`, the content of metrics.jsonl, up to `step`."""
     kept, later = [], 0
-    for number, line in enumerate((old or b"").splitlines(keepends=True), 1):
+    for number, line in enumerate(old.splitlines(keepends=True), 1):
         try:
             if json.loads(line)["step"] > step:
                 later += 1
@@ -95,21 +158,23 @@ def _truncate(path: Path, step: int) -> None:
     if later:
         start = f"the newest checkpoint is step {step}" if step else "there is no checkpoint, training starts at step 0"
         print(f"{path}: {start}; dropped {later} lines of later steps.", flush=True)
-    new = b"".join(kept)
-    if new != old:
-        write_atomically(path, new.decode())
+    return b"".join(kept)
 
 
 def write_metrics(log: MetricsLog, step: int, metrics: Mapping[str, float | int]) -> None:
-    """Appends {"step": step, **metrics} as one line of JSON. JSON has no NaN or Inf; they become null."""
+    """Appends {"step": step, "time": seconds since 1970, **metrics} as one line of JSON.
+
+    JSON has no NaN or Inf; they become null.
+    """
     if log.lines is None or log.board is None:
         return
     from tensorboardX import summary
 
     finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-    log.lines.write((json.dumps({"step": step, **finite}, allow_nan=False) + "\n").encode())
+    line = {"step": step, "time": round(time.time(), 3), **finite}
+    log.lines.write((json.dumps(line, allow_nan=False) + "\n").encode())
     values = [value for name, number in metrics.items() for value in summary.scalar(name, number).value]
-    _write_event(log.board, step, summary={"value": values})
+    log.board.write(_record(step, summary={"value": values}))
 
 
 def write_image(
@@ -120,4 +185,4 @@ def write_image(
         return
     from tensorboardX import summary
 
-    _write_event(log.board, step, summary=summary.image(name, image, dataformats="HWC"))
+    log.board.write(_record(step, summary=summary.image(name, image, dataformats="HWC")))

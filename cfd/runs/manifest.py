@@ -9,7 +9,6 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import flax
@@ -20,7 +19,7 @@ from jaxtyping import Int
 import cfd
 from cfd.devices import seeds
 from cfd.errors import UserError
-from cfd.runs.files import write_atomically
+from cfd.runs import files
 from cfd.runs.workdir import CONVENTIONS
 
 LABELS = {
@@ -153,15 +152,14 @@ def manifest_name(manifest: Mapping[str, Any]) -> str:
 def write_manifest(folder: str, manifest: Mapping[str, Any]) -> None:
     """Writes manifests/<name>.json."""
     text = json.dumps(manifest, indent=1, sort_keys=True)
-    write_atomically(Path(folder, "manifests", f"{manifest_name(manifest)}.json"), text + "\n")
+    files.write_atomically(files.place(folder, "manifests", f"{manifest_name(manifest)}.json"), text + "\n")
 
 
 def read_manifest(folder: str, name: str) -> dict[str, Any] | None:
     """The manifest of this name; None if there is no such file, or if its content does not have this name."""
-    path = Path(folder, "manifests", f"{name}.json")
     try:
-        manifest = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
+        manifest = json.loads(files.read_bytes(files.place(folder, "manifests", f"{name}.json")) or b"")
+    except ValueError:
         return None
     return manifest if isinstance(manifest, dict) and manifest_name(manifest) == name else None
 

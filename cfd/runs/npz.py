@@ -1,4 +1,4 @@
-"""`.npz` files that anybody may have made, and files of samples that do not fit into memory.
+"""`.npz` files that anybody may have made, and files of samples that do not fit into memory; on a disk or in a bucket.
 
 Reading never unpickles. `numpy.load` allocates whatever size a header declares, and cannot read an array of an archive
 in parts; here, declared sizes are checked against the archive and a limit before anything is allocated. Writing is
@@ -11,14 +11,14 @@ import os
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int, Shaped, UInt8
 
 from cfd.errors import UserError
+from cfd.runs import files, ranges
 
 MAX_BYTES = 2**28  # the statistics of two feature layers take 67 MB, the weights of InceptionV3 96 MB
 MAX_HEADER_BYTES = 10_000
@@ -41,14 +41,14 @@ class Header:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def npz_headers(path: str | Path) -> dict[str, Header]:
+def npz_headers(path: str | os.PathLike[str]) -> dict[str, Header]:
     """The header of every array of an `.npz`, without its values. Raises ValueError for a damaged or foreign file."""
     with opened(path) as archive:
         return {name: read_header(path, archive, name) for name in names_of(path, archive)}
 
 
 def read_npz(
-    path: str | Path, names: Sequence[str] | None = None, *, max_bytes: int = MAX_BYTES
+    path: str | os.PathLike[str], names: Sequence[str] | None = None, *, max_bytes: int = MAX_BYTES
 ) -> dict[str, Shaped[np.ndarray, "..."]]:
     """The arrays `names` of an `.npz` (all of them by default): numbers only, and at most `max_bytes` in total.
 
@@ -67,7 +67,7 @@ def read_npz(
         return {name: read_values(archive, name, header) for name, header in headers.items()}
 
 
-def npz_batches(path: str | Path, name: str, batch_size: int) -> Iterator[Shaped[np.ndarray, "b ..."]]:
+def npz_batches(path: str | os.PathLike[str], name: str, batch_size: int) -> Iterator[Shaped[np.ndarray, "b ..."]]:
     """Yields array `name` of an `.npz` in batches of `batch_size` rows; only one batch is in memory at a time.
 
     Raises ValueError as `read_npz` does, and for an array without rows in C order or batches of more than MAX_BYTES.
@@ -92,7 +92,7 @@ def npz_batches(path: str | Path, name: str, batch_size: int) -> Iterator[Shaped
                 yield values.reshape(rows, *header.shape[1:])
 
 
-def write_npz(path: str | Path, arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> None:
+def write_npz(path: str | os.PathLike[str], arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> None:
     """Writes arrays of numbers as an `.npz`, atomically.
 
     Equal arrays give equal bytes, whatever their order in memory, unlike those of `numpy.savez`.
@@ -107,7 +107,7 @@ Write = Callable[[UInt8[np.ndarray, "b h w c"], Int[np.ndarray, " b"]], None]
 
 
 @contextmanager
-def sample_writer(path: str | Path, num_samples: int, image_shape: tuple[int, int, int]) -> Iterator[Write]:
+def sample_writer(path: str | os.PathLike[str], num_samples: int, image_shape: tuple[int, int, int]) -> Iterator[Write]:
     """`with sample_writer(...) as write: write(images, labels)`: samples in the layout of OpenAI's evaluator.
 
     `arr_0` is uint8 [num_samples, H, W, C] and `arr_1` int64 [num_samples]. Images are written batch by batch. The file
@@ -138,13 +138,13 @@ def sample_writer(path: str | Path, num_samples: int, image_shape: tuple[int, in
 
 
 @contextmanager
-def opened(path: str | Path) -> Iterator[zipfile.ZipFile]:
+def opened(path: str | os.PathLike[str]) -> Iterator[zipfile.ZipFile]:
     """The archive at `path`. If it cannot be opened, or is damaged, a ValueError names the file."""
-    try:
-        file = open(path, "rb")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): give a file that you may read") from error
-    with file:
+    with ExitStack() as until_closed:
+        try:
+            file = until_closed.enter_context(ranges.opened(path))
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}): give a file that you may read") from error
         try:
             with zipfile.ZipFile(file) as archive:
                 yield archive
@@ -152,7 +152,7 @@ def opened(path: str | Path) -> Iterator[zipfile.ZipFile]:
             raise UserError(f"{path} is not a sound .npz file: {error or type(error).__name__}") from error
 
 
-def names_of(path: str | Path, archive: zipfile.ZipFile) -> list[str]:
+def names_of(path: str | os.PathLike[str], archive: zipfile.ZipFile) -> list[str]:
     """The names of the arrays, in the order of the archive."""
     members = archive.namelist()
     foreign = [name for name in members if not name.endswith(".npy")]
@@ -168,11 +168,11 @@ def member(name: str) -> str:
     return f"{name}.npy"
 
 
-def read_header(path: str | Path, archive: zipfile.ZipFile, name: str) -> Header:
+def read_header(path: str | os.PathLike[str], archive: zipfile.ZipFile, name: str) -> Header:
     """The header of one array, checked against the size of its member."""
     info = archive.getinfo(member(name))
     where = f"{path}: {name}"
-    archive_bytes = os.fstat(archive.fp.fileno()).st_size if archive.fp else 0
+    archive_bytes = archive.fp.seek(0, os.SEEK_END) if archive.fp else 0
     if info.compress_type not in MAX_RATIOS:  # an LZMA stream may ask for a dictionary of 4 GB
         raise UserError(f"{where} is neither stored nor deflated: save it again with numpy.savez")
     # zipfile believes the sizes of the archive's directory, and callers allocate by the shape that is returned here.
@@ -216,19 +216,10 @@ def read_exactly(read: Callable[[int], bytes], size: int) -> bytearray:
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[zipfile.ZipFile]:
-    """A new archive that replaces the file at `path` once it is complete and on the disk."""
-    unfinished = Path(f"{path}.{os.getpid()}.tmp")
-    try:
-        with open(unfinished, "wb") as file:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                yield archive
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
+def replacing(path: str | os.PathLike[str]) -> Iterator[zipfile.ZipFile]:
+    """A new archive that replaces the file at `path` once it is complete and on the disk or in the bucket."""
+    with files.uploaded(path) as unfinished, zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED) as archive:
+        yield archive
 
 
 @contextmanager

@@ -7,11 +7,10 @@ samples/<...>.npz       the images of a row, in the layout of OpenAI's evaluator
 import csv
 import io
 import os
-from pathlib import Path
 from typing import Any
 
 from cfd.errors import UserError
-from cfd.runs.files import write_atomically
+from cfd.runs import files
 from cfd.runs.manifest import SAMPLING, measured_with
 
 Row = dict[str, Any]
@@ -31,18 +30,20 @@ def fid_name(num_samples: int) -> str:
 def samples_path(folder: str, row: Row) -> str:
     """The file of a row's images. The name includes the manifest's, so no other row has the same file.
 
-    An interval is written without a colon, which `scp` and `rsync` take for the name of a host. A file that an earlier
-    version named with it is found too.
+    An interval is written without a colon, which `scp` and `rsync` take for the name of a host. On a disk, a file that
+    an earlier version named with it is found too.
     """
     keys = [key for key in (*SETTINGS, "manifest") if key not in ("p_uncond", "features") and row[key] != ""]
     earlier = "_".join(f"{key}-{row[key]}" for key in keys)
     path, old = (os.path.join(folder, "samples", f"{name}.npz") for name in (earlier.replace(":", "_"), earlier))
+    if files.is_url(folder):  # no version with colons wrote to buckets
+        return path
     return old if os.path.exists(old) and not os.path.exists(path) else path
 
 
 def swept_folder(folder: str, out: str) -> str:
     """The folder with a run's sweep: `out`, where a sweep of the run in `folder` may have written it, or the run's."""
-    return out if os.path.exists(os.path.join(out, "sweep.csv")) else folder
+    return out if files.exists(os.path.join(out, "sweep.csv")) else folder
 
 
 def read_rows(folder: str) -> list[Row]:
@@ -95,23 +96,30 @@ def latest(folder: str) -> list[Row]:
 
 def append_row(folder: str, row: Row) -> None:
     """Adds a row to sweep.csv, which is on the disk when this returns. A last line that was cut short is dropped."""
-    path = os.path.join(folder, "sweep.csv")
-    lines = whole_lines(path)
     added = io.StringIO()
-    writer = csv.DictWriter(added, COLUMNS, lineterminator="\n")
-    if not lines:
-        writer.writeheader()
-    writer.writerow(row)
-    write_atomically(Path(path), "".join(lines) + added.getvalue())
+    csv.DictWriter(added, COLUMNS, lineterminator="\n").writerow(row)
+    line = added.getvalue()
+
+    written = b""
+
+    def append(content: bytes) -> bytes:
+        nonlocal written
+        if not written or content != written:
+            written = "".join([*(_whole_lines(content) or [",".join(COLUMNS) + "\n"]), line]).encode()
+        return written
+
+    files.rewrite(os.path.join(folder, "sweep.csv"), append)
 
 
 def whole_lines(path: str) -> list[str]:
     """The lines of a file, without a last line that was cut short; [] if there is no such file."""
-    if not os.path.exists(path):
-        return []
     try:
-        # Bytes that are not UTF-8 are replaced: whoever parses a damaged line can then give its number.
-        with open(path, newline="", errors="replace") as file:
-            return [line for line in file if line.endswith("\n")]
+        return _whole_lines(files.read_bytes(path) or b"")
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): its owner can allow it, by chmod a+r") from error
+        raise UserError(f"{path} cannot be read ({error.strerror}): {files.how_to_allow(path)}") from error
+
+
+def _whole_lines(content: bytes) -> list[str]:
+    # Bytes that are not UTF-8 are replaced: whoever parses a damaged line can then give its number.
+    text = io.StringIO(content.decode(errors="replace"), newline="")
+    return [line for line in text if line.endswith("\n")]

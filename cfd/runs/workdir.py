@@ -6,21 +6,20 @@
     metrics.jsonl           written by cfd.runs.log: one object per line, in the order of the steps
     tensorboard/            written by cfd.runs.log: the same scalars, and images
 
-All processes of the run must see the folder, on a file system with atomic renames and `flock`.
+All processes of the run must see the folder, in a bucket or on a file system with atomic renames and `flock`.
 """
 
 import json
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from cfd.devices import parallel
 from cfd.errors import UserError
+from cfd.runs import files
 from cfd.runs.access import check_run_path
-from cfd.runs.files import write_atomically
 from cfd.runs.log import METRICS
 
 CHECKPOINTS = "checkpoints"
@@ -84,21 +83,22 @@ def write_config(
     0 wrote.
     """
     check_run_path(workdir)
-    path = Path(workdir) / CONFIG
+    path = os.path.join(workdir, CONFIG)
     new = json.loads(json.dumps(config_json, allow_nan=False))
+    content = (json.dumps(new, indent=2) + "\n").encode()
     has_steps = _has_steps(workdir)
-    if jax.process_index() == 0 and not path.exists() and not has_steps:
-        write_atomically(path, json.dumps(new, indent=2) + "\n")
+    if jax.process_index() == 0 and not has_config(workdir) and not has_steps:
+        files.rewrite(path, lambda found: found or content)
     parallel.barrier("cfd.workdir.write_config")
-    if not path.exists() and has_steps:
+    if not has_config(workdir) and has_steps:
         raise UserError(
             f"{os.fspath(workdir)} has checkpoints but no {CONFIG}: put it back, from {CHECKPOINTS}/<step>/meta or a "
             "backup, or give another --workdir"
         )
-    if not path.exists():
+    if not has_config(workdir):
         raise UserError(
             f"process 0 wrote {path}, but this process does not see it: put the workdir on a disk that all processes "
-            "share"
+            "share, or in a bucket"
         )
     old = check_config(workdir, new, defaults) if has_begun(workdir) else read_config(workdir)
     parallel.barrier("cfd.workdir.write_config.compared")
@@ -108,17 +108,33 @@ def write_config(
                 f"{os.fspath(workdir)} has no checkpoint yet and takes this config: {abbreviate(differences)}.",
                 flush=True,
             )
-        write_atomically(path, json.dumps(new, indent=2) + "\n")
+
+        def update(found: bytes) -> bytes:
+            if found != content and _parsed(path, found) != old:
+                raise UserError(f"{path} has just been changed by another job: end one of the two, and start again")
+            return content
+
+        files.rewrite(path, update)
+
+
+def has_config(workdir: str | os.PathLike[str]) -> bool:
+    """Whether the folder has a config.json: it is then the folder of a run."""
+    path = os.path.join(workdir, CONFIG)
+    try:
+        return files.exists(path)
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e.strerror}): {files.how_to_allow(path)}") from None
 
 
 def has_begun(workdir: str | os.PathLike[str]) -> bool:
     """Whether a run has a checkpoint, a snapshot or metrics: its config is then settled."""
-    metrics = Path(workdir) / METRICS
-    return _has_steps(workdir) or (metrics.exists() and metrics.stat().st_size > 0)
+    return _has_steps(workdir) or bool(files.read_bytes(os.path.join(workdir, METRICS)))
 
 
 def _has_steps(workdir: str | os.PathLike[str]) -> bool:
-    return any(step.name.isdigit() for name in (CHECKPOINTS, SNAPSHOTS) for step in (Path(workdir) / name).glob("*"))
+    from cfd.runs.steps import steps_of  # imported here because it imports this module
+
+    return any(steps_of(files.place(workdir, name)) for name in (CHECKPOINTS, SNAPSHOTS))
 
 
 def check_config(
@@ -134,7 +150,7 @@ def check_config(
         is_source = old["kind"] == "diffusion" and _has_steps(workdir) and _same_network(differences)
         trains_on = f". --init_from={os.fspath(workdir)} with another --workdir trains its weights on"
         raise UserError(
-            f"{Path(workdir) / CONFIG} is another run's: {abbreviate(differences)}. Give another --workdir, "
+            f"{os.path.join(workdir, CONFIG)} is another run's: {abbreviate(differences)}. Give another --workdir, "
             f"or the same config, which --config={os.fspath(workdir)} is (only {', '.join(FREE_FIELDS)} may change)"
             + (trains_on if is_source else "")
         )
@@ -168,13 +184,20 @@ def read_config(workdir: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises ValueError if there is no such file, if it is damaged, or if this job may not read it.
     """
-    path = Path(workdir) / CONFIG
+    path = os.path.join(workdir, CONFIG)
     try:
-        content = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{path} does not exist: {os.fspath(workdir)} is not the folder of a run") from None
+        content = files.read_bytes(path)
     except OSError as e:
-        raise UserError(f"{path} cannot be read ({e.strerror}): its owner can allow it, by chmod -R a+rX") from None
+        raise UserError(f"{path} cannot be read ({e.strerror}): {files.how_to_allow(path)}") from None
+    if content is None:
+        raise UserError(f"{path} does not exist: {os.fspath(workdir)} is not the folder of a run")
+    return _parsed(path, content)
+
+
+def _parsed(path: str, text: bytes) -> dict[str, Any]:
+    """The content of config.json, from its bytes."""
+    try:
+        content = json.loads(text)
     except ValueError as e:
         raise UserError(f"{path} is not JSON ({e}): restore it from {CHECKPOINTS}/<step>/meta or a backup") from None
     parts = {"kind": str, "config": dict, "class_names": list}

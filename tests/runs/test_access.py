@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
 from disk import filled, small_disk
+from gcs import FakeGcs
 from permissions import obeyed
 
 from cfd.runs import access
@@ -106,15 +107,57 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
             pass
 
 
-def test_urls_and_empty_paths_are_refused_by_the_name_of_their_flag() -> None:
-    for url in ("gs://bucket/run", "s3://bucket/run", "https://host/run"):
-        with pytest.raises(ValueError, match=f"--out is '{url}', a URL; .* mount one"):
-            access.local_path("--out", url)
+def test_paths_that_name_no_folder_are_refused_by_the_name_of_their_flag(tmp_path: Path) -> None:
+    for url in ("s3://bucket/run", "https://host/run", "file:///tmp/run", "GS://bucket/run", "gs:/bucket/run", "gs://"):
+        with pytest.raises(ValueError, match=f"--out is '{url}'.*: (give|correct it)"):
+            access.run_path("--out", url)
+        with pytest.raises(ValueError, match=f"the run's folder is '{url}'"):
+            access.check_run_path(url)
     with pytest.raises(ValueError, match="--runs is empty: name a folder"):
-        access.local_path("--runs", "")
-    assert access.local_path("--workdir", "~/run") == os.path.expanduser("~/run")
-    with pytest.raises(ValueError, match="the run's folder is 'gs://bucket/run', a URL"):
-        access.check_run_path("gs://bucket/run")
+        access.run_path("--runs", "")
+    assert access.run_path("--workdir", "~/run") == os.path.expanduser("~/run")
+
+
+def test_folders_in_a_bucket_have_one_name(bucket: FakeGcs) -> None:
+    for end in ("", "/", "/run", "/run/", "/a b/ü:1"):
+        assert access.run_path("--workdir", bucket.url + end) == (bucket.url + end).rstrip("/")
+    with pytest.raises(ValueError, match="--init_from is 'gs://nobodys/run', and there is no bucket gs://nobodys"):
+        access.run_path("--init_from", "gs://nobodys/run")
+    access.check_writable(f"{bucket.url}/run", "give --out=DIR")
+    assert bucket.names() == []
+    bucket.fail = lambda request: 403 if request.method == "POST" else None
+    with pytest.raises(ValueError, match=r"no permission to write objects there.*; or give --out=DIR"):
+        access.check_writable(f"{bucket.url}/run", "give --out=DIR")
+
+
+@pytest.mark.parametrize("kind", ["fuse.gcsfuse", "fuse"])
+def test_gcsfuse_is_refused_with_the_bucket_that_it_mounts(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no locks. The mount nearest to the folder counts; a blank in its path is written as \\040.
+
+    On GKE, the type of the mount is "fuse".
+    """
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    (tmp_path / "a b" / "disk").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "a b")
+    mounts = tmp_path / "mounts"
+    mounts.write_text(
+        f"/dev/sda1 / ext4 rw 0 0\nmy-bucket {tmp_path}/a\\040b {kind} rw 0 0\n"
+        f"/dev/sdb1 {tmp_path}/a\\040b/disk ext4 rw 0 0\n"
+    )
+    monkeypatch.setattr(access, "MOUNTS", str(mounts))
+    for folder in (tmp_path / "a b" / "deep" / "run", tmp_path / "link" / "run"):
+        refused = r"on gcsfuse \(bucket my-bucket\).*as gs://my-bucket/FOLDER, or give another --workdir"
+        with pytest.raises(ValueError, match=refused), access.lock(folder):
+            pass
+        assert not folder.parent.joinpath("run").exists()
+    for folder in (tmp_path / "a b" / "disk" / "run", tmp_path / "run"):  # the second remedy
+        with access.lock(folder):
+            pass
+    monkeypatch.setattr(access, "MOUNTS", str(tmp_path / "other systems have none"))
+    with access.lock(tmp_path / "a b" / "run"):
+        pass
 
 
 def saved_and_read_back(folder: Path) -> bool:

@@ -2,7 +2,7 @@
 
 import json
 import math
-import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,23 @@ import jax
 import numpy as np
 import pytest
 from disk import file_size_limit
-from tensorboardX.proto import event_pb2
-from tensorboardX.record_writer import masked_crc32c
+from event_files import records
 
 from cfd.runs.log import MetricsLog, metrics_log, write_image, write_metrics
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """The lines of metrics.jsonl without their times."""
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "time"} for line in found]
+
+
+def test_each_line_has_the_time_at_which_it_was_written(tmp_path: Path) -> None:
+    log, before = metrics_log(tmp_path, 0), time.time()
+    for step in (1, 2):
+        write_metrics(log, step, {"loss": 1.0})
+    first, second = (json.loads(line)["time"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert before - 1e-3 <= first <= second <= time.time() + 1e-3
 
 
 def test_the_log_goes_on_from_a_step_without_a_gap_or_a_double(tmp_path: Path) -> None:
@@ -57,19 +66,8 @@ def test_nan_is_null_and_each_line_is_on_the_disk_at_once(tmp_path: Path) -> Non
 
 
 def events(folder: Path) -> list[list[Any]]:
-    """The records of every TensorBoard file, oldest first. Every checksum must be right and no record cut short."""
-    protocol: Any = event_pb2  # protobuf creates its classes at import, where a type checker does not see them
-    files = []
-    for path in sorted((folder / "tensorboard").iterdir()):
-        data, found = path.read_bytes(), []
-        while data:
-            (size,) = struct.unpack("<Q", data[:8])
-            event, sums = data[12 : 12 + size], (data[8:12], data[12 + size : 16 + size])
-            assert sums == tuple(struct.pack("<I", masked_crc32c(part)) for part in (data[:8], event))
-            found.append(protocol.Event.FromString(event))
-            data = data[16 + size :]
-        files.append(found)
-    return files
+    """The records of every TensorBoard file, oldest first."""
+    return [records(path.read_bytes()) for path in sorted((folder / "tensorboard").iterdir())]
 
 
 def test_every_start_has_a_file_that_hides_later_steps_of_the_one_before(tmp_path: Path) -> None:

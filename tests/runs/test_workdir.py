@@ -202,13 +202,13 @@ def test_no_config_of_a_folder_is_executed(tmp_path: Path) -> None:
     assert not (tmp_path / "canary").exists()
 
 
-@pytest.mark.parametrize("folder", ["gs://bucket/run", "a[1]", "back\\slash"])
+@pytest.mark.parametrize("folder", ["s3://bucket/run", "gs:/bucket/run", "a[1]", "back\\slash"])
 def test_no_run_begins_where_its_checkpoints_could_not_be_read(
     folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also for a program that trains without the command line. Nothing is made, such as a local folder `gs:`."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"a URL; .* mount one|give a --workdir whose path has none of"):
+    with pytest.raises(ValueError, match=r"(give|form) gs://BUCKET|give a --workdir whose path has none of"):
         workdir.write_config(folder, config_json())
     assert not list(tmp_path.iterdir())
 
