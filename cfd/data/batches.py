@@ -3,8 +3,9 @@
 The step number is the only state of a run's input pipeline. Row r of the global batch of step s is position
 p = s · batch_size + r of an endless sequence of examples. With N examples, position p belongs to epoch p // N and holds
 entry p mod N of that epoch's own shuffle. Every example therefore occurs once per epoch, and a batch may straddle two
-epochs. Each process reads a contiguous block of rows of every global batch. If bad images are skipped, a good image of
-the same class takes the place of a bad one. It is drawn at random, and depends on the seed and on p alone.
+epochs. Each process reads the same rows of every global batch: those that its devices hold, in any order of devices. If
+bad images are skipped, a good image of the same class takes the place of a bad one. It is drawn at random, and depends
+on the seed and on p alone.
 
 Threads do the work, never processes: the image decoders release Python's global interpreter lock, threads cannot be
 left behind or be killed one by one, and the number of threads does not change the output.
@@ -12,17 +13,18 @@ left behind or be killed one by one, and the number of threads does not change t
 
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 from absl import logging
 from grain.experimental import index_shuffle
-from jaxtyping import Int32, UInt8
+from jaxtyping import Bool, Int, Int32, UInt8
 
-from cfd.data.dataset import Dataset
+from cfd.data.dataset import REMOTE_READS, Dataset
 from cfd.data.decode import BadImage
 from cfd.errors import UserError
 
@@ -52,7 +54,7 @@ _LOGGED: dict[str, object] = {}
 """The bad images that this process has logged, by their messages."""
 
 
-def epoch_order(seed: int, positions: range, num_examples: int) -> list[int]:
+def epoch_order(seed: int, positions: Iterable[int], num_examples: int) -> list[int]:
     """The index of the example at each of `positions` in the endless sequence of examples.
 
     Every example occurs once per epoch, and every epoch has its own order.
@@ -69,7 +71,8 @@ def epoch_order(seed: int, positions: range, num_examples: int) -> list[int]:
 class Batches:
     """An iterator of {"image": uint8 [b, h, w, c], "label": int32 [b]}, which decodes ahead in threads.
 
-    `skipped` counts the rows, in all batches returned so far, in which another image replaces a bad one.
+    `skipped` counts the rows, in all batches returned so far, in which another image replaces a bad one. Rows that
+    another process counts are left out.
     No thread remains after `next` has raised an error, or after `close`, which may be called repeatedly.
     """
 
@@ -101,28 +104,29 @@ def batches(
     batch_size: int,
     flip: bool,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Int[np.ndarray, " n"] | None = None,
+    counted: Bool[np.ndarray, " n"] | None = None,
     num_workers: int = 0,
     prefetch: int = 2,
 ) -> Batches:
     """This process's rows of the global batches start_step, start_step + 1, ...
 
-    Each process gets b = batch_size // process_count rows per batch. The global batch of step s, including its flips,
-    depends on (seed, s) only: it is the same for every `process_count` and every `num_workers`. With `flip`, each image
+    `rows` are the numbers of these rows in the global batch, and `counted` says which of them this process counts if
+    their images are replaced; None stands for all. The global batch of step s, including its flips, depends on
+    (seed, s) only: row r of it is the same for every `rows` and every `num_workers`. With `flip`, each image
     is flipped left to right with probability 1/2. `num_workers` threads decode one batch each, and `prefetch` more
     batches wait in a buffer; num_workers = 0 decodes in the calling thread. If the data set's `on_bad_image` is "skip",
     a good image replaces a bad one, as `_substitute` says.
 
-    Raises ValueError if `batch_size` is not a positive multiple of `process_count`. The iterator's `next` raises
-    BadImage for a bad image or, if bad images are skipped, ValueError for too many of them in a row.
+    Raises ValueError if `batch_size` is not positive, or if a global batch has no such rows. The iterator's `next`
+    raises BadImage for a bad image or, if bad images are skipped, ValueError for too many of them in a row.
     """
-    if batch_size < 1 or batch_size % process_count:
-        raise UserError(
-            f"train.batch_size is {batch_size} with {process_count} processes: "
-            f"give a positive multiple of {process_count}"
-        )
-    rows = batch_size // process_count
+    if batch_size < 1:
+        raise UserError(f"train.batch_size is {batch_size}: give a positive number")
+    rows = np.arange(batch_size) if rows is None else rows
+    if len(rows) == 0 or rows.min() < 0 or rows.max() >= batch_size:
+        raise UserError(f"rows are {rows}: give one or more of the numbers 0 to {batch_size - 1}, the rows of a batch")
+    counts = np.ones(len(rows), bool) if counted is None else counted
     found = _found(dataset)
 
     class Steps:
@@ -132,18 +136,19 @@ def batches(
             return sys.maxsize // batch_size
 
         def __getitem__(self, index: int) -> dict[str, Any]:
-            first = index * batch_size + process_index * rows
-            image = np.empty((rows, dataset.image_size, dataset.image_size, dataset.channels), np.uint8)
-            label = np.empty(rows, np.int32)
+            first = index * batch_size
+            positions = [first + row for row in rows.tolist()]
+            image = np.empty((len(rows), dataset.image_size, dataset.image_size, dataset.channels), np.uint8)
+            label = np.empty(len(rows), np.int32)
             skipped = 0
-            for row, number in enumerate(epoch_order(seed, range(first, first + rows), len(dataset))):
-                example = _read(dataset, found, number)
+            numbers = epoch_order(seed, positions, len(dataset))
+            for i, example in enumerate(_read_all(dataset, found, numbers)):
                 if example is None:
-                    example = _substitute(dataset, found, seed, first + row, number)
-                    skipped += 1
-                image[row], label[row] = example
+                    example = _substitute(dataset, found, seed, positions[i], numbers[i])
+                    skipped += int(counts[i])
+                image[i], label[i] = example
             if flip:
-                flips = _flips(seed, first, rows)
+                flips = _flips(seed, first, batch_size)[rows]
                 image[flips] = image[flips, :, ::-1]
             return {"image": image, "label": label, "skipped": skipped}
 
@@ -189,6 +194,14 @@ def _read(dataset: Dataset, found: Found, index: int) -> tuple[np.ndarray, int] 
     if len(found.labels):
         found.labels[index] = label
     return image, label
+
+
+def _read_all(dataset: Dataset, found: Found, indices: Sequence[int]) -> Iterable[tuple[np.ndarray, int] | None]:
+    """`_read` of each of `indices`, in this order. Over a network, REMOTE_READS of them are read at a time."""
+    if not dataset.remote:
+        return (_read(dataset, found, index) for index in indices)
+    with ThreadPoolExecutor(REMOTE_READS) as pool:
+        return list(pool.map(partial(_read, dataset, found), indices))
 
 
 def _label(dataset: Dataset, found: Found, index: int) -> int:
@@ -252,14 +265,14 @@ def load_arrays(
     found = _found(dataset)
 
     def fill(rows: range) -> None:
-        for row in rows:
-            example = _read(dataset, found, int(wanted[row]))
+        for row, example in zip(rows, _read_all(dataset, found, wanted[rows].tolist()), strict=True):
             if example is None:
                 good[row] = False
             else:
                 image[row], label[row] = example
 
+    size = max(1, min(256, -(-len(wanted) // max(num_workers, 1))))
     with ThreadPoolExecutor(max(num_workers, 1)) as pool:
-        for _ in pool.map(fill, [range(i, min(i + 256, len(wanted))) for i in range(0, len(wanted), 256)]):
+        for _ in pool.map(fill, [range(i, min(i + size, len(wanted))) for i in range(0, len(wanted), size)]):
             pass
     return (image, label) if good.all() else (image[good], label[good])

@@ -8,6 +8,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int32
 
+REMOTE_READS = 32
+"""Images that are read at a time if each is read over a network, which takes tens of milliseconds."""
+
 
 class Source(NamedTuple):
     """Labelled images as one kind of source gives them, before the checks of `open_dataset`.
@@ -25,6 +28,7 @@ class Source(NamedTuple):
     described: str
     numbered: str
     notes: tuple[str, ...] = ()
+    remote: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +42,8 @@ class Dataset:
     `identity` is a SHA-256, in hexadecimal, of what the data set holds: the names, sizes and labels of its files, or
     the name, version and shards of a tfds data set. It depends neither on the place of the data nor on the fields that
     say how an image is decoded. `notes` are lines for the user: how many images there are, how the classes are
-    numbered, and which files are not read.
+    numbered, and which files are not read. `remote` is whether each image is read over a network: REMOTE_READS of a
+    batch are then read at a time.
     """
 
     read: Callable[[int], tuple[np.ndarray, int]]
@@ -51,6 +56,7 @@ class Dataset:
     on_bad_image: str
     identity: str
     notes: tuple[str, ...] = ()
+    remote: bool = False
 
     def __len__(self) -> int:
         return self.num_examples

@@ -1,14 +1,18 @@
-"""Files below a folder or inside a .zip file: what lies where, and their bytes. Nothing is unpacked to the disk."""
+"""Files below a folder or inside a .zip file, on the disk or in a bucket: what lies where, and their bytes.
+
+Nothing is unpacked or copied to the disk.
+"""
 
 import os
 import stat
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cfd.data.decode import BadImage
+from cfd.devices import buckets
 from cfd.errors import UserError
 
 MAX_DEPTH = 100
@@ -30,12 +34,12 @@ class Entries(NamedTuple):
 
 
 class Place(NamedTuple):
-    """A folder on the disk or inside a .zip file. Names are relative to it, with "/"; "" is the folder itself.
+    """A folder on the disk, in a bucket or inside a .zip file. Names are relative to it, with "/"; "" is itself.
 
     `label` names it in messages. `leads_out` is whether a link leads out of it. `enter` makes a Place of a folder.
     `read` gives the content of a file of at most so many bytes, from any thread. It raises BadImage if the file is
     missing or damaged, leads out of the place, is not a regular file or is larger, and ValueError if the system cannot
-    read it.
+    read it. `remote` is whether it reads over a network.
     """
 
     label: str
@@ -43,6 +47,7 @@ class Place(NamedTuple):
     leads_out: Callable[[str], bool]
     enter: Callable[[str], "Place"]
     read: Callable[[str, int], bytes]
+    remote: bool = False
 
 
 def is_hidden(name: str) -> bool:
@@ -118,72 +123,142 @@ def _check_bytes(file: str, size: int, limit: int) -> None:
         raise BadImage(f"{file} has {size} bytes, and the limit is {limit}: shrink or remove it")
 
 
-def zip_file(path: Path) -> Place:
+class Archive(NamedTuple):
+    """A .zip file on the disk or in a bucket. `label` names it in messages.
+
+    `open` gives it as a binary file, and `span` its bytes [start, end), or fewer at its end, from any thread. Both
+    raise OSError if it cannot be read.
+    """
+
+    label: str
+    open: Callable[[], Any]
+    span: Callable[[int, int], bytes]
+
+
+def archive_on_disk(path: Path) -> Archive:
+    def span(start: int, end: int) -> bytes:
+        with open(path, "rb") as file:
+            file.seek(start)
+            return file.read(end - start)
+
+    return Archive(str(path), lambda: open(path, "rb"), span)
+
+
+def archive_in_bucket(url: str) -> Archive:
+    return Archive(url, lambda: buckets.reader(url), lambda start, end: buckets.read(url, start, end))
+
+
+def zip_file(archive: Archive) -> Place:
     """The content of a .zip file. Raises ValueError if it is damaged, encrypted, or packed in an unusual way."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
+        with archive.open() as file, zipfile.ZipFile(file) as opened:
+            members = opened.infolist()
     except (zipfile.BadZipFile, NotImplementedError) as error:
-        raise UserError(f"{path} is not a .zip file that can be read ({error}): make it again") from error
+        raise UserError(f"{archive.label} is not a .zip file that can be read ({error}): make it again") from error
     except OSError as error:
-        raise _unreadable(str(path), error) from error
-    contents: dict[str, dict[str, zipfile.ZipInfo]] = {"": {}}  # of each folder: its files, by name
-    folders: dict[str, list[str]] = {"": []}
+        raise _unreadable(archive.label, error) from error
+    tree = _tree(archive.label, [(member.filename, member) for member in members])
+    return _folder_in(
+        tree,
+        archive.label,
+        size=lambda member: member.file_size,
+        read=lambda member, name, limit: _read_member(archive, member, name, limit),
+        remote=buckets.is_url(archive.label),
+    )
+
+
+def folder_in_bucket(url: str, sizes: dict[str, int]) -> Place:
+    """The folder `url`, gs://BUCKET/NAME, in which the objects of these sizes in bytes lie."""
+    tree = _tree(url, list(sizes.items()))
+    return _folder_in(tree, url, size=lambda size: size, read=read_object, remote=True)
+
+
+class _Tree(NamedTuple):
+    """Files that were listed at once: for each folder, "" being the top, its files by name, and its folders."""
+
+    files: dict[str, dict[str, Any]]
+    folders: dict[str, list[str]]
+
+
+def _tree(label: str, listed: Sequence[tuple[str, Any]]) -> _Tree:
+    """The tree of pairs of a name and what is known about the file. The name of a folder ends with a slash."""
+    tree = _Tree({"": {}}, {"": []})
 
     def add(parents: list[str]) -> str:
         folder = "/".join(parents)
-        if folder not in contents:
-            folders[add(parents[:-1])].append(parents[-1])
-            contents[folder], folders[folder] = {}, []
+        if folder not in tree.files:
+            tree.folders[add(parents[:-1])].append(parents[-1])
+            tree.files[folder], tree.folders[folder] = {}, []
         return folder
 
-    for member in members:
-        parts = [part for part in member.filename.split("/") if part not in ("", ".")]
+    for name, known in listed:
+        parts = [part for part in name.split("/") if part not in ("", ".")]
         if len(parts) > MAX_DEPTH:
-            raise UserError(f"{path} holds {member.filename[:80]}..., deeper than {MAX_DEPTH} folders: make it again")
-        if member.is_dir():
+            raise UserError(f"{label} holds {name[:80]}..., deeper than {MAX_DEPTH} folders: make it again")
+        if name.endswith("/"):
             add(parts)
         elif parts:
-            contents[add(parts[:-1])][parts[-1]] = member
-    return _zip_folder(path, "", contents, folders)
+            tree.files[add(parts[:-1])][parts[-1]] = known
+    return tree
 
 
-def _zip_folder(
-    path: Path, prefix: str, contents: dict[str, dict[str, zipfile.ZipInfo]], folders: dict[str, list[str]]
+def _folder_in(
+    tree: _Tree,
+    label: str,
+    prefix: str = "",
+    *,
+    size: Callable[[Any], int],
+    read: Callable[[Any, str, int], bytes],
+    remote: bool,
 ) -> Place:
-    """The folder `prefix` inside the .zip file at `path`."""
-    label = f"{path}/{prefix}".rstrip("/")
+    """The folder `prefix` of a tree whose top is named `label`.
+
+    `size` gives the bytes of a file, and `read(known, name, limit)` its content, from what the tree knows about it.
+    """
+    here = f"{label}/{prefix}".rstrip("/")
 
     def inside(name: str) -> str:
         return "/".join(part for part in (prefix, name) if part)
 
     def entries(folder: str) -> Entries:
-        files, below = contents[inside(folder)], folders[inside(folder)]
+        files, below = tree.files[inside(folder)], tree.folders[inside(folder)]
         return Entries(
             folders=[name for name in below if not is_hidden(name)],
-            files={name: member.file_size for name, member in files.items() if not is_hidden(name)},
+            files={name: size(known) for name, known in files.items() if not is_hidden(name)},
             links=[],
             hidden=[name for name in (*below, *files) if is_hidden(name)],
         )
 
-    def read(name: str, limit: int) -> bytes:
+    def read_file(name: str, limit: int) -> bytes:
         folder, _, base = inside(name).rpartition("/")
-        return _read_member(path, contents[folder][base], f"{label}/{name}", limit)
+        return read(tree.files[folder][base], f"{here}/{name}", limit)
 
     return Place(
-        label=label,
+        label=here,
         entries=entries,
         leads_out=lambda name: False,
-        enter=lambda folder: _zip_folder(path, inside(folder), contents, folders),
-        read=read,
+        enter=lambda folder: _folder_in(tree, label, inside(folder), size=size, read=read, remote=remote),
+        read=read_file,
+        remote=remote,
     )
 
 
-def _read_member(path: Path, member: zipfile.ZipInfo, name: str, limit: int) -> bytes:
+def read_object(size: int, url: str, limit: int) -> bytes:
+    """The content of an object of `size` bytes in a bucket; raises as `Place.read` does."""
+    _check_bytes(url, size, limit)
+    try:
+        return buckets.read(url)
+    except FileNotFoundError:
+        raise BadImage(f"{url} no longer exists: start again") from None
+    except OSError as error:
+        raise _unreadable(url, error) from error
+
+
+def _read_member(archive: Archive, member: zipfile.ZipInfo, name: str, limit: int) -> bytes:
     """The content of a file inside a .zip file; raises as `Place.read` does.
 
     `zipfile.ZipFile.open` counts its readers without a lock, and one ZipFile per thread would hold the whole directory
-    several times. Each call therefore opens the file itself.
+    several times. Each call therefore reads the bytes itself, in one piece, because a bucket takes its time for each.
     """
     if stat.S_ISLNK(member.external_attr >> 16):
         raise BadImage(f"{name} is a link: make the .zip file without -y, which stores the files")
@@ -192,15 +267,17 @@ def _read_member(path: Path, member: zipfile.ZipInfo, name: str, limit: int) -> 
             f"{name} is encrypted or not packed by deflate: make the .zip file again, with `zip -r` or Python"
         )
     _check_bytes(name, member.file_size, limit)
+    start, wanted = member.header_offset, min(member.compress_size, 2 * limit)
+    # The directory need not repeat the extra field of the header in front of the content, which may be longer.
+    likely = start + 30 + len(member.orig_filename.encode()) + len(member.extra) + 64
     try:
-        with open(path, "rb") as file:
-            file.seek(member.header_offset)
-            header = file.read(30)
-            lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-            file.seek(member.header_offset + 30 + lengths)
-            packed = file.read(min(member.compress_size, 2 * limit))
+        block = archive.span(start, likely + wanted)
+        first = 30 + int.from_bytes(block[26:28], "little") + int.from_bytes(block[28:30], "little")
+        if start + first > likely:
+            block += archive.span(start + len(block), start + first + wanted)
     except OSError as error:
-        raise _unreadable(str(path), error) from error
+        raise _unreadable(archive.label, error) from error
+    packed = block[first : first + wanted]
     content = packed
     try:
         if member.compress_type == zipfile.ZIP_DEFLATED:

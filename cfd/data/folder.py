@@ -1,8 +1,9 @@
 """Images in a folder or in a .zip file: which folder is the split, which files are read, and the class of each file.
 
-The layout is path/<split>/<class>/.../<image>, or for the split "train" also path/<class>/.../<image>. A class folder
-is read with all folders inside it, as torchvision's ImageFolder does. The whole layout decides what a folder is, and an
-ambiguous layout is refused. Everything that is not read is counted in a note.
+Both may be in a bucket. The layout is path/<split>/<class>/.../<image>, or for the split "train" also
+path/<class>/.../<image>. A class folder is read with all folders inside it, as torchvision's ImageFolder does. The
+whole layout decides what a folder is, and an ambiguous layout is refused. Everything that is not read is counted in a
+note.
 """
 
 import hashlib
@@ -15,8 +16,18 @@ from pathlib import Path
 import numpy as np
 
 from cfd.data.dataset import Source
-from cfd.data.files import NO_LINKS, Place, folder_on_disk, zip_file
+from cfd.data.files import (
+    NO_LINKS,
+    Place,
+    archive_in_bucket,
+    archive_on_disk,
+    folder_in_bucket,
+    folder_on_disk,
+    read_object,
+    zip_file,
+)
 from cfd.data.labels import holds_labels, read_table
+from cfd.devices import buckets
 from cfd.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
@@ -36,8 +47,8 @@ def open_folder(
     """The images of a split in the folder or .zip file `path`, pixels by `decode(content, name)`.
 
     If `labels` is "", each folder is a class, and `empty_classes` accepts classes without images. Otherwise `labels` is
-    a file that `read_table` reads, inside the folder of the split or with an absolute path, and the files that it lists
-    are read. Raises ValueError if there is nothing to read or if the layout is ambiguous.
+    a file that `read_table` reads, inside the folder of the split or with an absolute path or URL, and the files that
+    it lists are read. Raises ValueError if there is nothing to read or if the layout is ambiguous.
     """
     unread: Unread = {}
     place = split_of(open_place(path, bool(labels)), path, split, bool(labels))
@@ -64,17 +75,38 @@ def open_folder(
             *_note_of_empty(class_names, numbers),
             *_note_of_unread(place, unread),
         ),
+        remote=place.remote,
     )
 
 
 def open_place(path: str, by_table: bool) -> Place:
     """The folder or .zip file at `path`, or a folder inside a .zip file, such as images.zip/train.
 
-    A single folder around everything else in a .zip file is entered.
+    All of them may be in a bucket. A single folder around everything else in a .zip file is entered.
     """
+    place, inside = _in_bucket(path) if buckets.is_url(path) else _on_disk(path)
+    if inside is None:
+        return place
+    for name in inside:
+        if name not in (folders := place.entries("").folders):
+            raise UserError(
+                f"data.path is {path!r}, and {place.label} has no folder {name!r}: give one of {_some(folders)}"
+            )
+        place = place.enter(name)
+    while not inside:
+        folders, files, *_ = place.entries("")
+        wraps = len(folders) == 1 and not files and not is_split_name(folders[0])
+        if not wraps or (not by_table and holds_directly(place, folders[0])):
+            break
+        place = place.enter(folders[0])
+    return place
+
+
+def _on_disk(path: str) -> tuple[Place, tuple[str, ...] | None]:
+    """The folder at `path` and None, or a .zip file and the folders inside it that lead to `path`."""
     root = Path(path).expanduser()
     if path and os.path.isdir(root):
-        return folder_on_disk(root)
+        return folder_on_disk(root), None
     file = next((file for file in (root, *root.parents) if os.path.isfile(file)), None)
     if not path or file is None or file.suffix.lower() != ".zip":
         unpack = " (unpack it first)" if file == root else ""
@@ -82,20 +114,23 @@ def open_place(path: str, by_table: bool) -> Place:
             f"data.path is {path!r}, which is not a folder or a .zip file{unpack}: give the folder that contains one "
             "folder per class"
         )
-    place = zip_file(file)
-    for name in root.relative_to(file).parts:
-        if name not in (folders := place.entries("").folders):
-            raise UserError(
-                f"data.path is {path!r}, and {place.label} has no folder {name!r}: give one of {_some(folders)}"
-            )
-        place = place.enter(name)
-    while root == file:
-        folders, files, *_ = place.entries("")
-        wraps = len(folders) == 1 and not files and not is_split_name(folders[0])
-        if not wraps or (not by_table and holds_directly(place, folders[0])):
-            break
-        place = place.enter(folders[0])
-    return place
+    return zip_file(archive_on_disk(file)), root.relative_to(file).parts
+
+
+def _in_bucket(url: str) -> tuple[Place, tuple[str, ...] | None]:
+    """The same for a URL. All objects of a folder are listed once."""
+    bucket, key = buckets.split("data.path", url)
+    if sizes := buckets.sizes("data.path", url):
+        return folder_in_bucket(f"gs://{bucket}/{key}".rstrip("/"), sizes), None
+    parts = key.split("/")
+    for i, part in enumerate(parts):
+        file = "/".join((f"gs://{bucket}", *parts[: i + 1]))
+        if part.lower().endswith(".zip") and buckets.size("data.path", file) is not None:
+            return zip_file(archive_in_bucket(file)), tuple(parts[i + 1 :])
+    raise UserError(
+        f"data.path is {url!r}, and no object lies there: give the folder that contains one folder per class, or a "
+        ".zip file; `gcloud storage cp -r FOLDER URL` copies a folder"
+    )
 
 
 def is_split_name(name: str) -> bool:
@@ -265,7 +300,11 @@ def _by_table(place: Place, labels: str, unread: Unread) -> _Listed:
     """The images that the file `labels` lists."""
     found = _files_below(place, "", unread)
     file = Path(labels).expanduser()
-    if file.is_absolute():
+    if buckets.is_url(labels):
+        label, size = labels, buckets.size("data.labels", labels)
+        there = size is not None
+        content = read_object(size, labels, MAX_TABLE_BYTES) if size is not None else b""
+    elif file.is_absolute():
         label, there, real = str(file), os.path.isfile(file), file.resolve()
         content = folder_on_disk(real.parent).read(real.name, MAX_TABLE_BYTES) if there else b""
     else:
@@ -274,7 +313,7 @@ def _by_table(place: Place, labels: str, unread: Unread) -> _Listed:
     if not there:
         raise UserError(
             f"data.labels is {labels!r}, and there is no file {label}: give the CSV file of the labels, relative to "
-            "the folder of the split, or with its absolute path"
+            "the folder of the split, or with its absolute path or URL"
         )
     table = read_table(content, label)
     for name in table.labels:

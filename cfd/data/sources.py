@@ -55,6 +55,8 @@ def open_dataset(
     - tfds: the data set `name`, which TensorFlow Datasets has prepared as ArrayRecord files below the folder `path`.
       `split` is any split of tfds.
 
+    `path` and `labels` may be URLs, gs://BUCKET/NAME.
+
     `num_classes` is the number of classes that the data set must have; 0 accepts any number. With `in_memory`, each
     image is decoded on first access and then kept, which takes num_examples · image_size² · channels bytes in every
     process. `exif_orientation`, `transparency` and `max_pixels` are those of `cfd.data.decode.decode`.
@@ -121,11 +123,12 @@ def open_dataset(
         on_bad_image=on_bad_image,
         identity=opened.identity,
         notes=(_summary(opened), *opened.notes),
+        remote=opened.remote,
     )
 
 
 def _check_read(source: str, given: dict[str, Any]) -> None:
-    """Raises ValueError if a field is set that `source` does not read, or if a path is a URL."""
+    """Raises ValueError if a field is set that `source` does not read."""
     for field, value in given.items():
         readers, default = READ_BY[field]
         if source not in readers and value != default:
@@ -133,12 +136,6 @@ def _check_read(source: str, given: dict[str, Any]) -> None:
             raise UserError(
                 f"data.{field} is {value!r}, but data.source {source!r} does not read it: set data.source to {others}, "
                 f"or data.{field} to {default!r}"
-            )
-    for field in ("path", "labels"):
-        if "://" in given[field]:
-            raise UserError(
-                f"data.{field} is {given[field]!r}, a URL: copy the data to a disk, or mount the bucket (such as with "
-                "gcsfuse), and give the path there"
             )
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import grain.experimental
 import numpy as np
@@ -32,10 +33,7 @@ def test_batches_hold_every_example_once_an_epoch_in_another_order_each(folder: 
 @pytest.mark.parametrize("process_count", [1, 2, 4])
 def test_global_batch_does_not_depend_on_processes_and_workers(folder: Path, process_count: int, num_workers: int):
     dataset = open_folder(folder)
-    parts = [
-        take(dataset, 7, process_index=p, process_count=process_count, num_workers=num_workers)
-        for p in range(process_count)
-    ]
+    parts = [take(dataset, 7, rows=rows, num_workers=num_workers) for rows in np.split(np.arange(8), process_count)]
     joined = [{k: np.concatenate([part[k] for part in step]) for k in step[0]} for step in zip(*parts, strict=True)]
     assert_same(joined, take(dataset, 7))
 
@@ -119,7 +117,7 @@ def test_one_example_and_a_batch_of_many_epochs(tmp_path: Path):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_images_kept_in_memory_give_the_same_batches(folder: Path, num_workers: int):
     torn(folder)
-    for options in ({}, {"process_index": 1, "process_count": 2, "start_step": 3}):
+    for options in ({}, {"rows": np.arange(4, 8), "start_step": 3}):
         datasets = [open_folder(folder, on_bad_image="skip", in_memory=in_memory) for in_memory in (False, True)]
         iterators = [
             batches(dataset, seed=3, batch_size=8, flip=True, num_workers=num_workers, **options)
@@ -132,10 +130,30 @@ def test_images_kept_in_memory_give_the_same_batches(folder: Path, num_workers: 
             iterator.close()
 
 
-@pytest.mark.parametrize("batch_size, process_count", [(0, 1), (8, 3), (-4, 2)])
-def test_batch_size_that_processes_do_not_divide(folder: Path, batch_size: int, process_count: int):
-    with pytest.raises(ValueError, match="batch_size"):
-        batches(open_folder(folder), seed=0, batch_size=batch_size, flip=False, process_count=process_count)
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_rows_may_be_any_and_are_counted_once(folder: Path, num_workers: int):
+    """Rows that lie apart, and rows that two processes hold."""
+    torn(folder)
+    dataset = open_folder(folder, on_bad_image="skip")
+    options: dict[str, Any] = dict(seed=3, batch_size=8, flip=True, num_workers=num_workers)
+    parts = [([0, 3, 4, 7], [1, 1, 1, 1]), ([1, 2, 4, 5, 6, 7], [1, 1, 0, 1, 1, 0])]
+    whole = batches(dataset, **options)
+    some = [batches(dataset, rows=np.array(r), counted=np.array(c, bool), **options) for r, c in parts]
+    for _ in range(9):
+        batch = next(whole)
+        for (rows, _), iterator in zip(parts, some, strict=True):
+            assert_same([next(iterator)], [{name: x[rows] for name, x in batch.items()}])
+        assert sum(iterator.skipped for iterator in some) == whole.skipped
+    assert whole.skipped > 0
+    for iterator in (whole, *some):
+        iterator.close()
+
+
+@pytest.mark.parametrize("batch_size, rows, words", [(0, None, "batch_size"), (8, [8], "rows"), (8, [-1, 0], "rows")])
+def test_rows_that_no_batch_has(folder: Path, batch_size: int, rows: list[int] | None, words: str):
+    with pytest.raises(ValueError, match=words):
+        wanted = None if rows is None else np.array(rows)
+        batches(open_folder(folder), seed=0, batch_size=batch_size, flip=False, rows=wanted)
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -161,7 +179,7 @@ def test_bad_images_are_skipped_and_counted_exactly(folder: Path, tmp_path: Path
     iterator.close()
 
     assert_same(taken, take(dataset, 2, seed=1, batch_size=good + bad, flip=False))
-    halves = [take(dataset, 2, seed=1, process_index=p, process_count=2) for p in (0, 1)]
+    halves = [take(dataset, 2, seed=1, rows=np.arange(4 * p, 4 * p + 4)) for p in (0, 1)]
     whole = [{k: np.concatenate([a[k], b[k]]) for k in a} for a, b in zip(*halves, strict=True)]
     assert_same(whole, take(dataset, 2, seed=1))
 

@@ -99,13 +99,6 @@ def test_the_defaults_are_those_of_the_config():
         assert default == CONFIG_FIELDS[f"data.{name}"].default
 
 
-@pytest.mark.parametrize("source, field", [("tfds", "path"), ("folder", "path"), ("folder", "labels")])
-def test_a_url_is_refused_unchanged(folder: Path, source: str, field: str):
-    fields = {**FIELDS, "source": source, "name": "cifar10" * (source == "tfds"), "path": str(folder)}
-    with pytest.raises(ValueError, match=rf"data\.{field} is 'gs://my-bucket/tfds', a URL: copy .* mount"):
-        open_dataset(**{**fields, field: "gs://my-bucket/tfds"})
-
-
 def test_one_line_says_how_many_images_there_are_and_how_classes_are_numbered(folder: Path):
     assert open_folder(folder).notes == (
         f"The split 'train' of data.path = '{folder}': 17 images in 2 classes, numbered by name: 0 = ant, 1 = bee.",

@@ -81,11 +81,10 @@ def test_substitutes_do_not_depend_on_processes_workers_and_the_batch_size(
             made(labels, is_bad)[0],
             6,
             batch_size=16,
-            process_index=p,
-            process_count=process_count,
+            rows=rows,
             num_workers=num_workers,
         )
-        for p in range(process_count)
+        for rows in np.split(np.arange(16), process_count)
     ]
     joined = [{k: np.concatenate([part[k] for part in step]) for k in step[0]} for step in zip(*parts, strict=True)]
     assert_same(
