@@ -28,7 +28,7 @@ from cfd.data.dataset import Dataset
 from cfd.devices import parallel, preemption, seeds, watchdog, xla
 from cfd.errors import UserError
 from cfd.evaluation import inception
-from cfd.runs import npz
+from cfd.runs import files, npz
 
 HASHED_IMAGES = 16
 """The number of images of a data set whose pixels enter `data_hash`."""
@@ -90,9 +90,8 @@ def open_classifier(
         params = train_classifier(net, train, num_steps=num_steps, flip=flip, seed=seed)
         correct, count = count_correct(net, params, held_out)
         if jax.process_index() == 0:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            with open(path.replace(".npz", ".json"), "w") as file:
-                json.dump(trained | {"held_out_accuracy": correct / count, "held_out_images": count}, file, indent=1)
+            record = trained | {"held_out_accuracy": correct / count, "held_out_images": count}
+            files.write_atomically(record_path(folder), json.dumps(record, indent=1))
             npz.write_npz(path, {"/".join(key): np.asarray(x) for key, x in flatten_dict(params).items()})
             print(f"Feature classifier, {count} held-out images: accuracy {correct / count:.4f}", flush=True)
         parallel.barrier("feature classifier")
@@ -110,6 +109,11 @@ def classifier_path(folder: str) -> str:
     return os.path.join(folder, "features", "classifier.npz")
 
 
+def record_path(folder: str) -> str:
+    """The file that says how the feature classifier in a run's folder was trained."""
+    return os.path.join(folder, "features", "classifier.json")
+
+
 def recipe(train: Dataset, *, num_steps: int, flip: bool, seed: int) -> dict[str, Any]:
     """How a feature classifier is trained, as classifier.json records it."""
     num_classes = len(train.class_names)
@@ -122,11 +126,17 @@ def read_recipe(folder: str, wanted: dict[str, Any]) -> dict[str, Any] | None:
     Raises ValueError if its files are damaged, and as `check_trained` does.
     """
     path = classifier_path(folder)
-    if not os.path.exists(path):
+    if not files.exists(path):
         return None
+    record = record_path(folder)
     try:
-        with open(path.replace(".npz", ".json")) as file:
-            recorded = json.load(file)
+        content = files.read_bytes(record)
+    except OSError as error:
+        raise UserError(f"{record} cannot be read ({error.strerror}): {files.how_to_allow(record)}") from error
+    try:
+        if content is None:
+            raise ValueError("classifier.json is missing")
+        recorded = json.loads(content)
         if not isinstance(recorded, dict) or "classifier_steps" not in recorded:
             raise ValueError("classifier.json does not say how it was trained")
         npz.read_npz(path)

@@ -19,7 +19,7 @@ from jax import Array
 from jaxtyping import Float, UInt8
 
 from cfd.errors import UserError
-from cfd.runs import npz
+from cfd.runs import files, npz
 
 SIZE = 299
 BATCH_NORM_EPS = 1e-3
@@ -221,5 +221,5 @@ def load_params(path: str | Path) -> dict[str, Any]:
 
 def weights_hash(path: str | Path) -> str:
     """The SHA-256 of a weights file, in hexadecimal. Results identify their feature network by it."""
-    with open(path, "rb") as file:
+    with files.downloaded(path) as copy, open(copy, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

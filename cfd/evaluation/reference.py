@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from tqdm import tqdm
 
 from cfd.data.batches import load_arrays
@@ -24,7 +24,7 @@ from cfd.devices import parallel, preemption
 from cfd.errors import UserError
 from cfd.evaluation import metrics
 from cfd.evaluation.features import FeatureNetwork, data_hash
-from cfd.runs import npz
+from cfd.runs import files, npz
 
 NEIGHBOUR_ROWS = 10_000
 """The number of reference images for precision and recall, as in ADM's evaluator."""
@@ -56,7 +56,7 @@ def reference_hash(features: FeatureNetwork, dataset: Dataset | None, *, path: s
     """
     digest = hashlib.sha256(features.weights_hash.encode())
     if path:
-        with open(path, "rb") as file:
+        with files.downloaded(path) as copy, open(copy, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
     assert dataset is not None, "without a file, the data set is the reference"
@@ -80,12 +80,13 @@ def open_reference(
     """The statistics in the file `path` or, if `path` is "", those of `dataset`.
 
     They are cached in features/reference_<name>.npz of the run's folder; `name` comes from `reference_hash`.
-    `image_shape` is (H, W, C), and `num_workers` threads decode the images of `dataset`. Warns if the set is too small
-    for a covariance of full rank, or if a file has no images. Raises ValueError as `check_reference` does, and
-    `preemption.Stopped` on request.
+    `image_shape` is (H, W, C), and `num_workers` threads decode the images of `dataset`. Each process decodes an equal
+    share of them, and all processes have the same result, to the bit, however many of them share the devices. Warns if
+    the set is too small for a covariance of full rank, or if a file has no images. Raises ValueError as
+    `check_reference` does, and `preemption.Stopped` on request.
     """
     cache = os.path.join(folder, "features", f"reference_{name[:12]}.npz")
-    found = os.path.exists(cache)
+    found = files.exists(cache)
     parallel.barrier("reference looked for")
     if found:
         reference = Reference(**npz.read_npz(cache))
@@ -101,7 +102,6 @@ def open_reference(
             stacklevel=2,
         )
     if jax.process_index() == 0 and not found:
-        os.makedirs(os.path.dirname(cache), exist_ok=True)
         npz.write_npz(cache, {key: array for key, array in reference._asdict().items() if array is not None})
     parallel.barrier("reference")
     return reference
@@ -238,10 +238,34 @@ def image_blocks(dataset: Dataset, num_workers: int) -> Iterator[UInt8[np.ndarra
     """The images of a whole data set, in order, in blocks; see `with_progress`."""
     rows = block_rows((dataset.image_size, dataset.image_size, dataset.channels))
     blocks = (
-        load_arrays(dataset, np.arange(first, min(first + rows, len(dataset))), num_workers=num_workers)[0]
+        decode_together(dataset, np.arange(first, min(first + rows, len(dataset))), num_workers)
         for first in range(0, len(dataset), rows)
     )
     return with_progress(blocks, len(dataset))
+
+
+def decode_together(
+    dataset: Dataset, indices: Int[np.ndarray, " _n"], num_workers: int
+) -> UInt8[np.ndarray, "n h w c"]:
+    """The good images at `indices`, in order, on every process. Each process decodes an equal share of them.
+
+    If a process cannot decode its share, all processes raise an error.
+    """
+    share = -(-len(indices) // jax.process_count())
+    own, images, error = indices[jax.process_index() * share :][:share], None, None
+    try:
+        images = load_arrays(dataset, own, num_workers=num_workers)[0]
+    except Exception as caught:
+        error = caught
+    counts = parallel.gather_rows(np.array([-1 if images is None else len(images)], np.int32))
+    if images is None or (counts < 0).any():
+        process = int(counts.argmin())
+        raise error or UserError(f"process {process} cannot decode its share of the reference set, and says why")
+    # Flat rows: a TPU would pad the last two axes of images to tiles of 8 x 128.
+    padded = np.zeros((share, int(np.prod(images.shape[1:]))), np.uint8)
+    padded[: len(images)] = images.reshape(len(images), padded.shape[1])
+    shares = parallel.gather_rows(padded).reshape(-1, share, *images.shape[1:])
+    return np.concatenate([some[:count] for some, count in zip(shares, counts, strict=True)])
 
 
 def with_progress(blocks: Iterable[np.ndarray], count: int) -> Iterator[np.ndarray]:

@@ -59,13 +59,20 @@ def to_uint8(x: Float[Array, "..."]) -> UInt8[Array, "..."]:
 def compile_sampler(network: Network, sampling: Sampling, mesh: Mesh) -> Sampler:
     """One program that serves every seed, class, weight, v and interval. v and interval default to those of `sampling`.
 
-    Every batch has `sampling.batch_size` rows and the last one is padded, so that an image does not depend on how many
-    are asked for. A batch whose weights are all 0 costs one network evaluation per step. With a noisy classifier, w is
-    the weight of classifier guidance. Raises ValueError if the devices do not divide the batch, and as `seeds.check`
-    does; the sampler raises ValueError for images that are not finite.
+    Every batch has `sampling.batch_size` rows, or one per device if that is more, as a line then says. The last one is
+    padded, so that an image does not depend on how many are asked for. A batch whose weights are all 0 costs one
+    network evaluation per step. With a noisy classifier, w is the weight of classifier guidance. Raises ValueError if
+    the devices do not divide a larger batch, and as `seeds.check` does; the sampler raises ValueError for images that
+    are not finite.
     """
     seeds.check()
     parallel.check_batch("sample.batch_size", sampling.batch_size, mesh)
+    size = max(sampling.batch_size, mesh.size)
+    if size > sampling.batch_size and jax.process_index() == 0:
+        few = sampling.batch_size
+        print(
+            f"sample.batch_size is {few}, fewer images than the {size} devices: they draw {size} at a time.", flush=True
+        )
 
     def program(
         weights: Any, seed: Array, index: Array, label: Array, w: Array, v: Array, lo: Array, hi: Array
@@ -99,7 +106,6 @@ def compile_sampler(network: Network, sampling: Sampling, mesh: Mesh) -> Sampler
         interval: tuple[float, ...] = sampling.interval,
         classifier: ClassifierFn | None = None,
     ) -> Iterator[np.ndarray]:
-        size = sampling.batch_size
         for first in range(0, len(spec.index), size):
             watchdog.alive(slow=first == 0)
             rows = SampleSpec(*(np.resize(column[first : first + size], size) for column in spec))

@@ -1,26 +1,30 @@
 """`--mode=sweep`: images of the same seeds and classes for every cell of a grid, and their metrics.
 
-Each row of sweep.csv and its manifest are on the disk as soon as the cell is measured. A sweep that is killed therefore
-resumes at the first cell that is missing. One compiled program serves all cells of the same T.
+Each row of sweep.csv and its manifest are written as soon as the cell is measured. A sweep that is killed therefore
+resumes at the first cell that is missing. One compiled program serves all cells of the same T. All processes sample
+the images and extract their features; a thread of process 0 computes the metrics from them, and meanwhile the next
+cell is sampled.
 """
 
+import concurrent.futures
 import contextlib
 import functools
+import glob
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
-from itertools import product
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 from tqdm import tqdm
 
 from cfd.config import Config, complete, with_classes
 from cfd.data.sources import Dataset, check_classes
-from cfd.devices import parallel, preemption, progress, seeds
+from cfd.devices import buckets, parallel, preemption, progress, seeds, watchdog
 from cfd.errors import UserError
 from cfd.evaluation import inception, metrics
 from cfd.evaluation.features import (
@@ -32,10 +36,11 @@ from cfd.evaluation.features import (
     recipe,
 )
 from cfd.evaluation.reference import Reference, check_count, check_reference, open_reference, reference_hash
-from cfd.evaluation.scores import Batches, score
+from cfd.evaluation.scores import Scoring, start_scoring
 from cfd.modes import figures, settings, tables
+from cfd.modes.cells import Cell, interval_of, manifest_of, measured_rows, missing_cells, row_of, rows_of_grid
 from cfd.modes.sampler import Network, Sampler, SampleSpec, Sampling, compile_sampler, evaluation_flops, evaluations
-from cfd.runs import manifest, npz, results
+from cfd.runs import files, manifest, npz, results
 from cfd.runs.digest import weights_hash
 from cfd.runs.results import MEASURED, SETTINGS, Row
 
@@ -53,11 +58,17 @@ class Model(NamedTuple):
     mesh: Mesh
 
 
-class Cell(NamedTuple):
-    """A cell of the grid: the settings of its row, and the manifest that says how the row is made."""
+class Measuring(NamedTuple):
+    """A cell whose sampling began at `start`. `scoring` computes its metrics on process 0, and is None on others.
 
-    row: Row
-    manifest: dict[str, Any]
+    `where` names the cell for the user, and `has_classes` says whether classes were asked for.
+    """
+
+    cell: Cell
+    scoring: Scoring | None
+    start: float
+    where: str
+    has_classes: bool
 
 
 def sweep(config: Config, folder: str, out: str) -> list[Row]:
@@ -150,16 +161,12 @@ def check(config: Config, folder: str, out: str | None = None) -> Dataset | None
         )
         trained = recipe(train, num_steps=evaluate.classifier_steps, flip=data.flip, seed=config.seed)
         read_recipe(classifier_folder(folder, out), trained)
-    elif not os.path.isfile(evaluate.inception_path):
-        raise UserError(
-            f"config.eval.inception_path is {evaluate.inception_path!r}, which is no file; make it with "
-            "`python -m cfd.convert inception FILE OUT`"
-        )
     else:
+        remedy = "make it with `python -m cfd.convert inception FILE OUT`"
+        check_file("config.eval.inception_path", evaluate.inception_path, remedy)
         inception.load_params(evaluate.inception_path)
     if evaluate.reference:
-        if not os.path.isfile(evaluate.reference):
-            raise UserError(f"config.eval.reference is {evaluate.reference!r}, which is no file; '' takes the data set")
+        check_file("config.eval.reference", evaluate.reference, "'' takes the data set")
         check_reference(evaluate.reference, settings.image_shape(config), evaluate.features)
     settings.check_weights(config, evaluate.weights)
     settings.check_sampling(
@@ -167,6 +174,23 @@ def check(config: Config, folder: str, out: str | None = None) -> Dataset | None
     )
     settings.check_classifier(config, folder)
     return train
+
+
+def check_file(name: str, path: str, remedy: str) -> None:
+    """Raises UserError, which names the field, if there is no file at `path`, or if it cannot be read from its bucket.
+
+    `remedy` is for a file that is missing.
+    """
+    if buckets.is_url(path):
+        buckets.check(name, path)
+    try:
+        found = files.exists(path) if buckets.is_url(path) else os.path.isfile(path)
+    except OSError as error:
+        raise UserError(
+            f"{name} is {path!r}, which cannot be read ({error.strerror}): {files.how_to_allow(path)}"
+        ) from error
+    if not found:
+        raise UserError(f"{name} is {path!r}, which is no file; {remedy}")
 
 
 def open_features(config: Config, folder: str, out: str, mesh: Mesh, train: Dataset | None) -> FeatureNetwork:
@@ -189,71 +213,19 @@ def open_features(config: Config, folder: str, out: str, mesh: Mesh, train: Data
 
 def classifier_folder(folder: str, out: str) -> str:
     """`out`, or the run's `folder` if it alone has a feature classifier."""
-    there, here = (os.path.exists(classifier_path(place)) for place in (folder, out))
+    there, here = (files.exists(classifier_path(place)) for place in (folder, out))
     return folder if there and not here else out
-
-
-def rows_of_grid(config: Config, step: int) -> list[Row]:
-    """The cells that `eval` asks for at one step, as rows that hold their settings and the name of their FID."""
-    sample, evaluate = config.sample, config.eval
-    v = tuple(evaluate.v) or (sample.v,) if sample.sampler == "ancestral" else (0.0,)
-    intervals = tuple(evaluate.intervals) or (tuple(sample.interval),)
-    cells = product(tuple(evaluate.num_steps) or (sample.num_steps,), v, intervals, evaluate.weights)
-    return [
-        {
-            "step": step,
-            "p_uncond": float(config.train.p_uncond),
-            "num_steps": num_steps,
-            "sampler": sample.sampler,
-            "v": float(v),
-            "guidance": sample.guidance,
-            "interval": ":".join(repr(float(end)).removesuffix(".0") for end in interval),
-            "w": float(w),
-            "num_samples": evaluate.num_samples,
-            "labels": evaluate.labels,
-            "seed": evaluate.seed,
-            "features": evaluate.features,
-            "fid_name": results.fid_name(evaluate.num_samples),
-        }
-        for num_steps, v, interval, w in cells
-    ]
-
-
-def interval_of(row: Row) -> tuple[float, ...]:
-    """The guidance interval of a row; () if it has none."""
-    return tuple(float(end) for end in row["interval"].split(":") if end)
-
-
-def missing_cells(folder: str, cells: list[Cell]) -> list[Cell]:
-    """The cells that are still to be measured. Every process calls it.
-
-    A cell that was measured in another way meanwhile, such as with another reference, gets its row again at the end of
-    sweep.csv, where the rows that belong together are looked for.
-    """
-    by_name = {manifest.manifest_name(cell.manifest): cell for cell in cells}
-    there = measured_rows(folder, cells)
-    parallel.barrier("sweep cells looked for")
-    newest = {row["manifest"] for row in results.latest(folder)}
-    parallel.barrier("sweep cells found")
-    for name in there.keys() - newest if jax.process_index() == 0 else ():
-        results.append_row(folder, there[name])
-    if there and jax.process_index() == 0:
-        print(f"{len(there)} of {len(cells)} cells are in {folder}/sweep.csv already.", flush=True)
-        progress.report(f"{len(results.read_rows(folder))} rows")
-    return [cell for name, cell in by_name.items() if name not in there]
-
-
-def measured_rows(folder: str, cells: Iterable[Cell]) -> dict[str, Row]:
-    """The rows of sweep.csv that belong to these cells, by the names of their manifests, which must be there."""
-    rows = {row["manifest"]: row for row in results.read_rows(folder)}
-    names = [manifest.manifest_name(cell.manifest) for cell in cells]
-    return {name: rows[name] for name in names if name in rows and manifest.read_manifest(folder, name) is not None}
 
 
 def measure_cells(
     model: Model, folder: str, cells: list[Cell], num_classes: int, features: FeatureNetwork, reference: Reference
 ) -> None:
-    """Measure one cell after the other and write each row at once. The progress bar counts network evaluations."""
+    """Samples the images of one cell after the other, and writes the row of each as soon as it is measured.
+
+    A cell is measured while the next one is sampled, and is written before that one is measured. An error of the
+    sampling, or a request to stop, leaves no cell unwritten whose images are complete. The progress bar counts network
+    evaluations.
+    """
 
     @functools.cache
     def sampling_at(num_steps: int) -> Sampling:
@@ -268,32 +240,76 @@ def measure_cells(
     flops = total * evaluation_flops(model.network, model.params_at(cells[0].row["step"]))
     if jax.process_index() == 0:
         print(f"{len(cells)} cells to measure: {total:,} network evaluations, {flops:.3g} FLOP.", flush=True)
-    radii = None if reference.features is None else metrics.squared_radii(reference.features)
+    radii = None
+    if jax.process_index() == 0 and reference.features is not None:
+        radii = metrics.squared_radii(reference.features)
+    several = cells[0].row["step"] != cells[-1].row["step"]
+    before: Measuring | None = None
     with tqdm(total=total, desc="sweep", unit="eval", unit_scale=True, smoothing=0.1, disable=None) as bar:
-        for number, (cell, cost) in enumerate(zip(cells, costs, strict=True)):
-            start = time.perf_counter()
-            row: Row = cell.row | {"manifest": manifest.manifest_name(cell.manifest)}
-            count, sampler = row["num_samples"], sampler_at(row["num_steps"])
-            images = sampled(model, sampler, row, folder, num_classes, cell.manifest.get("class_counts"))
-            row |= score(counted(images, bar, cost), count, features, reference, radii)
-            row |= {} if num_classes else {"class_accuracy": None}  # no class was asked for
-            rate = count / (time.perf_counter() - start)
+        for cell, cost in zip(cells, costs, strict=True):
+            start, row = time.perf_counter(), cell.row
+            sampler = sampler_at(row["num_steps"])
+            batches = sampled(model, sampler, row_of(cell), folder, num_classes, cell.manifest.get("class_counts"))
+            scoring = None
             if jax.process_index() == 0:
-                manifest.write_manifest(folder, cell.manifest)
-                results.append_row(folder, row)
-                measured = "  ".join(f"{key} {row[key]:.4g}" for key in MEASURED if row[key] is not None)
-                step = f"step {row['step']}  " if cells[0].row["step"] != cells[-1].row["step"] else ""
-                where = f"{step}T {row['num_steps']}  w {row['w']:g}"
-                tqdm.write(f"{where}  {measured}  ({rate:.3g} images/s sampled and measured)")
-                progress.report(f"{len(results.read_rows(folder))} rows")
-            parallel.barrier(f"sweep cell {number}")
+                scoring = start_scoring(row["num_samples"], features.name, reference, radii)
+            try:
+                with contextlib.closing(batches):
+                    for images, labels in batches:
+                        outputs = features.extract(images)
+                        if scoring is not None:
+                            scoring.put((outputs, labels))
+                        bar.update(len(images) * cost)
+                        before = finish(folder, before, wait=False)
+                finish(folder, before)
+            except BaseException as error:
+                if scoring is not None:
+                    scoring.put(concurrent.futures.CancelledError())
+                    if before is not None and isinstance(error, Exception) and not isinstance(error, preemption.Lost):
+                        save(folder, before)
+                raise
+            if scoring is not None:
+                scoring.put(None)
+            step = f"step {row['step']}  " if several else ""
+            where = f"{step}T {row['num_steps']}  w {row['w']:g}"
+            before = Measuring(cell, scoring, start, where, num_classes > 0)
+        finish(folder, before)
 
 
-def counted(batches: Batches, bar: tqdm, cost: int) -> Batches:
-    """The same batches. The bar advances by `cost` per image."""
-    for images, labels in batches:
-        yield images, labels
-        bar.update(len(images) * cost)
+def finish(folder: str, cell: Measuring | None, *, wait: bool = True) -> Measuring | None:
+    """Writes the row of a cell as soon as its metrics are there, and returns None. Every process must call it.
+
+    Without `wait`, returns the cell if they are not there yet. If process 0 cannot measure the cell or write its row,
+    all processes raise an error.
+    """
+    if cell is None or not parallel.total(int(wait or (cell.scoring is not None and cell.scoring.result.done()))):
+        return cell
+    watchdog.alive(slow=True)
+    if cell.scoring is not None:
+        concurrent.futures.wait([cell.scoring.result])
+    preemption.check_held()
+    error = None
+    if cell.scoring is not None:
+        try:
+            save(folder, cell)
+        except Exception as caught:
+            error = caught
+    if parallel.total(int(error is not None)):
+        raise error or UserError(f"process 0 could not measure {cell.where}, and says why")
+    progress.report(f"{len(results.read_rows(folder))} rows")
+    return None
+
+
+def save(folder: str, cell: Measuring) -> None:
+    """Waits for the metrics of a cell on process 0, writes its manifest and its row, and prints the row."""
+    assert cell.scoring is not None, "process 0 alone measures"
+    scores = cell.scoring.result.result()
+    row = row_of(cell.cell) | scores | ({} if cell.has_classes else {"class_accuracy": None})
+    manifest.write_manifest(folder, cell.cell.manifest)
+    results.append_row(folder, row)
+    measured = "  ".join(f"{key} {row[key]:.4g}" for key in MEASURED if row[key] is not None)
+    rate = cell.cell.row["num_samples"] / (time.perf_counter() - cell.start)
+    tqdm.write(f"{cell.where}  {measured}  ({rate:.3g} images/s sampled and measured)")
 
 
 def sampled(
@@ -303,15 +319,17 @@ def sampled(
     folder: str,
     num_classes: int,
     class_counts: Sequence[int] | None = None,
-) -> Batches:
+) -> Generator[tuple[UInt8[np.ndarray, "n h w c"], Int[np.ndarray, " _n"]], None, None]:
     """The (images, labels) of a row as they are sampled; also written to the row's `.npz`, in OpenAI's layout."""
     count = row["num_samples"]
     index = np.arange(count, dtype=np.int32)
     labels = manifest.labels_of(row["labels"], row["seed"], count, num_classes, class_counts)
     spec = SampleSpec(np.full(count, row["seed"], np.uint32), index, labels, np.full(count, row["w"], np.float32))
     path = results.samples_path(folder, row)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
     writer: Callable[..., Any] = npz.sample_writer if jax.process_index() == 0 else discard_samples
+    if jax.process_index() == 0 and not buckets.is_url(path):
+        for unfinished in Path(path).parent.glob(f"{glob.escape(Path(path).name)}.*.tmp"):  # of a sweep that was killed
+            unfinished.unlink()
     with writer(path, count, model.network.image_shape) as write:
         first = 0
         params = model.params_at(row["step"])
@@ -328,34 +346,6 @@ def sampled(
 def discard_samples(*_: Any) -> contextlib.AbstractContextManager[Callable[..., None]]:
     """A writer that writes nothing, for the processes other than the first."""
     return contextlib.nullcontext(lambda *_: None)
-
-
-def manifest_of(
-    config: Config,
-    row: Row,
-    hashes: dict[str, str],
-    features: FeatureNetwork,
-    num_classes: int = 0,
-    class_counts: Sequence[int] | None = None,
-) -> dict[str, Any]:
-    """The manifest of a row: the SHA-256 of everything that goes in, every setting, and the versions."""
-    return manifest.manifest_of(
-        row,
-        weights=hashes["weights"],
-        guide_weights=hashes["classifier"],
-        ema_decay=config.train.ema_decay,
-        network=config.model.to_dict(),
-        process=config.process.to_dict(),
-        clip=config.sample.clip,
-        data=config.data.to_dict(),
-        data_identity=hashes["data"],
-        reference=hashes["reference"],
-        reference_path=config.eval.reference,
-        features=features.name,
-        features_weights=features.weights_hash,
-        num_classes=num_classes,
-        class_counts=class_counts,
-    )
 
 
 def comparable_rows(folder: str, rows: list[Row]) -> list[Row]:
@@ -380,7 +370,7 @@ def show(folder: str, rows: list[Row], class_names: tuple[str, ...], published: 
         figures.save_curve(os.path.join(folder, "sweep_steps.png"), tables.curves(rows, axis="step"), {}, axis="step")
     for number, line in enumerate(curves.values()):
         name = f"sweep_{number}.png" if len(curves) > 1 else "sweep.png"
-        kept = [row for row in line if os.path.exists(results.samples_path(folder, row))]
+        kept = [row for row in line if files.exists(results.samples_path(folder, row))]
         if len(kept) < len(line):
             lost = ", ".join(f"{row['w']:g}" for row in line if row not in kept)
             print(f"The images of w = {lost} are not in {folder}/samples: {name} there leaves them out.", flush=True)

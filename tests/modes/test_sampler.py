@@ -172,3 +172,13 @@ def test_operations_are_not_counted_without_a_cpu(params: Any, monkeypatch: pyte
 def test_a_batch_that_the_devices_do_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match=r"sample\.batch_size is 12, which 8 devices do not divide"):
         compile_sampler(NETWORK, sampling_of(tiny_config(sample__batch_size=12)), mesh_of(8))
+
+
+def test_devices_that_outnumber_a_batch_draw_an_image_each(
+    params: Any, forty: np.ndarray, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sampler = compile_sampler(NETWORK, sampling_of(tiny_config(sample__batch_size=3)), mesh_of(8))
+    assert "sample.batch_size is 3, fewer images than the 8 devices: they draw 8 at a time." in capsys.readouterr().out
+    batches = list(sampler(parallel.replicate(mesh_of(8), params), rows(some(40), slice(0, 20))))
+    assert [len(batch) for batch in batches] == [8, 8, 4]
+    assert_same_images(np.concatenate(batches), forty[:20])

@@ -47,7 +47,7 @@ def brightness(images: np.ndarray) -> Outputs:
 @pytest.fixture
 def run(mixing_run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of a run at step 7 that is swept on one device, with the features `brightness`."""
-    monkeypatch.setattr(parallel, "make_mesh", lambda data, fsdp: mesh_of(1))
+    monkeypatch.setattr(parallel, "make_mesh", lambda **_: mesh_of(1))
     network = FeatureNetwork("classifier", "0" * 64, brightness)
     monkeypatch.setattr(sweep, "open_features", lambda *_: network)
     return mixing_run

@@ -40,7 +40,7 @@ def folder_config(path: str, **changes: Any) -> Any:
 @pytest.fixture
 def run(mixing_run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of a run at step 7 that is swept on one device, with the features `pixels`."""
-    monkeypatch.setattr(parallel, "make_mesh", lambda data, fsdp: mesh_of(1))
+    monkeypatch.setattr(parallel, "make_mesh", lambda **_: mesh_of(1))
     network = FeatureNetwork("classifier", "f" * 64, pixels)
     monkeypatch.setattr(sweep, "open_features", lambda *_: network)
     return mixing_run

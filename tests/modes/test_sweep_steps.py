@@ -38,7 +38,7 @@ def params_at(step: int) -> Any:
 @pytest.fixture
 def run(mixing_run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of a run with the steps 3, 5 and 7, swept on one device."""
-    monkeypatch.setattr(parallel, "make_mesh", lambda data, fsdp: mesh_of(1))
+    monkeypatch.setattr(parallel, "make_mesh", lambda **_: mesh_of(1))
     network = FeatureNetwork("classifier", "0" * 64, quarters)
     monkeypatch.setattr(sweep, "open_features", lambda *_: network)
     earlier = {step: params_at(step) for step in (3, 5)}

@@ -1,0 +1,111 @@
+"""The cells of a sweep's grid: their settings, their manifests, and which of them are measured already."""
+
+from collections.abc import Iterable, Sequence
+from itertools import product
+from typing import Any, NamedTuple
+
+import jax
+
+from cfd.config import Config
+from cfd.devices import parallel, progress
+from cfd.evaluation.features import FeatureNetwork
+from cfd.runs import manifest, results
+from cfd.runs.results import Row
+
+
+class Cell(NamedTuple):
+    """A cell of the grid: the settings of its row, and the manifest that says how the row is made."""
+
+    row: Row
+    manifest: dict[str, Any]
+
+
+def rows_of_grid(config: Config, step: int) -> list[Row]:
+    """The cells that `eval` asks for at one step, as rows that hold their settings and the name of their FID."""
+    sample, evaluate = config.sample, config.eval
+    v = tuple(evaluate.v) or (sample.v,) if sample.sampler == "ancestral" else (0.0,)
+    intervals = tuple(evaluate.intervals) or (tuple(sample.interval),)
+    cells = product(tuple(evaluate.num_steps) or (sample.num_steps,), v, intervals, evaluate.weights)
+    return [
+        {
+            "step": step,
+            "p_uncond": float(config.train.p_uncond),
+            "num_steps": num_steps,
+            "sampler": sample.sampler,
+            "v": float(v),
+            "guidance": sample.guidance,
+            "interval": ":".join(repr(float(end)).removesuffix(".0") for end in interval),
+            "w": float(w),
+            "num_samples": evaluate.num_samples,
+            "labels": evaluate.labels,
+            "seed": evaluate.seed,
+            "features": evaluate.features,
+            "fid_name": results.fid_name(evaluate.num_samples),
+        }
+        for num_steps, v, interval, w in cells
+    ]
+
+
+def interval_of(row: Row) -> tuple[float, ...]:
+    """The guidance interval of a row; () if it has none."""
+    return tuple(float(end) for end in row["interval"].split(":") if end)
+
+
+def missing_cells(folder: str, cells: list[Cell]) -> list[Cell]:
+    """The cells that are still to be measured. Every process calls it.
+
+    A cell that was measured in another way meanwhile, such as with another reference, gets its row again at the end of
+    sweep.csv, where the rows that belong together are looked for.
+    """
+    by_name = {manifest.manifest_name(cell.manifest): cell for cell in cells}
+    there = measured_rows(folder, cells)
+    parallel.barrier("sweep cells looked for")
+    newest = {row["manifest"] for row in results.latest(folder)}
+    parallel.barrier("sweep cells found")
+    for name in there.keys() - newest if jax.process_index() == 0 else ():
+        results.append_row(folder, there[name])
+    if there:
+        if jax.process_index() == 0:
+            print(f"{len(there)} of {len(cells)} cells are in {folder}/sweep.csv already.", flush=True)
+        progress.report(f"{len(results.read_rows(folder))} rows")
+    return [cell for name, cell in by_name.items() if name not in there]
+
+
+def measured_rows(folder: str, cells: Iterable[Cell]) -> dict[str, Row]:
+    """The rows of sweep.csv that belong to these cells, by the names of their manifests, which must be there."""
+    rows = {row["manifest"]: row for row in results.read_rows(folder)}
+    names = [manifest.manifest_name(cell.manifest) for cell in cells]
+    return {name: rows[name] for name in names if name in rows and manifest.read_manifest(folder, name) is not None}
+
+
+def row_of(cell: Cell) -> Row:
+    """The settings of a cell's row, and the name of its manifest."""
+    return cell.row | {"manifest": manifest.manifest_name(cell.manifest)}
+
+
+def manifest_of(
+    config: Config,
+    row: Row,
+    hashes: dict[str, str],
+    features: FeatureNetwork,
+    num_classes: int = 0,
+    class_counts: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """The manifest of a row: the SHA-256 of everything that goes in, every setting, and the versions."""
+    return manifest.manifest_of(
+        row,
+        weights=hashes["weights"],
+        guide_weights=hashes["classifier"],
+        ema_decay=config.train.ema_decay,
+        network=config.model.to_dict(),
+        process=config.process.to_dict(),
+        clip=config.sample.clip,
+        data=config.data.to_dict(),
+        data_identity=hashes["data"],
+        reference=hashes["reference"],
+        reference_path=config.eval.reference,
+        features=features.name,
+        features_weights=features.weights_hash,
+        num_classes=num_classes,
+        class_counts=class_counts,
+    )
