@@ -5,7 +5,9 @@
 #   sbatch --nodes=2 launch/slurm.sh CONFIG WORKDIR [FLAG ...]
 #
 # Submit it from the checkout. The numbers below are for nodes with 8 GPUs; options of sbatch, given before the script,
-# override them. WORKDIR must be on a file system that all nodes share. PYTHON is the interpreter (default: python3).
+# override them. WORKDIR must be on a file system that all nodes share, or in a bucket (gs://BUCKET/PATH). Optional
+# variables: PYTHON is the interpreter (python3); SRUN_FLAGS holds options of srun, such as the container of the tasks:
+# SRUN_FLAGS="--container-image=IMAGE --mpi=none".
 #SBATCH --job-name=cfd
 #SBATCH --ntasks-per-node=8
 #SBATCH --gres=gpu:8
@@ -15,15 +17,16 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=B:TERM@300
 set -euo pipefail
-[ $# -ge 2 ] || { sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -ge 2 ] || { sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2; }
 config=$1 workdir=$2
 python=${PYTHON:-python3}
 
 # Each task must see all GPUs of its node, because JAX gives it the GPU that has the task's number: no --gpus-per-task.
 # The signal that asks the run to stop is USR1, which srun forwards to its tasks. At TERM, srun kills its tasks. A task
 # that has saved exits with 75, which must not kill the others. They end by themselves if a task fails.
+# shellcheck disable=SC2086  # several flags
 "$python" launch/supervise.py --stop-signal=USR1 -- \
-  srun --kill-on-bad-exit=0 --wait=300 \
+  srun --kill-on-bad-exit=0 --wait=300 ${SRUN_FLAGS:-} \
   "$python" -m cfd.main --config="$config" --workdir="$workdir" "${@:3}" &
 supervisor=$!
 

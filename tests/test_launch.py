@@ -1,9 +1,10 @@
-"""The supervisor's decisions with small commands in place of training, the launch scripts, and what they set."""
+"""The supervisor's decisions with small commands in place of training, and how the processes of a job are joined."""
 
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -175,6 +176,12 @@ def test_scripts_print_their_usage(script: Path) -> None:
     assert done.returncode == 2 and "CONFIG WORKDIR" in done.stdout
 
 
+@pytest.fixture(autouse=True)
+def newest_jax(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A JAX that knows all time-outs, whatever its version is."""
+    monkeypatch.setattr(parallel, "TAKES_SHUTDOWN_TIMEOUT", True)
+
+
 def joined(monkeypatch: pytest.MonkeyPatch, **environment: str) -> dict[str, Any] | None:
     """The arguments with which `init_distributed` calls JAX in an environment, or None."""
     asked: list[dict[str, Any]] = []
@@ -211,6 +218,18 @@ def test_a_cluster_is_left_to_jax(monkeypatch: pytest.MonkeyPatch, environment: 
     assert joined(monkeypatch, **environment) == TIMEOUTS
 
 
+def test_an_older_jax_is_not_given_the_timeout_that_it_does_not_know(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(parallel, "TAKES_SHUTDOWN_TIMEOUT", False)
+    asked = {"CFD_COORDINATOR": "auto", "CFD_SHUTDOWN_TIMEOUT": "300"}
+    known = {name: seconds for name, seconds in TIMEOUTS.items() if name != "shutdown_timeout_seconds"}
+    assert joined(monkeypatch, **asked) == known
+    assert "no effect" not in capsys.readouterr().out
+    assert joined(monkeypatch, **asked | {"CFD_SHUTDOWN_TIMEOUT": "7"}) == known
+    assert "CFD_SHUTDOWN_TIMEOUT has no effect" in capsys.readouterr().out
+
+
 def test_the_coordinator_listens_only_on_the_given_host_and_port(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -239,83 +258,6 @@ def test_an_incomplete_environment_is_refused(
         joined(monkeypatch, CFD_COORDINATOR="127.0.0.1:1", **environment)
 
 
-FAKE = """#!/usr/bin/env bash
-printf '%s\\n' "$(basename "$0") $*" >> "$CALLS"
-case "$*" in *describe*) echo "${STATE:-READY}" ;; esac
-"""
-
-
-def with_fakes(tmp_path: Path, *names: str) -> dict[str, str]:
-    """An environment in which the commands of a cluster only record how they are called."""
-    for name in names:
-        path = tmp_path / "bin" / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(FAKE)
-        path.chmod(0o755)
-    path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    return os.environ | {"PATH": path, "CALLS": str(tmp_path / "calls"), "PYTHON": sys.executable}
-
-
-def test_slurm_runs_the_command_on_every_task(tmp_path: Path) -> None:
-    env = with_fakes(tmp_path, "srun", "scontrol")
-    script = str(ROOT / "launch" / "slurm.sh")
-    command = ["bash", script, "configs/a.py", "runs/a b", "--config.seed=1"]
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    calls = (tmp_path / "calls").read_text()
-    assert calls.count("\n") == 1 and "-m cfd.main --config=configs/a.py --workdir=runs/a b --config.seed=1" in calls
-
-
-def test_slurm_requeues_a_job_that_runs_out_of_time(tmp_path: Path) -> None:
-    """`srun` forwards SIGUSR1, which saves the run. At a SIGTERM it kills its tasks ("forcing job termination")."""
-    env = with_fakes(tmp_path, "scontrol") | {"SLURM_JOB_ID": "17"}
-    srun = tmp_path / "bin" / "srun"
-    traps = "trap 'echo saved; exit 75' USR1\ntrap 'echo killed; exit 137' TERM"
-    # The sleep outlives the signal. It must not keep the pipe open, because the test waits for its end.
-    srun.write_text(f"#!/usr/bin/env bash\n{traps}\necho ready\nsleep 60 >/dev/null 2>&1 & wait $!\n")
-    srun.chmod(0o755)
-    script = str(ROOT / "launch" / "slurm.sh")
-    with subprocess.Popen(["bash", script, "c", "w"], env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout and process.stdout.readline() == "ready\n"
-        process.terminate()
-        said, _ = process.communicate(timeout=30)
-    assert process.returncode == 75 and said == "saved\n"
-    assert (tmp_path / "calls").read_text() == "scontrol requeue 17\n"
-
-
-@pytest.mark.parametrize("state", ["READY", "PREEMPTED"])
-def test_a_preempted_slice_is_created_again(tmp_path: Path, state: str) -> None:
-    env = with_fakes(tmp_path, "gcloud") | {"STATE": state}
-    env |= {"TPU_NAME": "slice", "TPU_ZONE": "zone", "TPU_TYPE": "v5litepod-16", "TPU_VERSION": "version"}
-    command = ["bash", str(ROOT / "launch" / "tpu_pod.sh"), "configs/a.py", "/mnt/a b"]
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    calls = (tmp_path / "calls").read_text()
-    assert ("delete slice" in calls) == ("create slice" in calls) == (state == "PREEMPTED")
-    command_there = r".venv/bin/python -m cfd.main --config=configs/a.py --workdir=/mnt/a\ b"
-    assert f"CFD_SUPERVISED=1 CFD_COORDINATOR=auto exec {command_there}" in calls
-
-
-def test_a_slice_ends_with_the_code_of_the_run(tmp_path: Path) -> None:
-    """`gcloud ... ssh` exits with the code of the remote command, and the supervisor decides by it what follows."""
-    env = with_fakes(tmp_path, "gcloud") | {"CFD_ATTEMPT": "1"}
-    env |= {"TPU_NAME": "slice", "TPU_ZONE": "zone", "TPU_TYPE": "v5litepod-16", "TPU_VERSION": "version"}
-    with open(tmp_path / "bin" / "gcloud", "a") as fake:
-        fake.write('case "$*" in *exec*cfd.main*) exit 75 ;; esac\n')
-    command = ["bash", str(ROOT / "launch" / "tpu_pod.sh"), "configs/a.py", "/mnt/a"]
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 75, done.stderr
-
-
-def test_xpk_gets_one_command(tmp_path: Path) -> None:
-    env = with_fakes(tmp_path, "xpk") | {"XPK_CLUSTER": "c", "XPK_IMAGE": "i", "XPK_TPU_TYPE": "v5litepod-16"}
-    command = ["bash", str(ROOT / "launch" / "xpk.sh"), "configs/a.py", "/mnt/a"]
-    assert subprocess.run(command, env=env, cwd=ROOT, timeout=60).returncode == 0
-    calls = (tmp_path / "calls").read_text()
-    assert calls.startswith("xpk workload create --cluster=c --workload=cfd-a --tpu-type=v5litepod-16")
-    assert "launch/supervise.py -- python3 -m cfd.main --config=configs/a.py --workdir=/mnt/a" in calls
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_two_processes_on_this_machine(tmp_path: Path) -> None:
@@ -328,3 +270,29 @@ def test_two_processes_on_this_machine(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_process_tells_its_supervisor_of_the_progress(tmp_path: Path) -> None:
+    """On a cluster, each host has a supervisor of its own, which gives up after three faults without progress."""
+    cpu = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "CFD_SUPERVISED": "1", "CFD_NUM_PROCESSES": "2"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        cpu["CFD_COORDINATOR"] = f"127.0.0.1:{free.getsockname()[1]}"
+    flags = [f"--workdir={tmp_path / 'run'}", *flags_of(eval__weights=())]
+    for expected in (["step 2", "step 4", "step 6"], ["step 6"]):
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "cfd.main", "--config=digits", *flags],
+                env=os.environ | cpu | {"CFD_PROCESS_ID": str(number)},
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for number in range(2)
+        ]
+        outputs = [process.communicate()[0] for process in processes]
+        assert [process.returncode for process in processes] == [0, 0]
+        for output in outputs:
+            assert re.findall("cfd-progress: (.*)", output) == expected
