@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from jax_settings import jax_setting
 from mixtures import gaussian_eps
 from recursion import jaxtyping_off
 from scipy.integrate import quad
@@ -198,7 +199,7 @@ def test_eight_devices_equal_one():
 
 def test_float32_under_x64():
     x = column(0.0)
-    with jax.enable_x64(True):
+    with jax_setting("jax_enable_x64", True):
         loss = jax.eval_shape(lambda key: eps_loss(key, lambda z, *_: z, x, LABELS), jax.random.key(13))
     assert loss.dtype == jnp.float32
 

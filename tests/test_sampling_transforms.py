@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from jax_settings import jax_setting
 from recursion import (
     KEY,
     LABELS,
@@ -119,7 +120,7 @@ def test_strict_promotion_and_float32_under_x64():
             with jax.numpy_dtype_promotion("strict"):
                 images = jax.eval_shape(sampler_of(network, sampler=rule), KEY, LABELS, w)
             assert images.dtype == jnp.float32
-    with jax.enable_x64(True):
+    with jax_setting("jax_enable_x64", True):
         images = jax.eval_shape(lambda key: guided_sample(key, network, LABELS, (3,), w=0.5, num_steps=2), KEY)
     assert images.dtype == jnp.float32
 

@@ -1,20 +1,31 @@
-"""The wheel works where there is no checkout: it contains the package and its configs, and runs them by name."""
+"""The wheel works where there is no checkout: it contains the package and its configs, and runs them by name.
+
+Installing it on Colab replaces none of the packages of Colab's runtimes, whose versions are in .github/colab-*.txt. A
+replaced package would need a restart of the runtime, and others that are installed there may not work with it.
+"""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
+import tomllib
+import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from tiny import ROOT, flags_of
+
+RUNTIMES = sorted((ROOT / ".github").glob("colab-*.txt"))
 
 
 def run(*command: str, folder: Path, **environment: str) -> str:
     """The standard output of a command, which must succeed."""
     done = subprocess.run(
-        command, cwd=folder, env=os.environ | environment, capture_output=True, text=True, timeout=240
+        command, cwd=folder, env=os.environ | environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -61,3 +72,43 @@ def test_an_installed_wheel_trains_a_config_by_its_name(wheel: Path, tmp_path: P
     (run_folder,) = (folder / "runs").iterdir()
     assert run_folder.name == "digits"
     assert {"config.json", "checkpoints", "metrics.jsonl"} <= {path.name for path in run_folder.iterdir()}
+
+
+def pins(runtime: Path) -> dict[str, str]:
+    """The version of each package of a runtime, by its canonical name."""
+    lines = [line for line in runtime.read_text().split() if "==" in line]
+    return {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
+
+
+def test_the_bounds_admit_the_versions_of_colab() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = [Requirement(text) for group in (project["dependencies"], extras["tfds"], extras["gcs"]) for text in group]
+    assert [runtime.stem for runtime in RUNTIMES] == ["colab-gpu", "colab-tpu"]
+    for runtime in RUNTIMES:
+        versions = pins(runtime)
+        assert {"jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "scipy"} <= versions.keys()
+        for requirement in wanted:
+            version = versions.get(canonicalize_name(requirement.name))
+            assert version is None or version in requirement.specifier, (runtime.name, requirement, version)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("runtime", RUNTIMES, ids=lambda path: path.stem)
+def test_an_installation_on_colab_replaces_nothing(wheel: Path, runtime: Path, tmp_path: Path) -> None:
+    """pip says what it would install beside exactly the packages of the runtime. It needs the network."""
+    venv.create(tmp_path / "venv", with_pip=True)
+
+    def pip_install(*arguments: str) -> None:
+        python = str(tmp_path / "venv" / "bin" / "python")
+        run(python, "-m", "pip", "install", "-q", *arguments, folder=tmp_path, PIP_DISABLE_PIP_VERSION_CHECK="1")
+
+    pip_install("--no-deps", "-r", str(runtime))
+    # fsspec and gcsfs need the same version. Without constraints, pip prefers the newest gcsfs to the installed fsspec.
+    for requirement, *constraints in ([f"{wheel}"], [f"{wheel}[tfds]"], [f"{wheel}[gcs]", "-c", str(runtime)]):
+        report = tmp_path / "report.json"
+        pip_install("--dry-run", "--report", str(report), requirement, *constraints)
+        items = json.loads(report.read_text())["install"]
+        names = {canonicalize_name(item["metadata"]["name"]) for item in items}
+        assert "cfd" in names and not names & pins(runtime).keys()

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax_settings import jax_setting
 from linear import assert_same_bits, bad_at, bad_loss, init, noisy, squares
 from tiny import tiny_config
 
@@ -233,7 +234,7 @@ def test_float32_under_x64() -> None:
         return global_norm(params) + jnp.mean(x)
 
     batch = {"image": jnp.zeros((4, 8, 8, 1), jnp.uint8), "label": jnp.zeros(4, jnp.int32)}
-    with jax.enable_x64(True):
+    with jax_setting("jax_enable_x64", True):
         state = jax.eval_shape(lambda key: initial_state(lambda _: params, optimizer, key), jax.random.key(0))
         for join_vectors in (False, True):
             step: Any = partial(train_step, loss_fn=loss_fn, join_vectors=join_vectors, **settings)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from adm_formula import printed, relative
+from jax_settings import jax_setting
 from tiny import QUICK
 
 from cfd.config import complete, with_classes
@@ -66,7 +67,7 @@ def test_float32_under_x64(base_channels: int) -> None:
     def loss(params: dict, z: jax.Array) -> jax.Array:
         return jnp.sum(net.apply({"params": params}, z, logsnr, labels))
 
-    with jax.enable_x64(True):
+    with jax_setting("jax_enable_x64", True):
         params = jax.eval_shape(net.init, jax.random.key(0), z, logsnr, labels)["params"]
         shapes = params, jax.eval_shape(jax.value_and_grad(loss, (0, 1)), params, z)
     assert {str(x.dtype) for x in jax.tree.leaves(shapes)} == {"float32"}
