@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from ml_collections import ConfigDict
 
 from cfd.errors import UserError
-from cfd.fields import BEFORE, DEFAULTS, FIELDS, FILE, TEXT, accepts
+from cfd.fields import BEFORE, DEFAULTS, FIELDS, PATH, TEXT, accepts
 
 Config: TypeAlias = Any
 """A ConfigDict that holds every field of FIELDS, with the types given there, once `complete` has returned it."""
@@ -82,7 +82,7 @@ def listing(config: Config) -> str:
         if name.rpartition(".")[0] != group:
             group = name.rpartition(".")[0]
             lines.append("")
-        choices = f"; {field.check.words}" if field.check.type is str and field.check not in (TEXT, FILE) else ""
+        choices = f"; {field.check.words}" if field.check.type is str and field.check not in (TEXT, PATH) else ""
         default = "" if values[name] == field.default else f" (default {field.default!r})"
         lines.append(f"{f'{name} = {values[name]!r}':<48}  # {field.meaning}{choices}{default}")
     return "\n".join(lines)

@@ -1,6 +1,7 @@
 """Every field that a config may set: its default, what it accepts, its meaning and its unit, in one table."""
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -61,7 +62,11 @@ def is_interval(value: Any) -> bool:
 
 SEED = Check(int, lambda x: 0 <= x < 2**32, "an integer in [0, 2^32), the seeds of JAX")
 TEXT = Check(str, lambda _: True, "a string")
-FILE = Check(str, lambda x: "://" not in x, "a path (a URL is not read: copy the file to a disk)")
+PATH = Check(
+    str,
+    lambda x: x.startswith("gs://") or not re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/|.*://", x, re.DOTALL),
+    "a path, or a URL gs://BUCKET/NAME (copy what another URL names to a disk or into a bucket)",
+)
 BOOL = Check(bool, lambda _: True, "True or False")
 FINITE = Check(float, math.isfinite, "a finite number")
 DECAY = Check(float, lambda x: 0 <= x < 1, "a number in [0, 1)")
@@ -110,10 +115,10 @@ FIELDS: dict[str, Field] = {
     "data.name": Field("", TEXT, "name of the TensorFlow Datasets data set"),
     "data.split": Field("train", TEXT, "split that is trained on"),
     "data.path": Field(
-        "", TEXT, "folder or .zip file of images, or folder of prepared tfds data sets ('': ~/tensorflow_datasets)"
+        "", PATH, "folder or .zip file of images, or folder of prepared tfds data sets ('': ~/tensorflow_datasets)"
     ),
     "data.labels": Field(
-        "", TEXT, "CSV file with the columns file,label, in the split's folder, or its absolute path; '': class folders"
+        "", PATH, "CSV file with the columns file,label, in the split's folder, or its absolute path; '': class folders"
     ),
     "data.empty_classes": Field(False, BOOL, "accept class folders without images, which keep their numbers"),
     "data.image_size": Field(32, at_least(1), "height and width in pixels; larger images are cropped and shrunk"),
@@ -165,6 +170,9 @@ FIELDS: dict[str, Field] = {
     "classifier_train.weight_decay": Field(0.05, number(0.0), "weight decay of its AdamW"),
     "mesh.data": Field(-1, MESH_DATA, "devices along which the batch alone is divided; -1: those that fsdp leaves"),
     "mesh.fsdp": Field(1, at_least(1), "devices along which parameters are divided too"),
+    "mesh.fsdp_across_slices": Field(
+        False, BOOL, "divide parameters over devices of several slices, across the slower network", before=True
+    ),
     "sample.step": Field(-1, at_least(-1), "step of training whose weights are sampled; -1: the newest"),
     "sample.num_steps": Field(256, at_least(1), "T, network evaluations per image and score"),
     "sample.sampler": Field("ancestral", one_of("ancestral", "ddim", "dpm_solver"), "step rule"),
@@ -194,11 +202,11 @@ FIELDS: dict[str, Field] = {
     "eval.labels": Field("balanced", one_of("balanced", "random", "data"), "classes: in turn, drawn or as in the data"),
     "eval.seed": Field(1000, SEED, "seed of the images"),
     "eval.features": Field("classifier", one_of("classifier", "inception"), "feature network of the metrics"),
-    "eval.inception_path": Field("", FILE, "file that `python -m cfd.convert inception` wrote"),
-    "eval.reference": Field("", FILE, ".npz of OpenAI's evaluator; '': the training split"),
+    "eval.inception_path": Field("", PATH, "file that `python -m cfd.convert inception` wrote"),
+    "eval.reference": Field("", PATH, ".npz of OpenAI's evaluator; '': the training split"),
     "eval.test_split": Field("test", TEXT, "held-out split on which the feature classifier is tested"),
     "eval.classifier_steps": Field(4000, at_least(1), "training steps of the feature classifier"),
-    "xla.compilation_cache": Field("", TEXT, "folder of compiled programs that later starts use again; '': none"),
+    "xla.compilation_cache": Field("", PATH, "folder of compiled programs that later starts use again; '': none"),
 }
 
 DEFAULTS: dict[str, Any] = {name: field.default for name, field in FIELDS.items()}

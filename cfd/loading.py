@@ -3,7 +3,6 @@
 import math
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -19,10 +18,12 @@ from cfd.errors import UserError
 from cfd.guidance import without_null
 from cfd.networks.classifier import Classifier, ClassifierFn
 from cfd.networks.unet import UNet, check_labels
+from cfd.runs import files, steps
 from cfd.runs.access import check_run_path
 from cfd.runs.checkpoint import CheckpointError
 from cfd.runs.digest import recorded_hash, weights_hash
-from cfd.runs.reading import find, is_gone, read_verified, steps_of
+from cfd.runs.files import AnyPath, is_url
+from cfd.runs.reading import find, is_gone, read_verified
 from cfd.runs.workdir import CHECKPOINTS, SNAPSHOTS, abbreviate, config_differences, flatten, read_config
 from cfd.steps import SecondOrder, StepRule, ancestral, ddim, dpm_solver
 
@@ -148,8 +149,8 @@ def load_ema(
     and ValueError for a run of another kind, for a step that does not exist, and for one that was written with another
     config.
     """
-    workdir = Path(os.path.expanduser(workdir)).absolute()
-    check_run_path(workdir)
+    check_run_path(workdir if is_url(workdir) else files.place(workdir))
+    workdir = files.place(workdir)
     config_json = read_config(workdir)
     if config_json["kind"] != kind:
         opened_by = {"diffusion": "cfd.loading.load", "classifier": "cfd.loading.load_classifier"}
@@ -174,7 +175,7 @@ def load_ema(
         }
         return unflatten_dict(ema)
 
-    damaged: dict[Path, str] = {}
+    damaged: dict[AnyPath, str] = {}
     while place := find(workdir, step, damaged):
         result = read_verified(place, template)
         if not isinstance(result, str):
@@ -189,10 +190,11 @@ def load_ema(
         reasons = "; ".join(f"step {place.name} in {place.parent.name}: {why}" for place, why in damaged.items())
         wanted = "checkpoint" if step is None else f"step {step}"
         raise CheckpointError(f"no undamaged {wanted} in {workdir} ({reasons}): restore the folder from a copy")
-    steps, snapshots = steps_of(workdir / CHECKPOINTS), steps_of(workdir / SNAPSHOTS)
+    checkpoints, snapshots = (steps.steps_of(workdir / name) for name in (CHECKPOINTS, SNAPSHOTS))
     raise UserError(
-        f"{workdir / CHECKPOINTS} has no step{'' if step is None else f' {step}'}; its steps are {steps}"
+        f"{workdir / CHECKPOINTS} has no step{'' if step is None else f' {step}'}; its steps are {checkpoints}"
         + (f", and the snapshots of the EMA are {snapshots}" if snapshots else "")
+        + steps.hint(workdir / CHECKPOINTS)
     )
 
 

@@ -21,10 +21,11 @@ from ml_collections import ConfigDict, config_flags
 
 from cfd.config import Config, check_name, complete, listing, with_defaults
 from cfd.devices import notices, output, parallel, preemption, watchdog, xla
+from cfd.devices.buckets import is_url
 from cfd.errors import UserError
 from cfd.fields import FIELDS
 from cfd.modes import compare, finetune, report, sample, settings, sweep, train, train_classifier
-from cfd.runs import access, workdir
+from cfd.runs import access, files, workdir
 from cfd.runs.errors_log import ERRORS, append_error
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -76,7 +77,7 @@ def run_sweep(config: Config, folder: str, out: str) -> None:
 def run_compare(config: Config, folder: str, out: str) -> None:
     """Compare this run's sweep with those of --runs. Process 0 does it alone."""
     if jax.process_index() == 0:
-        say(compare.compare(config, folder, [access.local_path("--runs", run) for run in RUNS.value], out))
+        say(compare.compare(config, folder, [access.run_path("--runs", run) for run in RUNS.value], out))
         say(f"Wrote {out}/compare.md and compare.png.")
 
 
@@ -173,16 +174,7 @@ def access_to(folder: str, out: str) -> Iterator[None]:
         with access.lock(folder):
             yield
         return
-    try:
-        os.stat(os.path.join(folder, workdir.CONFIG))
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"{folder} holds no run: train it first, with --mode=train, or give the --workdir of another"
-        ) from None
-    except OSError as error:
-        raise UserError(
-            f"{folder} cannot be read ({error.strerror}): its owner can allow it, by chmod -R a+rX"
-        ) from None
+    check_is_run(folder)
     elsewhere = "give --out=DIR, another folder for what this mode writes"
     if MODE.value == "sweep":
         with access.lock(out, elsewhere):
@@ -192,13 +184,30 @@ def access_to(folder: str, out: str) -> Iterator[None]:
         yield
 
 
+def check_is_run(folder: str) -> None:
+    """Raises UserError if there is no run in the folder, or if this job may not read it."""
+    path, remedy = os.path.join(folder, workdir.CONFIG), "its owner can allow it, by chmod -R a+rX"
+    try:
+        if not is_url(folder):
+            os.stat(path)
+        elif files.read_bytes(path) is None:
+            raise FileNotFoundError
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"{folder} holds no run: train it first, with --mode=train, or give the --workdir of another"
+        ) from None
+    except OSError as error:
+        remedy = "ask the owner of the bucket for roles/storage.objectViewer" if is_url(folder) else remedy
+        raise UserError(f"{folder} cannot be read ({error.strerror}): {remedy}") from None
+
+
 def run_folder() -> str:
     """The folder that --workdir or --config names, or runs/<config name>. Raises UserError if it cannot be one."""
     if WORKDIR.value is None:
         config = config_flags.get_config_filename(flags.FLAGS["config"])
         folder = named_run(config) or os.path.join("runs", Path(config).stem)
     else:
-        folder = access.local_path("--workdir", WORKDIR.value)
+        folder = access.run_path("--workdir", WORKDIR.value)
     access.check_run_path(folder)
     return folder
 
@@ -211,7 +220,7 @@ def out_folder(folder: str) -> str:
         raise UserError(
             f"--out is {OUT.value!r}, but --mode={MODE.value} writes to the run itself: give --workdir alone"
         )
-    return access.local_path("--out", OUT.value)
+    return access.run_path("--out", OUT.value)
 
 
 def source_run() -> str | None:
@@ -220,7 +229,7 @@ def source_run() -> str | None:
         return None
     if MODE.value != "train":
         raise UserError(f"--init_from begins a run in --mode=train, and --mode={MODE.value} begins none: leave it out")
-    return access.local_path("--init_from", INIT_FROM.value)
+    return access.run_path("--init_from", INIT_FROM.value)
 
 
 def in_one_line(error: Exception) -> str:
@@ -242,11 +251,14 @@ def is_name(config: str) -> bool:
 
 
 def named_run(config: str) -> str | None:
-    """The folder of a run that --config names, by itself or by its config.json; None if it names no folder."""
-    path = os.path.expanduser(config)
+    """The folder of a run that --config names, by itself or by its config.json; None if it names no folder.
+
+    A URL always names a run. Raises UserError if it is no URL of a bucket, or if the bucket cannot be read.
+    """
+    path = access.run_path("--config", config) if is_url(config) else os.path.expanduser(config)
     if os.path.basename(path) == workdir.CONFIG:
         return os.path.dirname(path) or "."
-    return path if os.path.isdir(path) and not is_name(config) else None
+    return path if is_url(path) or (os.path.isdir(path) and not is_name(config)) else None
 
 
 def config_file(name_or_file: str) -> str:

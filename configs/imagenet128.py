@@ -37,6 +37,10 @@ constant here, whereas ADM anneals it to 0. λ is drawn as for the diffusion mod
     python -m cfd.convert inception pt_inception-2015-12-05-6726825d.pth inception.npz
     python -m cfd.main --config=imagenet128
 
+The second command is the same on every host of a TPU slice, and takes any number of devices that divides 256. On more
+devices, such as 1,024, 256 of them share the work of a training step and the others repeat it; sampling then draws one
+image per device.
+
 The data set is TFDS's `imagenet2012` (extra tfds), prepared once as ArrayRecord below data.path, which is
 ~/tensorflow_datasets if it is empty. The first start without it prints the command that prepares it. Images are reduced
 to 128x128 as they are read, and stay as they are stored whatever their EXIF orientation says, as ADM's do. Images with

@@ -37,6 +37,10 @@ constant here, whereas ADM anneals it to 0. λ is drawn as for the diffusion mod
     python -m cfd.convert inception pt_inception-2015-12-05-6726825d.pth inception.npz
     python -m cfd.main --config=imagenet64
 
+The second command is the same on every host of a TPU slice, and takes any number of devices that divides 2048. On more
+than 256 devices, sampling draws one image per device, and most devices repeat the work of others in the classifier's
+steps of 256 rows.
+
 The data set is TFDS's `imagenet_resized/64x64` (extra tfds), prepared once as ArrayRecord below data.path, which is
 ~/tensorflow_datasets if it is empty. The first start without it prints the command that prepares it.
 """

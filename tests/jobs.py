@@ -22,7 +22,7 @@ from tiny import ROOT, flags_of, tiny_config
 
 from cfd.modes.settings import optimizer_of
 from cfd.modes.train_step import initial_state
-from cfd.runs import checkpoint
+from cfd.runs import checkpoint, files
 
 HEARTBEAT = 10
 """Heartbeat timeout of jax.distributed, in seconds."""
@@ -91,7 +91,7 @@ def references(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Callabl
     return make
 
 
-def command(folder: Path, cache: Path, mode: str, more: list[str], **changes: Any) -> list[str]:
+def command(folder: Path | str, cache: Path, mode: str, more: list[str], **changes: Any) -> list[str]:
     fields = dict(eval__weights=(), train__checkpoint_every_steps=10, xla__compilation_cache=str(cache)) | changes
     flags = [f"--mode={mode}", "--config=configs/digits.py", f"--workdir={folder}", *more, *flags_of(**fields)]
     return [sys.executable, str(ROOT / "tests" / "job.py"), *flags]
@@ -119,18 +119,25 @@ def launch(
     of: int | None = None,
     env: dict[str, str] | None = None,
     more: tuple[str, ...] = (),
+    workdir: str = "",
+    prefix: tuple[str, ...] = (),
     **changes: Any,
 ) -> Job:
-    """Start `processes` processes with `devices` devices each. With `of`, they are the first of that many processes."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    """Start `processes` processes with `devices` devices each. With `of`, they are the first of that many processes.
+
+    The run is in `folder`, or in the bucket's folder `workdir`, and then steps.jsonl alone is in `folder`. The command
+    begins with `prefix`.
+    """
+    (folder if workdir else folder.parent).mkdir(parents=True, exist_ok=True)
+    env = (env or {}) | ({"JOB_NOTES": str(folder)} if workdir else {})
     address, count, number = f"127.0.0.1:{free_port()}", of or processes, len(list(folder.parent.glob("*.log")))
     job = Job(folder, [], [])
     for i in range(processes):
         distributed = dict(CFD_COORDINATOR=address, CFD_NUM_PROCESSES=str(count), CFD_PROCESS_ID=str(i))
-        variables = environment(devices, **(distributed if of or count > 1 else {}) | (env or {}))
+        variables = environment(devices, **(distributed if of or count > 1 else {}) | env)
         job.outputs.append(folder.parent / f"{number}.{i}.log")
         with open(job.outputs[-1], "w") as log:
-            arguments = command(folder, cache, mode, list(more), **changes)
+            arguments = [*prefix, *command(workdir or folder, cache, mode, list(more), **changes)]
             job.processes.append(subprocess.Popen(arguments, cwd=ROOT, env=variables, stdout=log, stderr=log))
     return job
 
@@ -160,7 +167,7 @@ def wait_for_step(job: Job, step: int) -> None:
     wait_until(lambda: any(done["step"] >= step for done in steps_of(job.folder)), job)
 
 
-def final_state(folder: Path) -> tuple[int, str]:
+def final_state(folder: Path | str) -> tuple[int, str]:
     """(step, SHA-256 of all arrays) of the newest checkpoint, which must have the correct digests."""
     manager = checkpoint.open_manager(folder, keep=100)
     optimizer = optimizer_of(tiny_config().train)
@@ -177,15 +184,18 @@ def final_state(folder: Path) -> tuple[int, str]:
     return restored[0], digest.hexdigest()
 
 
-def losses(folder: Path) -> list[float]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def losses(folder: Path | str) -> list[float]:
+    lines = [json.loads(line) for line in (files.read_bytes(files.place(folder, "metrics.jsonl")) or b"").splitlines()]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))  # no step is missing or present twice
     return [line["loss"] for line in lines]
 
 
-def assert_same_run(folder: Path, other: Path) -> None:
-    """Asserts the same final state, and the same loss at every step, also at those that were repeated."""
-    assert final_state(folder) == final_state(other)
+def assert_same_run(folder: Path, other: Path, workdir: str = "") -> None:
+    """Asserts the same final state, and the same loss at every step, also at those that were repeated.
+
+    The first run is in `folder`, or in the bucket's folder `workdir` with its steps.jsonl in `folder`.
+    """
+    assert final_state(workdir or folder) == final_state(other)
     expected = losses(other)
-    assert losses(folder) == expected
+    assert losses(workdir or folder) == expected
     assert all(done["loss"] == expected[done["step"] - 1] for done in steps_of(folder))

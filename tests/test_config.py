@@ -112,6 +112,17 @@ def test_a_bad_value_is_refused_by_name(name: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    "name", ["data.path", "data.labels", "eval.reference", "eval.inception_path", "xla.compilation_cache"]
+)
+def test_a_path_may_be_the_url_of_a_bucket_and_no_other_url(name: str) -> None:
+    for url in ("s3://b/x", "s3:/b/x", "http://h/x", "file:///x", "hdfs://h/x", "gs:/b/x", "/mnt/gs://b/x"):
+        with pytest.raises(ValueError, match=rf"config\.{name} is '{url}'; expected a path, or a URL gs://BUCKET/NAME"):
+            complete(changed(name, url))
+    for path in ("gs://bucket/x", "", "/x", "~/x", "a:b/c", "./gs:/x"):
+        complete(changed(name, path))
+
+
+@pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"model.num_classes": 9}, ("model.num_classes is 9", "10", "the same")),

@@ -103,16 +103,17 @@ def command(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         (["--verbos"], ("verbos",)),
         (["--workdir"], ("workdir",)),
         (["--workdir="], ("--workdir is empty", "name a folder")),
-        (["--workdir=gs://bucket/run"], ("--workdir is 'gs://bucket/run', a URL", "mount one")),
+        (["--workdir=s3://bucket/run"], ("--workdir is 's3://bucket/run'", "give gs://BUCKET/NAME, or a path")),
+        (["--workdir=gs:/bucket/run"], ("--workdir is 'gs:/bucket/run'", "form gs://BUCKET/NAME")),
         (["--workdir=a\\b"], ("a\\b has \\ in its name", "give a --workdir")),
         (["--workdir=[old]"], ("[old] has [ ] in its name", "give a --workdir")),
         (["--init_from=nowhere"], ("nowhere/config.json does not exist", "not the folder of a run")),
-        (["--init_from=gs://bucket/run"], ("--init_from is 'gs://bucket/run', a URL",)),
+        (["--init_from=file:///old/run"], ("--init_from is 'file:///old/run'", "give gs://BUCKET/NAME")),
         (["--init_from=runs/old", "--mode=sample"], ("--init_from begins a run in --mode=train", "leave it out")),
         (["--out=elsewhere"], ("--out is 'elsewhere', but --mode=train writes to the run itself",)),
-        (["--out=gs://bucket/out", "--mode=sample"], ("--out is 'gs://bucket/out', a URL",)),
-        (["--config.eval.reference=gs://b/r.npz"], ("eval.reference is 'gs://b/r.npz'", "copy the file to a disk")),
-        (["--config.eval.inception_path=s3://b/i.npz"], ("eval.inception_path is 's3://b/i.npz'", "copy the file")),
+        (["--out=gs://Bucket/out", "--mode=sample"], ("--out is 'gs://Bucket/out'", "lower-case letters")),
+        (["--config.eval.reference=gs://b/r.npz"], ("eval.reference is 'gs://b/r.npz'", "the form gs://BUCKET/NAME")),
+        (["--config.eval.inception_path=s3://b/i.npz"], ("is 's3://b/i.npz'", "a URL gs://BUCKET/NAME (copy")),
         (["--workdir=~/no/such/run", "--mode=sweep"], (f"{os.path.expanduser('~')}/no/such/run holds no run",)),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -125,6 +126,7 @@ def test_a_mistake_is_reported_in_a_line(command: Command, arguments: list[str],
 def test_the_config_itself_can_be_the_mistake(command: Command) -> None:
     assert "config" in command("--mode=train").err
     assert "nowhere.py" in command.fails("--config=nowhere.py")
+    assert "--config is 's3://bucket/run'" in command.fails("--config=s3://bucket/run")
     broken = command.folder / "broken.py"
     broken.write_text("def get_config(:\n")
     assert "broken.py" in command.fails(f"--config={broken}")
@@ -291,12 +293,13 @@ def test_errors_are_kept_in_the_folder_that_is_written_to(run: Command) -> None:
 def test_output_into_a_pipe_without_a_reader_is_no_error(command: Command) -> None:
     """As with `| head`: nobody wants to read more."""
     line = f"{sys.executable} -m cfd.main {DIGITS} --mode=config | head -1; echo ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1] == "0" and done.stderr == ""
+    cut = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
+    assert cut.stdout.splitlines()[-1] == "0"
     ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
     whole = [sys.executable, "-m", "cfd.main", DIGITS, "--mode=config"]
     done = subprocess.run(whole, cwd=ROOT, env=ascii_only, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "") and "log-SNR \\u03bb" in done.stdout
+    assert done.returncode == 0 and "log-SNR \\u03bb" in done.stdout
+    assert cut.stderr == done.stderr and "Error" not in done.stderr  # grain warns of a jaxlib below 0.11
 
 
 @pytest.mark.parametrize("needed", ["eval__reference", "eval__inception_path"])

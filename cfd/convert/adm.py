@@ -12,7 +12,7 @@ from cfd.convert.adm_weights import adm_params
 from cfd.convert.torch_file import read_torch
 from cfd.errors import UserError
 from cfd.networks.times import logsnr_table
-from cfd.runs import access, checkpoint, workdir
+from cfd.runs import access, checkpoint, files, workdir
 
 
 class Imported(NamedTuple):
@@ -38,7 +38,7 @@ def convert_adm(
     `key` is as for `read_torch`. Each stage is printed in a line. Returns the network. Raises ValueError for any other
     file, and if `out` exists.
     """
-    if Path(out).exists():
+    if files.exists(out) or files.names(out):
         raise UserError(f"{out} exists: give the name of a folder to make")
     print(f"Reading {path}.", flush=True)
     state = read_torch(path, key)

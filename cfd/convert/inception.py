@@ -11,6 +11,7 @@ from jaxtyping import Float, Shaped
 from cfd.convert.torch_file import INCEPTION, identify, read_torch
 from cfd.errors import UserError
 from cfd.evaluation.inception import BATCH_NORM_EPS, param_shapes, save_params
+from cfd.runs import files
 
 
 def convert_inception(path: str | Path, out: str | Path, *, key: str | None = None) -> None:
@@ -18,7 +19,7 @@ def convert_inception(path: str | Path, out: str | Path, *, key: str | None = No
 
     `key` is as for `read_torch`. Raises ValueError for any other file, and if `out` exists.
     """
-    if Path(out).exists():
+    if files.exists(out):
         raise UserError(f"{out} exists: give the name of a file to make")
     print(f"Reading {path}.", flush=True)
     state = read_torch(path, key)

@@ -2,13 +2,11 @@
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from cfd.config import Config
 from cfd.errors import UserError
 from cfd.modes import figures, tables
-from cfd.runs import manifest, results, workdir
-from cfd.runs.files import write_atomically
+from cfd.runs import files, manifest, results, workdir
 
 
 def compare(config: Config, folder: str, others: Sequence[str], out: str) -> str:
@@ -38,7 +36,7 @@ def compare(config: Config, folder: str, others: Sequence[str], out: str) -> str
         raise UserError(f"{', '.join(runs)} hold rows of the same settings: nothing tells them apart")
     published = tables.published_rows(config, len(workdir.read_config(folder)["class_names"]))
     text = tables.table({"ours": rows, "paper": published} if published else {"": rows})
-    write_atomically(Path(out, "compare.md"), text + "\n")
+    files.write_atomically(os.path.join(out, "compare.md"), text + "\n")
     figures.save_curve(os.path.join(out, "compare.png"), curves, tables.curves(published, "paper"))
     return text
 

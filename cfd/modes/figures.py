@@ -4,7 +4,6 @@ import base64
 import io
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,7 +47,7 @@ def save(path: str, picture: UInt8[np.ndarray, "height width 3"]) -> None:
     """Write a PNG whole or not at all, and make its folder if necessary."""
     file = io.BytesIO()
     Image.fromarray(picture).save(file, "PNG")
-    write_atomically(Path(path), file.getvalue())
+    write_atomically(path, file.getvalue())
 
 
 def png_uri(image: UInt8[np.ndarray, "h w c"]) -> str:
@@ -115,7 +114,7 @@ def save_curve(path: str, curves: dict[str, list[dict]], published: dict[str, li
     """Write `curve_figure` as a PNG, whole or not at all."""
     file = io.BytesIO()
     curve_figure(curves, published, axis).savefig(file, format="png", dpi=120)
-    write_atomically(Path(path), file.getvalue())
+    write_atomically(path, file.getvalue())
 
 
 def training_figure(metrics: list[dict[str, Any]]) -> Any:

@@ -7,7 +7,6 @@ source may be gone.
 import functools
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -21,9 +20,10 @@ from cfd.fields import BEFORE, NETWORK
 from cfd.loading import Ema, load_ema
 from cfd.modes import settings
 from cfd.networks.unet import UNet, levels_with_attention
-from cfd.runs import workdir
+from cfd.runs import files, steps, workdir
+from cfd.runs.access import run_path
 from cfd.runs.digest import leaves
-from cfd.runs.reading import steps_of
+from cfd.runs.files import is_url
 
 CLASS_TABLE = "embed/label/embedding"
 OUTPUTS = ("conv_out/kernel", "conv_out/bias")
@@ -71,11 +71,14 @@ def check(config: Config, folder: str, init_from: str | None) -> None:
     content = workdir.read_config(run)
     if content["kind"] != "diffusion":
         raise UserError(f"{run} holds a {content['kind']} run: --init_from takes the run of a diffusion model")
-    checkpoints, snapshots = (steps_of(Path(run) / name) for name in (workdir.CHECKPOINTS, workdir.SNAPSHOTS))
+    checkpoints, snapshots = (
+        steps.steps_of(files.place(run, name)) for name in (workdir.CHECKPOINTS, workdir.SNAPSHOTS)
+    )
     if not checkpoints if step is None else step not in (*checkpoints, *snapshots):
         what = "checkpoint" if step is None else f"step {step}"
         there = f"--init_from={run}:STEP takes one of {sorted({*checkpoints, *snapshots})}"
-        raise UserError(f"{run} has no {what}: {there if checkpoints or snapshots else 'train it first'}")
+        hint = steps.hint(files.place(run, workdir.CHECKPOINTS))
+        raise UserError(f"{run} has no {what}: {there if checkpoints or snapshots else 'train it first'}{hint}")
     check_network(config, run, content)
 
 
@@ -109,15 +112,17 @@ def find(config: Config, folder: str, init_from: str | None) -> Start | None:
 
 
 def parse(init_from: str) -> tuple[str, int | None]:
-    """(absolute path, step) of RUN:STEP; the step is None for RUN alone."""
-    whole = os.path.abspath(os.path.expanduser(init_from))
+    """(absolute path or URL, step) of RUN:STEP; the step is None for RUN alone."""
+    whole = run_path("--init_from", init_from)
+    whole = whole if is_url(whole) else os.path.abspath(whole)
     run, _, step = whole.rpartition(":")
-    return (run, int(step)) if step.isdecimal() and not os.path.isdir(whole) else (whole, None)
+    is_step = step.isdecimal() and not (files.names(whole) if is_url(whole) else os.path.isdir(whole))
+    return (os.fspath(files.place(run)), int(step)) if is_step else (whole, None)
 
 
 def source_of(folder: str) -> Source | None:
     """The source that the config.json of a folder records; None if there is neither."""
-    if not os.path.exists(os.path.join(folder, workdir.CONFIG)):
+    if not files.exists(files.place(folder, workdir.CONFIG)):
         return None
     recorded = workdir.read_config(folder).get("init_from")
     return None if recorded is None else Source(**recorded)

@@ -2,6 +2,7 @@
 
 import gc
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
@@ -22,6 +23,16 @@ from cfd.errors import UserError
 from cfd.fields import BEFORE
 from cfd.modes.train_step import LossFn, TrainState, initial_state, train_step
 from cfd.runs import checkpoint, log, workdir
+
+CHECK_EVERY = 16
+"""Steps from one look at the results of earlier steps to the next. Only there does the host wait for the devices."""
+LAG = 8
+"""A look leaves out this many of the newest steps, which are the work of the devices in the meantime."""
+SLOW_STEP = 0.1
+"""From this many seconds per step on, the host stays one step ahead of the devices.
+
+A run that is asked to stop finishes all steps in the queue before it saves, and each of them holds a batch in memory.
+"""
 
 
 class Diverged(UserError, FloatingPointError):
@@ -69,8 +80,9 @@ def fit(
     `start_from(params)` makes the parameters at step 0 of the fresh ones, and the EMA begins equal to them.
 
     Raises ValueError if a run is resumed on other data or with another PRNG and as `seeds.check` does,
-    FloatingPointError after `nonfinite_limit` consecutive non-finite steps, and `preemption.Stopped` when asked to
-    stop. After the last two, the same call resumes from the newest checkpoint.
+    FloatingPointError after `nonfinite_limit` consecutive non-finite steps, `preemption.Stopped` when asked to stop,
+    and `preemption.Lost`, without saving, when another job has taken the folder over. After FloatingPointError and
+    Stopped, the same call resumes from the newest checkpoint.
 
     The goodput that is logged is the share of the wall time since the call that was spent in steps. Building,
     restoring, waiting for data, drawing and saving are not part of it, nor is the first step, which compiles.
@@ -79,9 +91,10 @@ def fit(
 
     # Build: the shapes and shardings of the state, without its arrays.
     group = "train" if config_json["kind"] == "diffusion" else "classifier_train"
-    parallel.check_batch(
-        f"{group}.batch_size / train.num_microbatches", training.batch_size // training.num_microbatches, mesh
-    )
+    name = f"{group}.batch_size" + (" / train.num_microbatches" if training.num_microbatches > 1 else "")
+    parallel.check_batch(name, training.batch_size // training.num_microbatches, mesh)
+    parallel.say_copies(name, training.batch_size // training.num_microbatches, mesh)
+    division = parallel.divide(mesh, training.batch_size, training.num_microbatches)
     key_init, key_steps = jax.random.split(seeds.key(training.seed))
     workdir.write_config(folder, config_json, BEFORE)
     init_state = partial(initial_state, init, optimizer)
@@ -109,7 +122,7 @@ def fit(
         print(f"{sum(x.size for x in jax.tree.leaves(abstract.params)):,} parameters.", flush=True)
 
     # Compile: before a new state exists, because the compiler needs gigabytes of its own.
-    step_fn = compile_step(training, mesh, dataset, abstract, shardings, key_steps, loss_fn, optimizer)
+    step_fn = compile_step(training, mesh, division, dataset, abstract, shardings, key_steps, loss_fn, optimizer)
     if state is None:
         state = jax.jit(init_state, out_shardings=shardings)(key_init)
         if start_from is not None:
@@ -123,15 +136,17 @@ def fit(
         batch_size=training.batch_size,
         flip=training.flip,
         start_step=start,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=division.rows,
+        counted=division.counted,
         num_workers=training.num_workers,
     )
-    unchecked: tuple[int, dict[str, Array]] | None = None
+    unchecked: deque[tuple[int, dict[str, Any]]] = deque()
     last_logged, clock, waited, productive = start, time.perf_counter(), 0.0, 0.0
+    checked, slow = clock, True
     step, stop = start, False
     metrics_log = log.metrics_log(folder, start)
     with closing(stream), closing_manager(manager), ExitStack() as at_end:
+        at_end.callback(log.close, metrics_log)
         snapshots = checkpoint.open_snapshots(folder) if training.snapshot_every_steps else None
         if snapshots is not None:
             at_end.enter_context(closing_manager(snapshots))
@@ -139,16 +154,24 @@ def fit(
             # Fetch a batch.
             watchdog.alive(slow=step == start + 1)
             before = time.perf_counter()
-            batch = parallel.global_batch(mesh, next(stream))
+            batch = parallel.global_batch(division, next(stream))
             fetched = time.perf_counter()
-            waited += fetched - before
+            # A wait for data matters only if the devices have meanwhile finished all steps.
+            idle = not unchecked or unchecked[-1][1]["loss"].is_ready()
+            waited += fetched - before if idle else 0.0
 
-            # Step. Its result is checked one step late, so that the device always has work while the host waits.
+            # Step. The host runs ahead of the devices, so that they have work while it waits for data or is slow.
             state, metrics = step_fn(state, batch, key_steps)
             if step == start + 1:
                 at_end.enter_context(frozen_objects())
-            check_finite(unchecked, training.nonfinite_limit, manager)
-            unchecked = step, metrics
+            if slow and unchecked:
+                jax.block_until_ready(unchecked[-1][1]["loss"])
+            unchecked.append((step, metrics))
+            if step % CHECK_EVERY == 0:
+                check_finite(unchecked, LAG, training.nonfinite_limit, manager)
+                now = time.perf_counter()
+                slow = step - CHECK_EVERY < start or now - checked > SLOW_STEP * CHECK_EVERY
+                checked = now
 
             # Decide what follows this step.
             stop = preemption.requested()
@@ -157,9 +180,12 @@ def fit(
             is_drawn = draw is not None and (last or step % training.sample_every_steps == 0)
             is_kept = training.keep_every_steps > 0 and step % training.keep_every_steps == 0
             is_saved = stop or last or is_drawn or is_kept or step % training.checkpoint_every_steps == 0
+            is_snapshot = snapshots is not None and step % training.snapshot_every_steps == 0
+            if is_logged or is_saved or is_snapshot:
+                check_finite(unchecked, 1, training.nonfinite_limit, manager)
             values = {name: value.item() for name, value in jax.device_get(metrics).items()} if is_logged else {}
             now = time.perf_counter()
-            productive += now - fetched if step > start + 1 else 0.0
+            productive += now - (fetched if idle else before) if step > start + 1 else 0.0
             skipped_images = skipped + parallel.total(stream.skipped) if is_logged or is_saved else 0
 
             # Log.
@@ -173,18 +199,22 @@ def fit(
 
             # Save. A checkpoint waits for the snapshots up to its step, because a run that resumes from it would not
             # write them again.
-            if snapshots is not None and step % training.snapshot_every_steps == 0:
+            if is_saved or is_snapshot:
+                check_finite(unchecked, 0, training.nonfinite_limit, manager)
+            if snapshots is not None and is_snapshot:
+                preemption.check_held()
                 of_data = {"data": dataset.identity}
                 checkpoint.save(snapshots, step, {"ema": state.ema}, data_state=of_data, config_json=config_json)
             if is_saved:
-                check_finite(unchecked, training.nonfinite_limit, manager)
                 if snapshots is not None:
                     checkpoint.wait(snapshots)
+                log.flush(metrics_log)
+                preemption.check_held()
                 data_state = data_state_of(dataset, step, skipped_images)
                 checkpoint.save(manager, step, state, data_state=data_state, config_json=config_json)
                 if jax.process_index() == 0:
                     tqdm.write(f"Saving step {step} of {training.num_steps}.")
-                    progress.report(f"step {step}")
+                progress.report(f"step {step}")
 
             # Draw.
             if draw is not None and is_drawn and not stop:
@@ -208,6 +238,7 @@ def fit(
 def compile_step(
     training: Training,
     mesh: Mesh,
+    division: parallel.Division,
     dataset: Dataset,
     abstract: TrainState,
     shardings: Any,
@@ -228,7 +259,7 @@ def compile_step(
         join_vectors=replicated and mesh.devices.flat[0].platform == "cpu",
     )
     image_shape = (dataset.image_size, dataset.image_size, dataset.channels)
-    batch = parallel.batch_shapes(mesh, training.batch_size, image_shape)
+    batch = parallel.batch_shapes(division, image_shape)
     return xla.compiled(step_fn, abstract, batch, key, donate_argnums=0, out_shardings=(shardings, None))
 
 
@@ -314,15 +345,21 @@ def closing_manager(manager: checkpoint.Manager) -> Iterator[None]:
     checkpoint.close(manager)
 
 
-def check_finite(unchecked: tuple[int, dict[str, Array]] | None, limit: int, manager: checkpoint.Manager) -> None:
-    """Raises FloatingPointError after `limit` consecutive non-finite steps, naming the last good checkpoint."""
-    if unchecked is None:
-        return
-    step, metrics = unchecked
-    if int(metrics["nonfinite_in_a_row"]) >= limit:
-        good = checkpoint.latest_step(manager)
-        raise Diverged(
-            f"the loss or its gradient is not finite at step {step} (loss {float(metrics['loss'])}), {limit} in a row; "
-            f"the last good checkpoint is {'none' if good is None else f'step {good}'} of {manager.directory}: "
-            "look at the data, or start a new --workdir with a lower train.learning_rate"
-        )
+def check_finite(
+    unchecked: deque[tuple[int, dict[str, Any]]], newest: int, limit: int, manager: checkpoint.Manager
+) -> None:
+    """Looks at all steps of `unchecked` but the `newest` newest, for whose results it waits, and removes them.
+
+    All processes must call this at the same steps. Raises FloatingPointError at the first of `limit` or more
+    consecutive non-finite steps, and names the last good checkpoint.
+    """
+    due = [unchecked.popleft() for _ in range(len(unchecked) - newest)]
+    in_a_row = jax.device_get([metrics["nonfinite_in_a_row"] for _, metrics in due])
+    for (step, metrics), count in zip(due, in_a_row, strict=True):
+        if count >= limit:
+            good = checkpoint.latest_step(manager)
+            raise Diverged(
+                f"the loss or its gradient is not finite at step {step} (loss {float(metrics['loss'])}), {limit} in a "
+                f"row; the last good checkpoint is {'none' if good is None else f'step {good}'} of "
+                f"{manager.directory}: look at the data, or start a new --workdir with a lower train.learning_rate"
+            )

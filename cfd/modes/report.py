@@ -31,7 +31,8 @@ def report(folder: str, out: str) -> str:
     swept = results.swept_folder(folder, out)
     rows = results.latest(swept)
     curves = tables.curves(rows)
-    with_images = tables.curves([row for row in rows if os.path.exists(samples_path(swept, row))])
+    present = set(files.names(files.place(swept, "samples")))
+    with_images = tables.curves([row for row in rows if os.path.basename(samples_path(swept, row)) in present])
     metrics = read_metrics(os.path.join(folder, log.METRICS))
 
     sections = []
@@ -50,14 +51,20 @@ def report(folder: str, out: str) -> str:
         picture = image_tag(figures.training_figure(metrics), "loss, images per second and gradient norm against step")
         sections.append(f"<section><h2>Training</h2>{picture}</section>")
     page = PAGE.format(
-        title=html.escape(Path(folder).resolve().name),
+        title=html.escape(title_of(folder)),
         summary=html.escape(summary(content, rows, metrics)),
         sections="\n".join(sections) or "<p>Nothing is measured yet: train the run, then --mode=sweep.</p>",
         config=html.escape(json.dumps(content["config"], indent=1)),
     )
-    path = Path(out, "report.html")
+    path = os.path.join(out, "report.html")
     files.write_atomically(path, page)
-    return str(path)
+    return path
+
+
+def title_of(folder: str) -> str:
+    """The name of a run's folder; of a link, that of the folder to which it leads."""
+    path = files.place(folder)
+    return path.resolve().name if isinstance(path, Path) else path.name
 
 
 def read_metrics(path: str) -> list[Row]:

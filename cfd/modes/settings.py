@@ -28,7 +28,7 @@ from cfd.modes.sampler import Network, Sampling
 from cfd.modes.train_step import make_optimizer
 from cfd.networks.classifier import ClassifierFn
 from cfd.networks.unet import UNet
-from cfd.runs import workdir
+from cfd.runs import access, files, workdir
 from cfd.sampling import EpsFn, schedule
 
 IMPORTED = "adm"
@@ -146,7 +146,7 @@ def config_of_run(folder: str) -> Config:
     The noisy classifier of an imported network has the fields of that network, which fit its images. Raises ValueError
     if the folder holds no run of a diffusion model.
     """
-    if not os.path.exists(os.path.join(folder, workdir.CONFIG)):
+    if not workdir.has_config(folder):
         raise UserError(
             f"--config={folder} is a folder without {workdir.CONFIG}, which is no run: give the folder of a run, a "
             "Python file, or the name of a config of the package, such as digits"
@@ -155,7 +155,7 @@ def config_of_run(folder: str) -> Config:
     if content["kind"] != "diffusion":
         raise UserError(
             f"--config={folder} is the run of a noisy classifier: give the folder of its diffusion model, which is "
-            f"usually {os.path.dirname(os.path.abspath(folder))}"
+            f"usually {files.place(folder).parent}"
         )
     recorded = {name: as_tuples(value) for name, value in workdir.flatten(content["config"]).items()}
     fields = dict(BEFORE)
@@ -178,10 +178,12 @@ def of_run(config: Config, folder: str) -> Config:
     """The whole config of the run in `folder`, which may not exist yet.
 
     Fields that are younger than the run take the value that means what the code did then; a line names them. Raises
-    ValueError if transparent images would get another background than before.
+    ValueError if transparent images would get another background than before, and if the folder is in a bucket that
+    cannot be read.
     """
     config = complete(config)
-    if not os.path.exists(os.path.join(folder, workdir.CONFIG)):
+    access.run_path("the run's folder", folder)
+    if not workdir.has_config(folder):
         return config
     recorded = workdir.flatten(workdir.read_config(folder)["config"])
     background = recorded.get("data.transparency", BEFORE["data.transparency"])
@@ -249,7 +251,7 @@ def check_classifier(config: Config, folder: str) -> None:
     if config.sample.guidance == "classifier-free":
         return
     place = classifier_folder(folder)
-    if not os.path.exists(os.path.join(place, workdir.CONFIG)):
+    if not workdir.has_config(place):
         raise UserError(
             f"config.sample.guidance is 'classifier', and {place} holds no noisy classifier: train it with "
             "--mode=train_classifier"
@@ -284,7 +286,7 @@ def check_class_names(folder: str, names: Sequence[str], split: str) -> None:
     The classes of an imported network have numbers for names, and only how many they are is compared. An imported
     network without classes accepts all.
     """
-    if not os.path.exists(os.path.join(folder, workdir.CONFIG)):
+    if not workdir.has_config(folder):
         return
     content = workdir.read_config(folder)
     there = content["class_names"]

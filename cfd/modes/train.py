@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,7 +21,7 @@ from cfd.modes.sampler import compile_sampler
 from cfd.modes.train_step import LossFn
 from cfd.networks.unet import UNet
 from cfd.runs import files, workdir
-from cfd.runs.reading import steps_of
+from cfd.runs.steps import steps_of
 
 
 def train(config: Config, folder: str, *, init_from: str | None = None, allow_fresh_start: bool = False) -> None:
@@ -61,7 +60,7 @@ def check_steps(config: Config, folder: str) -> None:
     """Raises ValueError if a step that `eval.steps` or `sample.step` names will not be there when training ends."""
     wanted = [step for step in config.eval.steps or (config.sample.step,) if step >= 0]
     train = config.train
-    saved, snapshots = (steps_of(Path(folder, name)) for name in (workdir.CHECKPOINTS, workdir.SNAPSHOTS))
+    saved, snapshots = (steps_of(files.place(folder, name)) for name in (workdir.CHECKPOINTS, workdir.SNAPSHOTS))
 
     def to_come(*every: int) -> set[int]:
         first = max(saved, default=0) + 1

@@ -1,6 +1,5 @@
 """`--mode=train_classifier`: the noisy classifier of classifier guidance, in a run folder of its own."""
 
-import os
 from typing import Any
 
 import jax
@@ -59,7 +58,7 @@ def train_classifier(config: Config, folder: str, *, allow_fresh_start: bool = F
 
 def check_same_images(config: Config, folder: str, class_names: tuple[str, ...]) -> None:
     """Raises ValueError if `folder` holds a diffusion model of other images or classes than the config's."""
-    if not os.path.exists(os.path.join(folder, workdir.CONFIG)):
+    if not workdir.has_config(folder):
         return
     data = config.data
     workdir.check_images(folder, image_size=data.image_size, channels=data.channels, num_classes=data.num_classes)

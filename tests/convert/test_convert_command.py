@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from gcs import FakeGcs
 from permissions import obeyed
 
 from cfd.convert.__main__ import main
@@ -23,6 +24,16 @@ def test_files_that_may_not_be_read_or_written_are_named(command: str, tmp_path:
         with pytest.raises(SystemExit) as end:
             main([command, str(file), str(tmp_path / "out")])
         assert str(end.value.code).startswith(f"error: {file} cannot be read (Permission denied)")
+
+
+@pytest.mark.parametrize("command", ["adm", "inception"])
+def test_nothing_in_a_bucket_is_overwritten(command: str, bucket: FakeGcs) -> None:
+    bucket.put("made/x.npz", b"")
+    out = f"{bucket.url}/made" + ("/x.npz" if command == "inception" else "")
+    with pytest.raises(SystemExit) as end:
+        main([command, "FILE", out])
+    assert str(end.value.code).startswith(f"error: {out} exists: give the name of a ")
+    assert bucket.names() == ["made/x.npz"]
 
 
 def test_an_error_of_the_program_is_raised(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("compile_once")
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel, "make_mesh", lambda data, fsdp: mesh_of(1))
+    monkeypatch.setattr(parallel, "make_mesh", lambda **_: mesh_of(1))
 
 
 def random_params(config: Any, seed: int = 0) -> Any:

@@ -76,7 +76,7 @@ def halves(images: np.ndarray) -> Outputs:
 @pytest.fixture
 def without_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The fields of `eval` for Inception and a reference file. One device, and no data set that could be opened."""
-    monkeypatch.setattr(parallel, "make_mesh", lambda data, fsdp: mesh_of(1))
+    monkeypatch.setattr(parallel, "make_mesh", lambda **_: mesh_of(1))
     monkeypatch.setattr(xla, "compiler_options", lambda: QUICK)
     monkeypatch.setattr(sweep, "open_inception", lambda *_: FeatureNetwork("inception", "i" * 64, halves))
     monkeypatch.setattr(inception, "load_params", lambda _: {})

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("compile_once")
 def linear(monkeypatch: pytest.MonkeyPatch) -> None:
     """`train` trains the linear map on one device."""
     monkeypatch.setattr(train_module, "diffusion", lambda config: (init, noisy))
-    monkeypatch.setattr(parallel, "make_mesh", lambda data, fsdp: mesh_of(1))
+    monkeypatch.setattr(parallel, "make_mesh", lambda **_: mesh_of(1))
 
 
 @pytest.fixture

@@ -80,7 +80,7 @@ def ants_and_bees(tmp_path: Path) -> Any:
 def test_a_folder_of_two_classes_is_trained_on_without_a_number_of_classes(
     ants_and_bees: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parallel, "make_mesh", lambda data, fsdp: mesh_of(1))
+    monkeypatch.setattr(parallel, "make_mesh", lambda **_: mesh_of(1))
     folder = str(tmp_path / "run")
     train.train(ants_and_bees, folder)
     content = workdir.read_config(folder)
