@@ -49,8 +49,8 @@ def drop_labels(
     )
 
 
-def nulls_like(labels: PyTree, null: PyTree) -> PyTree:
-    """One ∅ per label: `null`, which has no batch axis, repeated along the batch axis of `labels`.
+def nulls_like(labels: PyTree, null: PyTree, *, batched: bool = False) -> PyTree:
+    """One ∅ per label: `null`, repeated along the batch axis of `labels`. If `batched`, it may have one of its own.
 
     Raises ValueError if `null` does not have the structure and shape of one label, or if the dtype of the labels cannot
     represent it: −1 as uint8, 0.5 as int32.
@@ -59,8 +59,9 @@ def nulls_like(labels: PyTree, null: PyTree) -> PyTree:
         raise ValueError(f"null is {null!r}; it must have the structure of labels, {jax.tree.structure(labels)}")
 
     def repeated(n: Any, c: Array) -> Array:
-        if jnp.shape(n) != c.shape[1:]:
-            raise ValueError(f"null has shape {jnp.shape(n)}; it must be that of one label, {c.shape[1:]}")
+        if jnp.shape(n) != c.shape[1:] and not (batched and jnp.shape(n) == c.shape):
+            of_all = f", or of all, {c.shape}" if batched else ""
+            raise ValueError(f"null has shape {jnp.shape(n)}; it must be that of one label, {c.shape[1:]}{of_all}")
         number = concrete(n)
         if c.dtype.kind in "iub" and number is not None:
             with np.errstate(invalid="ignore"):  # a cast of NaN

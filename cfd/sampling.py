@@ -14,8 +14,9 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float, Key, PyTree, Real, UInt32
 
-from cfd.arguments import check_returned, concrete, is_zero, threefry
-from cfd.guidance import NULL_LABEL, Interval, batch_size, check_weight, guide, nulls_like, trained_range
+from cfd.arguments import check_returned, concrete, is_zero, threefry, warn_of_wrong_rows
+from cfd.guidance import NULL_LABEL, Interval, batch_size, check_weight, nulls_like, trained_range
+from cfd.guidance import guide as linear_mix
 from cfd.process import check_ends, cosine_logsnr, x_from_eps
 from cfd.steps import SecondOrder, StepRule, ancestral, ddim, dpm_solver
 
@@ -37,11 +38,13 @@ def guided_sample(
     *,
     w: Any = 0.0,
     null: PyTree = NULL_LABEL,
+    guide: EpsFn | None = None,
+    rule: Any = None,
     num_steps: SupportsIndex = 256,
     sampler: StepRule | SecondOrder = ancestral(v=0.3),
     logsnr_min: Real[ArrayLike, ""] = -20.0,
     logsnr_max: Real[ArrayLike, ""] = 20.0,
-    clip: bool = True,
+    clip: bool | Callable[[Array], Array] = True,
     doubled: bool = False,
 ) -> Float[Array, "b ..."]:
     """Draw one image per label with guidance weight w: Algorithm 2, Ho and Salimans. Pure: jit, vmap or shard_map it.
@@ -58,14 +61,21 @@ def guided_sample(
         an `Interval`. It is traced: a new value never recompiles. A concrete scalar 0, such as 0.0 or np.float32(0),
         costs one network evaluation per step instead of two. The weights of a function are not checked: where they are
         NaN, so are the images.
-      null: the label ∅ of the unconditional score, with the structure and shape of one label. Another class in its
-        place guides away from that class.
+      null: the label ∅ of the unconditional score, with the structure and shape of one label, or one for each label.
+        Another class in its place guides away from that class.
+      guide: the eps_fn that guidance leads away from, given the same labels: a smaller or less trained network, which
+        is autoguidance (arXiv:2406.02507), or a closure over the same weights with dropout or fewer blocks, or one
+        that chooses by λ. By default, it is eps_fn with the label ∅: classifier-free guidance. It is evaluated exactly
+        where the unconditional score would be.
+      rule: how the two scores become one, such as `cfd.rules.apg(...)`, or any value with the functions of
+        `cfd.rules.Rule`; by default, Eq. 6. A rule gets both scores at every step, or at those inside an `Interval`,
+        whatever w is.
       num_steps: T, the number of steps from λ_1 = logsnr_min to λ_T = logsnr_max.
       sampler: the step rule: `ancestral(v)`, `ddim()`, or `dpm_solver()`.
       logsnr_min, logsnr_max: the first and the last λ, in [−80, 80].
-      clip: clip x̃ to [−1, 1] at every step.
+      clip: clip x̃ to [−1, 1] at every step; or a function of x̃, such as `cfd.rules.dynamic_threshold(99.5)`.
       doubled: evaluate both scores in one batch of 2B instead of two batches of B. The images are the same up to
-        rounding.
+        rounding. It needs one network for both, so no `guide`.
 
     Returns: float32 [B, *shape].
 
@@ -73,33 +83,40 @@ def guided_sample(
     no step falls into, and on arguments whose shapes do not agree.
     """
     num_steps, batch = check_num_steps(num_steps), batch_size(labels)
+    warn_of_wrong_rows(2 * batch if doubled else batch)
     check_ends(logsnr_min, logsnr_max)
     check_weight(w, batch)
-    _check_range(eps_fn, logsnr_min, logsnr_max)
+    for network in filter(None, (eps_fn, guide)):
+        _check_range(network, logsnr_min, logsnr_max)
+    if doubled and guide is not None:
+        raise ValueError("doubled evaluates one network on both labels, and guide is another network: leave one out")
     if isinstance(w, Interval):
         _check_interval(w, num_steps, logsnr_min, logsnr_max)
     labels = jax.tree.map(jnp.asarray, labels)
     keys = _image_keys(key, batch)
-    guided_eps = _guided(eps_fn, labels, null, w, batch, doubled)
+    guided_eps = _guided(eps_fn, guide, rule, labels, null, w, batch, doubled)
 
     logsnr = schedule(num_steps, logsnr_min, logsnr_max)
     # The last λ' is never reached. A step of zero length there would make the gradients of some rules NaN.
     logsnr_next = jnp.concatenate([logsnr[1:], logsnr[-1:] + 1.0])
-    rule, reach = _extrapolation(sampler, logsnr, logsnr_next)
+    step_rule, reach = _extrapolation(sampler, logsnr, logsnr_next)
+
+    threshold = clip if callable(clip) else (lambda x: jnp.clip(x, -1.0, 1.0)) if clip else lambda x: x
 
     def noise(t: Array | int) -> Array:
         return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, t), shape, jnp.float32))(keys)
 
-    def step(carry: tuple[Array, Array], at: tuple[Array, Array, Array, Any]) -> tuple[tuple[Array, Array], None]:
-        (z, x_before), (t, logsnr, logsnr_next, reach) = carry, at
-        x = x_from_eps(z, guided_eps(z, logsnr), logsnr)
-        x = jnp.clip(x, -1.0, 1.0) if clip else x
-        mean, std = rule(z, x if reach is None else x + reach * (x - x_before), logsnr, logsnr_next)
+    def step(carry: tuple[Array, Array, Any], at: tuple[Array, Array, Array, Any]) -> tuple[Any, None]:
+        (z, x_before, state), (t, logsnr, logsnr_next, reach) = carry, at
+        z, eps, state = guided_eps(z, logsnr, state)
+        x = threshold(x_from_eps(z, eps, logsnr))
+        mean, std = step_rule(z, x if reach is None else x + reach * (x - x_before), logsnr, logsnr_next)
         z_next = mean if std is None else mean + std * noise(t)
-        return (jnp.where(t == num_steps, x, z_next), x), None
+        return (jnp.where(t == num_steps, x, z_next), x, state), None
 
     z = _varying_like(noise(0), labels, w)
-    (z, _), _ = jax.lax.scan(step, (z, z), (jnp.arange(1, num_steps + 1), logsnr, logsnr_next, reach))
+    state = () if rule is None else rule.init(z)
+    (z, *_), _ = jax.lax.scan(step, (z, z, state), (jnp.arange(1, num_steps + 1), logsnr, logsnr_next, reach))
     return z
 
 
@@ -178,39 +195,56 @@ def _extrapolation(sampler: Any, logsnr: Array, logsnr_next: Array) -> tuple[Any
 
 
 def _guided(
-    eps_fn: EpsFn, labels: PyTree, null: PyTree, w: Any, batch: int, doubled: bool
-) -> Callable[[Array, Array], Array]:
-    """The function (z, λ) -> ε̃, which evaluates the network once or twice."""
-    unguided = not isinstance(w, Interval) and is_zero(w)
-    nulls = labels if unguided else nulls_like(labels, null)
+    eps_fn: EpsFn,
+    guide: EpsFn | None,
+    rule: Any,
+    labels: PyTree,
+    null: PyTree,
+    w: Any,
+    batch: int,
+    doubled: bool,
+) -> Callable[[Array, Array, Any], tuple[Array, Array, Any]]:
+    """The function (z, λ, state) -> (z, ε̃, state), which evaluates one network or two, with the state of the rule."""
+    unguided = rule is None and not isinstance(w, Interval) and is_zero(w)
+    guide_labels = labels if unguided or guide is not None else nulls_like(labels, null, batched=True)
 
-    def evaluate(z: Array, logsnr: Array, labels: PyTree) -> Array:
-        eps = eps_fn(z, jnp.broadcast_to(logsnr, z.shape[:1]), labels)
-        check_returned("eps_fn", eps, z.shape, "the noise of z")
+    def evaluate(network: EpsFn, z: Array, logsnr: Array, labels: PyTree) -> Array:
+        eps = network(z, jnp.broadcast_to(logsnr, z.shape[:1]), labels)
+        check_returned("eps_fn" if network is eps_fn else "guide", eps, z.shape, "the noise of z")
         return eps.astype(jnp.float32)
 
-    def one(z: Array, logsnr: Array) -> Array:
-        return evaluate(z, logsnr, labels)
+    def one(z: Array, logsnr: Array, state: Any) -> tuple[Array, Array, Any]:
+        return z, evaluate(eps_fn, z, logsnr, labels), state
 
-    def both(z: Array, logsnr: Array, weight: Any) -> Array:
+    def scores(z: Array, logsnr: Array) -> tuple[Array, Array]:
+        if not doubled:
+            return evaluate(eps_fn, z, logsnr, labels), evaluate(guide or eps_fn, z, logsnr, guide_labels)
+        # The two rows of a pair are adjacent, so that a sharded batch keeps both on one device.
+        z_pairs, label_pairs = jax.tree.map(_interleave, (z, labels), (z, guide_labels))
+        eps = evaluate(eps_fn, z_pairs, logsnr, label_pairs).reshape(batch, 2, *z.shape[1:])
+        return eps[:, 0], eps[:, 1]
+
+    def both(z: Array, logsnr: Array, state: Any, weight: Any) -> tuple[Array, Array, Any]:
         check_weight(weight, batch)
         weight = jnp.asarray(weight, jnp.float32)
-        if not doubled:
-            return guide(evaluate(z, logsnr, labels), evaluate(z, logsnr, nulls), weight)
-        # The two rows of a pair are adjacent, so that a sharded batch keeps both on one device.
-        z_pairs, label_pairs = jax.tree.map(_interleave, (z, labels), (z, nulls))
-        eps = evaluate(z_pairs, logsnr, label_pairs).reshape(batch, 2, *z.shape[1:])
-        return guide(eps[:, 0], eps[:, 1], weight)
+        eps_cond, eps_guide = scores(z, logsnr)
+        if rule is None:
+            return z, linear_mix(eps_cond, eps_guide, weight), state
+        return rule.mix(z, eps_cond, eps_guide, logsnr, weight, state)
 
     if isinstance(w, Interval):
-        return lambda z, logsnr: jax.lax.cond(
-            w.contains(logsnr), lambda z: both(z, logsnr, w.w), lambda z: one(z, logsnr), z
+        return lambda z, logsnr, state: jax.lax.cond(
+            w.contains(logsnr),
+            lambda z, state: both(z, logsnr, state, w.w),
+            lambda z, state: one(z, logsnr, state),
+            z,
+            state,
         )
     if callable(w):
-        return lambda z, logsnr: both(z, logsnr, w(logsnr))
+        return lambda z, logsnr, state: both(z, logsnr, state, w(logsnr))
     if unguided:
         return one
-    return lambda z, logsnr: both(z, logsnr, w)
+    return lambda z, logsnr, state: both(z, logsnr, state, w)
 
 
 def _interleave(a: Array, b: Array) -> Array:
