@@ -4,6 +4,8 @@ A traced number is unknown until the program runs. It is never checked, so these
 `grad` and `shard_map` and add nothing to the program.
 """
 
+import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +17,7 @@ from jax.core import Tracer
 from jaxtyping import Bool, Float, Int, Key, UInt32
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
+YNN_OPTION = "xla_cpu_experimental_ynn_fusion_type"
 
 
 def concrete(value: Any) -> np.ndarray | None:
@@ -130,3 +133,29 @@ def threefry(key: Key[Array, "*b"] | UInt32[Array, "*b 2"] | UInt32[Array, "*b 4
         )
     data = jax.random.key_data(key) if typed else jnp.asarray(key)
     return jax.random.wrap_key_data(data[..., :2], impl="threefry2x32")
+
+
+def warn_of_wrong_rows(rows: int) -> None:
+    """Warns the caller's caller if XLA:CPU, by default, computes wrong sums over 3 values for this number of rows."""
+    if rows > 2**15 and jax.default_backend() == "cpu" and not _sums_are_right(rows):
+        warnings.warn(
+            f"XLA:CPU of this jaxlib computes wrong sums over 3 values for {rows} rows, from row 32768 on: give at "
+            f"most 32768 rows at a time, or jax.jit(..., compiler_options={{{YNN_OPTION!r}: ''}}), or set "
+            f"XLA_FLAGS=--{YNN_OPTION}= before JAX starts, or use another jaxlib than 0.10.2",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+@functools.cache
+def _sums_are_right(rows: int) -> bool:
+    """Whether row i of a product with a sum behind it is row i: jaxlib 0.10.2 gives row i − 128 (jax issue 39103).
+
+    Its YNN fusions do so for arrays of [32769 … 43520, 3], in every program compiled without `cfd.devices.xla`.
+    """
+    x = np.zeros((rows, 3), np.float32)
+    x[:, 0] = np.arange(rows)
+    with jax.ensure_compile_time_eval():
+        program = jax.jit(lambda m, x: jnp.sum(jnp.square(m @ x.T), axis=0))
+        sums = program.lower(np.eye(3, dtype=np.float32), x).compile()(np.eye(3, dtype=np.float32), x)
+    return bool(np.allclose(np.sqrt(np.asarray(sums)), x[:, 0], atol=1.0))
