@@ -5,6 +5,7 @@ A traced number is unknown until the program runs. It is never checked, so these
 """
 
 import functools
+import operator
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -52,6 +53,17 @@ def check_numbers(name: str, value: Any, holds: Callable[[np.ndarray], Any], rem
         place = f" at index {', '.join(map(str, index))}" if index else ""
         raise ValueError(f"{name} is {given[tuple(index)]}{place}; {remedy}")
     return numbers
+
+
+def check_count(name: str, value: Any, lowest: int = 1) -> int:
+    """The value as an int. Raises ValueError unless it is an integer >= `lowest`, of any type but bool."""
+    try:
+        count = lowest - 1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        count = lowest - 1
+    if count < lowest:
+        raise ValueError(f"{name} is {value}; it is a count: give an integer {name} >= {lowest}")
+    return count
 
 
 def is_zero(value: Any) -> bool:

@@ -3,7 +3,6 @@
 Importing this module is cheap: it pulls in jax, and nothing of the trainer, the data pipeline or the checkpoints.
 """
 
-import operator
 from collections.abc import Callable
 from typing import Any, SupportsIndex
 
@@ -14,11 +13,11 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float, Key, PyTree, Real, UInt32
 
-from cfd.arguments import check_returned, concrete, is_zero, threefry, warn_of_wrong_rows
-from cfd.guidance import NULL_LABEL, Interval, batch_size, check_weight, nulls_like, trained_range
+from cfd.arguments import check_count, check_returned, concrete, is_zero, threefry, warn_of_wrong_rows
+from cfd.guidance import NULL_LABEL, Interval, batch_size, check_trained, check_weight, nulls_like
 from cfd.guidance import guide as linear_mix
-from cfd.process import check_ends, cosine_logsnr, x_from_eps
-from cfd.steps import SecondOrder, StepRule, ancestral, ddim, dpm_solver
+from cfd.process import check_ends, x_from_eps
+from cfd.steps import SecondOrder, StepRule, ancestral, ddim, dpm_solver, schedule
 
 EpsFn = Callable[[Array, Array, Any], Array]
 """(z [B, ...], logsnr [B], labels [B]) -> eps [B, ...].
@@ -82,12 +81,12 @@ def guided_sample(
     Raises: ValueError on concrete numbers out of range, on λ outside the `logsnr_range` of eps_fn, on an Interval that
     no step falls into, and on arguments whose shapes do not agree.
     """
-    num_steps, batch = check_num_steps(num_steps), batch_size(labels)
+    num_steps, batch = check_count("num_steps", num_steps), batch_size(labels)
     warn_of_wrong_rows(2 * batch if doubled else batch)
     check_ends(logsnr_min, logsnr_max)
     check_weight(w, batch)
     for network in filter(None, (eps_fn, guide)):
-        _check_range(network, logsnr_min, logsnr_max)
+        check_trained(network, logsnr_min, logsnr_max)
     if doubled and guide is not None:
         raise ValueError("doubled evaluates one network on both labels, and guide is another network: leave one out")
     if isinstance(w, Interval):
@@ -120,36 +119,6 @@ def guided_sample(
     return z
 
 
-def schedule(
-    num_steps: SupportsIndex, logsnr_min: Real[ArrayLike, ""] = -20.0, logsnr_max: Real[ArrayLike, ""] = 20.0
-) -> Float[Array, "t"]:
-    """The grid λ_1 = logsnr_min < … < λ_T = logsnr_max, [T], with uniformly spaced u: Section 2.
-
-    Raises ValueError if num_steps is no integer >= 1, and as `check_ends` does.
-    """
-    num_steps = check_num_steps(num_steps)
-    check_ends(logsnr_min, logsnr_max)
-    u = 1.0 - jnp.arange(num_steps, dtype=jnp.float32) / max(num_steps - 1, 1)
-    # The ends are set to the bit. Rounded, the last could lie outside an Interval that ends at logsnr_max.
-    first, last = jnp.asarray(logsnr_min, jnp.float32), jnp.asarray(logsnr_max, jnp.float32)
-    return cosine_logsnr(u, first, last).at[-1].set(last).at[0].set(first)
-
-
-def _check_range(eps_fn: EpsFn, logsnr_min: Any, logsnr_max: Any) -> None:
-    """Raises ValueError if an end lies outside the range of λ on which eps_fn was trained. Unknown ends pass."""
-    trained = trained_range(eps_fn)
-    if trained is None:
-        return
-    lo, hi = trained
-    slack = 1e-3 * (hi - lo)  # for ends that were rounded
-    ends = concrete(logsnr_min), concrete(logsnr_max)
-    if not all(end is None or lo - slack <= end <= hi + slack for end in ends):
-        raise ValueError(
-            f"logsnr_min is {logsnr_min} and logsnr_max {logsnr_max}, but eps_fn was trained on λ in [{lo}, {hi}]: "
-            f"give logsnr_min={lo} and logsnr_max={hi}, or **run.process of the run that cfd.loading.load returned"
-        )
-
-
 def _check_interval(interval: Interval, num_steps: int, logsnr_min: Any, logsnr_max: Any) -> None:
     """Raises ValueError if no step falls into the interval. Intervals and grids with a traced end pass."""
     ends = [concrete(end) for end in (logsnr_min, logsnr_max, interval.logsnr_lo, interval.logsnr_hi)]
@@ -166,17 +135,6 @@ def _check_interval(interval: Interval, num_steps: int, logsnr_min: Any, logsnr_
             f"w is {interval}, and none of the {num_steps} steps falls into the interval, so nothing would be guided. "
             f"The nearest step is at λ = {logsnr[distance.argmin()]:.6g}: widen the interval, or take more steps"
         )
-
-
-def check_num_steps(num_steps: Any) -> int:
-    """num_steps as an int. Raises ValueError unless it is an integer >= 1, of any type but bool."""
-    try:
-        count = 0 if isinstance(num_steps, bool) else operator.index(num_steps)
-    except TypeError:
-        count = 0
-    if count < 1:
-        raise ValueError(f"num_steps is {num_steps}; it counts steps: give an integer num_steps >= 1")
-    return count
 
 
 def _extrapolation(sampler: Any, logsnr: Array, logsnr_next: Array) -> tuple[Any, Array | None]:

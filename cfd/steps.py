@@ -1,16 +1,33 @@
-"""Step rules: from z at log-SNR λ and a prediction x̃ of the data to z at λ' > λ. `cfd.sampling` runs them in a loop."""
+"""The grid of log-SNRs λ, and step rules: from z at λ and a prediction x̃ of the data to z at λ' > λ."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex
 
+import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
-from jaxtyping import Real
+from jaxtyping import Float, Real
 
-from cfd.process import alpha_sigma, check_v, eps_from_x, posterior
+from cfd.arguments import check_count
+from cfd.process import alpha_sigma, check_ends, check_v, cosine_logsnr, eps_from_x, posterior
 
 StepRule = Callable[[Array, Array, Array, Array], tuple[Array, Array | None]]
 """(z, x̃, λ, λ') -> mean and standard deviation of z at λ'. The standard deviation is None for a deterministic rule."""
+
+
+def schedule(
+    num_steps: SupportsIndex, logsnr_min: Real[ArrayLike, ""] = -20.0, logsnr_max: Real[ArrayLike, ""] = 20.0
+) -> Float[Array, "t"]:
+    """The grid λ_1 = logsnr_min < … < λ_T = logsnr_max, [T], with uniformly spaced u: Section 2.
+
+    Raises ValueError if num_steps is no integer >= 1, and as `check_ends` does.
+    """
+    num_steps = check_count("num_steps", num_steps)
+    check_ends(logsnr_min, logsnr_max)
+    u = 1.0 - jnp.arange(num_steps, dtype=jnp.float32) / max(num_steps - 1, 1)
+    # The ends are set to the bit. Rounded, the last could lie outside an Interval that ends at logsnr_max.
+    first, last = jnp.asarray(logsnr_min, jnp.float32), jnp.asarray(logsnr_max, jnp.float32)
+    return cosine_logsnr(u, first, last).at[-1].set(last).at[0].set(first)
 
 
 def ancestral(v: Real[ArrayLike, "*v"] = 0.3) -> StepRule:
