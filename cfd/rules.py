@@ -43,7 +43,7 @@ def stateless(mix: Callable[[Array, Array, Array, Array, Array], tuple[Array, Ar
 
 
 def apg(eta: Number, norm: Number, momentum: Number) -> Rule:
-    """Adaptive projected guidance: Sadat et al. (arXiv:2410.02416), Algorithm 1, in the space of x̃.
+    """Adaptive projected guidance: Sadat et al. (arXiv:2410.02416), in the space of x̃.
 
     Δ = x_c − x_g + momentum Δ_before is shortened to a length of at most `norm`. Of its part parallel to x_c, which
     saturates images, only the share eta stays. The paper's momentum is negative. Plain guidance is eta = 1, norm = inf,
@@ -63,7 +63,7 @@ def apg(eta: Number, norm: Number, momentum: Number) -> Rule:
 
 
 def cfgpp() -> Rule:
-    """CFG++: Chung et al. (arXiv:2406.08070), Algorithm 2: x̃ is guided, and the noise of the next z is the guide's.
+    """CFG++: Chung et al. (arXiv:2406.08070): x̃ is guided, and the noise of the next z is the guide's.
 
     x̃ = x_g + (1 + w) (x_c − x_g), and DDIM then gives z' = α' x̃ + σ' ε_g. The paper's λ in [0, 1] is 1 + w, so that its
     range is w in [−1, 0]. Clipping x̃ changes the noise.
@@ -78,7 +78,7 @@ def cfgpp() -> Rule:
 
 
 def cfg_zero_star(zero_until: Number) -> Rule:
-    """CFG-Zero*: Fan et al. (arXiv:2503.18886), Algorithm 1, in the space of the velocity v = α ε − σ x.
+    """CFG-Zero*: Fan et al. (arXiv:2503.18886), in the space of the velocity v = α ε − σ x.
 
     ṽ = (1 + w) v_c − w s v_g with s = ⟨v_c, v_g⟩ / ‖v_g‖², the best multiple of the guide's velocity. Where
     λ < zero_until, ṽ = 0. The paper does this in the first 4 % of its steps; −inf never does it.
@@ -96,7 +96,7 @@ def cfg_zero_star(zero_until: Number) -> Rule:
 
 
 def rescale(phi: Number) -> Rule:
-    """Rescaled guidance: Lin et al. (arXiv:2305.08891), Eqs. 15 and 16, here in the space of x̃.
+    """Rescaled guidance: Lin et al. (arXiv:2305.08891), here in the space of x̃.
 
     x̃ ← φ x̃ std(x_c) / std(x̃) + (1 − φ) x̃: guidance no longer raises the contrast. Plain guidance is φ = 0.
     """
@@ -162,7 +162,7 @@ def feedback(pi: Number, temperature: Number, offset: Number, w_max: Number) -> 
 
 
 def tangential() -> Rule:
-    """Tangential damping: Kwon et al. (arXiv:2503.18137), Algorithm 1, in the space of ε.
+    """Tangential damping: Kwon et al. (arXiv:2503.18137), in the space of ε.
 
     The guide's ε is replaced by its projection on the first right singular vector of the two rows ε_c and ε_g.
     """
@@ -179,7 +179,7 @@ def tangential() -> Rule:
 
 
 def dynamic_threshold(percentile: Number) -> Callable[[Array], Array]:
-    """A threshold for x̃, given as `clip`: Saharia et al. (Imagen, arXiv:2205.11487), Section 2.3.
+    """A threshold for x̃, given as `clip`: Saharia et al. (Imagen, arXiv:2205.11487).
 
     x̃ is clipped to [−s, s] and divided by s, the percentile of |x̃| over the image, but at least 1. Percentile 0
     clips as `clip=True` does, unless all of the image lies beyond 1.
@@ -196,7 +196,7 @@ def dynamic_threshold(percentile: Number) -> Callable[[Array], Array]:
 def cads(
     eps_fn: Callable[[Array, Array, PyTree], Array], logsnr_lo: Number, logsnr_hi: Number, noise: Number, psi: Number
 ) -> Callable[[Array, Array, tuple[Array, Array]], Array]:
-    """Condition-annealed sampling: Sadat et al. (arXiv:2310.17347), Algorithm 1, for labels that are embeddings.
+    """Condition-annealed sampling: Sadat et al. (arXiv:2310.17347), for labels that are embeddings.
 
     The result is an eps_fn whose labels are pairs: embeddings c [B, D], and a seed of each image, uint32 [B, 2]
     (`jax.random.key_data`). The null label is a pair too. c becomes √γ c + noise √(1 − γ) n with n ~ N(0, I), and the
@@ -238,7 +238,7 @@ def constant(w: Number) -> Callable[[Array], Array]:
 def ramp(w: Number, logsnr_lo: Number, logsnr_hi: Number) -> Callable[[Array], Array]:
     """A weight that goes linearly in λ from 0 at logsnr_lo to w at logsnr_hi, and is constant beyond both.
 
-    It rises if logsnr_lo < logsnr_hi, and falls otherwise.
+    It rises if logsnr_lo < logsnr_hi, which Wang et al. (arXiv:2404.13040) recommend, and falls otherwise.
     """
     _check(w=w, logsnr_lo=logsnr_lo, logsnr_hi=logsnr_hi)
     _check_positive(width=abs(logsnr_hi - logsnr_lo))
