@@ -83,7 +83,7 @@ def kernel(folder: Path, **environment: str) -> Iterator[Callable[[str], Any]]:
 
 
 def printed(outputs: Any) -> str:
-    """What a cell printed. An error in it fails the test."""
+    """The text that a cell printed. An error in it fails the test."""
     errors = ["\n".join(output.traceback) for output in outputs if output.output_type == "error"]
     assert not errors, errors[0]
     return "".join(output.text for output in outputs if output.output_type == "stream")

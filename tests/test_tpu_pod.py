@@ -198,7 +198,7 @@ def test_a_job_is_run_on_all_hosts(tpu: Slice) -> None:
 
 
 def test_words_and_values_survive_two_shells(tpu: Slice) -> None:
-    """What a program on the hosts gets must be what a shell here would give it."""
+    """A program on the hosts gets the arguments that a shell here would give it."""
     values = ["--b=2 --c=3", "it's", 'a "quoted" $HOME `x` \\ value', "", "*"]
     assignments = " ".join(f"V{number}={shlex.quote(value)}" for number, value in enumerate(values))
     tpu.finish(0)

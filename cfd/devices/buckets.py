@@ -39,7 +39,7 @@ LOGIN = (
 
 
 class _Answer(NamedTuple):
-    """What the service answers: an HTTP status, 0 if there is no answer, and the body, or why there is no answer."""
+    """The answer of the service: an HTTP status, or 0 if there is none, and the body, or why there is no answer."""
 
     status: int
     body: str

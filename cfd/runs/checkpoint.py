@@ -231,7 +231,7 @@ def wait(manager: Manager) -> None:
 def _wait_orbax(manager: Manager, step: int) -> None:
     """Waits for the save in progress. If it fails in a bucket on process 0, the other processes need not wait longer.
 
-    Process 0 goes to the barriers of Orbax that it has not reached. Only process 0 commits a step. Therefore it may.
+    Process 0 goes to the barriers of Orbax that it has not reached, which it may because it alone commits a step.
     """
     try:
         manager.orbax.wait_until_finished()

@@ -222,7 +222,7 @@ def fsync(path: Path) -> None:
 def despite_a_full_disk(path: str | os.PathLike[str]) -> Iterator[None]:
     """Logs the OSError of a full disk, an exhausted quota or a file that reached its size limit, and continues.
 
-    Of a file in a bucket, it logs every OSError. Every other exception is raised. `path` is the file that the message
+    For a file in a bucket, it logs every OSError. Every other exception is raised. `path` is the file that the message
     names.
     """
     try:

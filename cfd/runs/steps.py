@@ -126,7 +126,7 @@ def hint(directory: AnyPath) -> str:
 
 
 def remove(place: AnyPath) -> None:
-    """Deletes a step in a bucket. If it is cut short at any moment, what is left of the step does not count.
+    """Deletes a step in a bucket. The rest of a step whose deletion is cut short does not count.
 
     Raises an error of TensorStore or gcsfs, which have no common class, if the bucket refuses.
     """

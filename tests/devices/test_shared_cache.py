@@ -30,7 +30,7 @@ print(*(events[f"/jax/compilation_cache/cache_{name}"] for name in ("hits", "mis
 
 
 def job(folder: str, *hosts: Path) -> tuple[list[str], list[str]]:
-    """What the processes of a job print last, and their errors. Each is in the working directory of its host."""
+    """The last lines of the processes of a job, and their errors. Each is in the working directory of its host."""
     several = {"CFD_COORDINATOR": f"127.0.0.1:{free_port()}", "CFD_NUM_PROCESSES": str(len(hosts))}
     processes = [
         subprocess.Popen(

@@ -40,7 +40,7 @@ def lost(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 def held(folder: str) -> dict[str, Any] | None:
-    """What the lock of a folder says."""
+    """The content of the lock of a folder."""
     content = files.store(folder).read("lock").result()
     return json.loads(content.value) if content.state == "value" else None
 
