@@ -186,7 +186,7 @@ def access_to(folder: str, out: str) -> Iterator[None]:
 
 def check_is_run(folder: str) -> None:
     """Raises UserError if there is no run in the folder, or if this job may not read it."""
-    path, remedy = os.path.join(folder, workdir.CONFIG), "its owner can allow it, by chmod -R a+rX"
+    path = os.path.join(folder, workdir.CONFIG)
     try:
         if not is_url(folder):
             os.stat(path)
@@ -197,8 +197,7 @@ def check_is_run(folder: str) -> None:
             f"{folder} holds no run: train it first, with --mode=train, or give the --workdir of another"
         ) from None
     except OSError as error:
-        remedy = "ask the owner of the bucket for roles/storage.objectViewer" if is_url(folder) else remedy
-        raise UserError(f"{folder} cannot be read ({error.strerror}): {remedy}") from None
+        raise UserError(f"{folder} cannot be read ({error.strerror}): {files.how_to_allow(path)}") from None
 
 
 def run_folder() -> str:

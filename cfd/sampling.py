@@ -13,6 +13,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float, Key, PyTree, Real, UInt32
 
+from cfd import steps
 from cfd.arguments import check_count, check_returned, concrete, is_zero, threefry, warn_of_wrong_rows
 from cfd.guidance import NULL_LABEL, Interval, batch_size, check_trained, check_weight, nulls_like
 from cfd.guidance import guide as linear_mix
@@ -138,18 +139,14 @@ def _check_interval(interval: Interval, num_steps: int, logsnr_min: Any, logsnr_
 
 
 def _extrapolation(sampler: Any, logsnr: Array, logsnr_next: Array) -> tuple[Any, Array | None]:
-    """The step rule and the factors [T] by which x̃ is extrapolated; None for a first-order rule.
-
-    The factor multiplies the change of x̃ since the previous evaluation.
-    """
+    """The step rule, and the factors [T] of `cfd.steps.reach`; None for a first-order rule."""
     second_order = isinstance(sampler, SecondOrder)
     rule = sampler.rule if second_order else sampler
     if not callable(rule) or rule in (ancestral, ddim, dpm_solver):
         raise ValueError(f"sampler is {sampler!r}; give a step rule, such as the result of ancestral(v) or ddim()")
     if not second_order:
         return rule, None
-    t, gap = jnp.arange(1, len(logsnr) + 1), logsnr_next - logsnr
-    return rule, jnp.where((t > 1) & (t < len(logsnr) - 1), 0.5 * gap / jnp.roll(gap, 1), 0.0)
+    return rule, steps.reach(logsnr, logsnr_next)
 
 
 def _guided(

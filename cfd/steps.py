@@ -62,6 +62,12 @@ class SecondOrder(NamedTuple):
     rule: StepRule
 
 
+def reach(logsnr: Float[Array, "t"], logsnr_next: Float[Array, "t"]) -> Float[Array, "t"]:
+    """The factors by which a second-order sampler extrapolates x̃; each multiplies its change since the step before."""
+    t, gap = jnp.arange(1, len(logsnr) + 1), logsnr_next - logsnr
+    return jnp.where((t > 1) & (t < len(logsnr) - 1), 0.5 * gap / jnp.roll(gap, 1), 0.0)
+
+
 def dpm_solver() -> SecondOrder:
     """The deterministic sampler for few steps, DPM-Solver++(2M): Lu et al. (arXiv:2211.01095), Algorithm 2."""
     return SecondOrder(ddim())

@@ -25,10 +25,10 @@ from jax.nn import sigmoid
 from jax.typing import ArrayLike
 from jaxtyping import Float, Key, PyTree, Real, UInt32
 
+from cfd import steps
 from cfd.arguments import check_count, check_numbers, check_returned, threefry
 from cfd.guidance import NULL_LABEL, check_trained, check_weight, guide, nulls_like
 from cfd.process import alpha_sigma, check_ends, x_from_eps
-from cfd.steps import schedule
 
 
 class Tilted(NamedTuple):
@@ -111,11 +111,10 @@ def tilted_sample(
     labels = jax.tree.map(lambda c: jnp.broadcast_to(jnp.asarray(c), (count, *jnp.shape(c))), label)
     nulls, w = nulls_like(labels, null), jnp.asarray(w, jnp.float32)
 
-    logsnr = schedule(num_steps, logsnr_min, logsnr_max)
+    logsnr = steps.schedule(num_steps, logsnr_min, logsnr_max)
+    logsnr_next = jnp.append(logsnr[1:], logsnr[-1] + 1.0)  # no step follows the last λ
     # Second order, as in `SecondOrder`: x̃ is extrapolated to the middle of every step but the first and the last.
-    gap, t = jnp.diff(logsnr), jnp.arange(num_steps - 1)
-    reach = jnp.where((t > 0) & (t < num_steps - 2), 0.5 * gap / jnp.roll(gap, 1), 0.0)
-    logsnr_next, reach = jnp.append(logsnr[1:], logsnr[-1] + 1.0), jnp.pad(reach, (0, 1))  # no step follows the last λ
+    reach = steps.reach(logsnr, logsnr_next)
 
     def evaluate(z: Array, logsnr: Array, labels: PyTree) -> Array:
         eps = eps_fn(z, jnp.broadcast_to(logsnr, (count,)), labels)
@@ -143,8 +142,8 @@ def tilted_sample(
         return (jnp.where(t == num_steps, x, z_next), x, log_weights), ess
 
     z = jax.random.normal(jax.random.fold_in(key, 0), (count, *shape), jnp.float32)
-    steps = jnp.arange(1, num_steps + 1), logsnr, logsnr_next, reach, _quadrature(logsnr)
-    (samples, _, log_weights), ess = jax.lax.scan(step, (z, z, jnp.zeros(count, jnp.float32)), steps)
+    inputs = jnp.arange(1, num_steps + 1), logsnr, logsnr_next, reach, _quadrature(logsnr)
+    (samples, _, log_weights), ess = jax.lax.scan(step, (z, z, jnp.zeros(count, jnp.float32)), inputs)
     return Tilted(samples, log_weights, ess)
 
 

@@ -2,7 +2,9 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # read at import: no question about the kind of a bucket
@@ -50,6 +52,30 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGcs]:
         yield gcs
         epath_backend.fsspec_backend._get_filesystem.cache_clear()
         gcsfs.GCSFileSystem.clear_instance_cache()
+
+
+# The module `jobs` is imported late, because modules of the package that it imports before the hook are not checked.
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of compiled programs, which the jobs of all tests of a module share."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Callable[[int, int], Path]:
+    """The folders of runs that nothing interrupted: see `jobs.references`."""
+    import jobs
+
+    return jobs.references(tmp_path_factory, cache)
+
+
+@pytest.fixture
+def start(cache: Path) -> Iterator[Any]:
+    """A `jobs.Start`, whose processes end with the test."""
+    import jobs
+
+    with jobs.starting(cache) as start:
+        yield start
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

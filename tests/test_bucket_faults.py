@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from gcs import FakeGcs, Request, Stored
-from jobs import Start, assert_same_run, references, starting, steps_of, wait_for_step
+from jobs import Start, assert_same_run, starting, steps_of, wait_for_step
 from jobs import wait_until as until
 from tiny import ROOT
 
@@ -29,23 +29,6 @@ slow = pytest.mark.slow
 SUPERVISE = (sys.executable, str(ROOT / "launch" / "supervise.py"))
 LEASE = {"CFD_LEASE_SECONDS": "2"}
 SLOWLY = LEASE | {"JOB_STEP_SECONDS": "0.05"}
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of compiled programs, which all tests share."""
-    return tmp_path_factory.mktemp("compiled")
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Callable[[int, int], Path]:
-    return references(tmp_path_factory, cache)
-
-
-@pytest.fixture
-def start(cache: Path) -> Iterator[Start]:
-    with starting(cache) as start:
-        yield start
 
 
 @pytest.fixture(scope="module")

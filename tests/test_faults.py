@@ -10,7 +10,6 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,6 @@ from jobs import (
     assert_same_run,
     final_state,
     losses,
-    references,
-    starting,
     steps_of,
     wait_for_step,
     wait_until,
@@ -40,23 +37,6 @@ from cfd.modes.settings import sampling_of
 from cfd.runs import npz
 
 slow = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of compiled programs, which all tests share."""
-    return tmp_path_factory.mktemp("compiled")
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Callable[[int, int], Path]:
-    return references(tmp_path_factory, cache)
-
-
-@pytest.fixture
-def start(cache: Path) -> Iterator[Start]:
-    with starting(cache) as start:
-        yield start
 
 
 @pytest.mark.timeout(1200)

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,6 @@ from jobs import (
     final_state,
     losses,
     noted,
-    references,
-    starting,
     steps_of,
     wait_for_step,
     wait_until,
@@ -33,23 +30,6 @@ from jobs import (
 from tiny import ROOT
 
 slow = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of compiled programs, which all tests share."""
-    return tmp_path_factory.mktemp("compiled")
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Callable[[int, int], Path]:
-    return references(tmp_path_factory, cache)
-
-
-@pytest.fixture
-def start(cache: Path) -> Iterator[Start]:
-    with starting(cache) as start:
-        yield start
 
 
 def interrupted(job: Job, number: int, which: int) -> float:
