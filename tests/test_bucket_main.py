@@ -70,5 +70,6 @@ def test_a_folder_without_a_run_is_named(bucket: FakeGcs) -> None:
         return 403 if request.method == "GET" and request.name else None
 
     bucket.fail = refuse
-    with pytest.raises(UserError, match=rf"{bucket.url}/run cannot be read \(.*403.*\): ask the owner of the bucket"):
+    words = rf"{bucket.url}/run cannot be read \(.*403.*\): the owner of the bucket can allow it"
+    with pytest.raises(UserError, match=words):
         main.check_is_run(f"{bucket.url}/run")
