@@ -15,7 +15,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int, Key, PyTree, Real, UInt32
 
 from cfd.arguments import FLOAT32_MAX, check_numbers, check_returned, concrete, is_zero, known_labels, threefry
-from cfd.process import alpha_sigma, per_example
+from cfd.process import alpha_sigma, eps_from_x, per_example, x_from_eps
+from cfd.steps import LearnedVariance, StepRule
 
 NULL_LABEL = -1
 """∅, the label of the unconditional model: "input zeros for the class identifier" (Section 3.2)."""
@@ -87,6 +88,24 @@ def batch_size(labels: PyTree) -> int:
     return leading.pop()[0]
 
 
+def eps_and_v(output: Any) -> tuple[Any, Any]:
+    """(ε, v) of an eps_fn's output, which is ε alone, or this pair with a learned variance. Of ε alone, v is None.
+
+    Nichol and Dhariwal (arXiv:2102.09672), Eq. 15, log Σ = v log β + (1 − v) log β̃, is the variance of `posterior`.
+    """
+    return output if isinstance(output, tuple) and len(output) == 2 else (output, None)
+
+
+def check_output(function: str, output: Any, shape: tuple[int, ...]) -> tuple[Array, Array | None]:
+    """`eps_and_v` in float32. Raises ValueError unless both are floating arrays of the shape of z."""
+    eps, v = eps_and_v(output)
+    check_returned(function, eps, shape, "the noise of z")
+    if v is None:
+        return eps.astype(jnp.float32), None
+    check_returned(function, v, shape, "v, the second of its pair")
+    return eps.astype(jnp.float32), v.astype(jnp.float32)
+
+
 def guide(
     eps_cond: Float[Array, "..."], eps_uncond: Float[Array, "..."], w: Real[ArrayLike, "*b"]
 ) -> Float[Array, "..."]:
@@ -97,6 +116,34 @@ def guide(
     check_weight(w)
     w = per_example(w, eps_cond)
     return (1.0 + w) * eps_cond - w * eps_uncond
+
+
+def guided(
+    eps_fn: Callable[[Array, Array, Any], Any], labels: PyTree, w: Any, null: PyTree = NULL_LABEL
+) -> Callable[[Array, Array], Array]:
+    """The field (z [B, ...], λ) -> ε̃ of Eq. 6 for these labels. The arguments are as in `guided_sample`.
+
+    A concrete scalar 0 as w costs one evaluation of eps_fn, and every other w two, outside of an `Interval` too.
+    """
+    batch = batch_size(labels)
+    check_weight(w, batch)
+    labels = jax.tree.map(jnp.asarray, labels)
+    nulls = None if not isinstance(w, Interval) and is_zero(w) else nulls_like(labels, null, batched=True)
+
+    def evaluate(z: Array, logsnr: Array, labels: PyTree) -> Array:
+        return check_output("eps_fn", eps_fn(z, jnp.broadcast_to(logsnr, z.shape[:1]), labels), z.shape)[0]
+
+    def field(z: Array, logsnr: Array) -> Array:
+        eps = evaluate(z, logsnr, labels)
+        if nulls is None:
+            return eps
+        weight = w.w if isinstance(w, Interval) else w(logsnr) if callable(w) else w
+        weight = jnp.asarray(weight, jnp.float32)
+        if isinstance(w, Interval):
+            weight = jnp.where(w.contains(logsnr), weight, 0.0)
+        return guide(eps, evaluate(z, logsnr, nulls), weight)
+
+    return field
 
 
 class Interval(NamedTuple):
@@ -173,8 +220,8 @@ def check_trained(eps_fn: Callable[..., Any], logsnr_min: Any, logsnr_max: Any) 
 
 
 def classifier_guidance(
-    eps_fn: Callable[[Array, Array, Array], Array], classifier_fn: Callable[[Array, Array], Array], w: Any
-) -> Callable[[Array, Array, Array], Array]:
+    eps_fn: Callable[[Array, Array, Array], Any], classifier_fn: Callable[[Array, Array], Array], w: Any
+) -> Callable[[Array, Array, Array], Any]:
     """The eps_fn of ε̃ = ε(z, c) − w σ ∇_z log p(c | z): Section 3.1; with `ddim()`, Algorithm 2 of arXiv:2105.05233.
 
     `classifier_fn(z, logsnr) -> logits [B, K]`. w is a number, an array (scalar or [B]), a function of λ [B] that
@@ -183,7 +230,10 @@ def classifier_guidance(
 
     The result is an eps_fn like any other. Pass it to `guided_sample`, whose own w then adds classifier-free guidance.
     To guide an unconditional model, ignore the label:
-    `lambda z, logsnr, c: eps_fn(z, logsnr, 0 * c - 1)`.
+    `lambda z, logsnr, c: eps_fn(z, logsnr, 0 * c - 1)`. A v that eps_fn returns with ε stays as it is.
+
+    With `guided_sample(clip=True)`, x̃ is clipped after the shift of ε. ADM's code clips before it, and not again:
+    `guided_sample(key, classifier_guidance(clipped(eps_fn), classifier_fn, w), ..., clip=False)`.
 
     Raises ValueError as `check_weight` does. The returned function raises ValueError if w has another shape, and as
     `class_gradient` does. It has the `logsnr_range` of eps_fn, and of classifier_fn if w is the same for all λ.
@@ -192,43 +242,63 @@ def classifier_guidance(
     if not isinstance(w, Interval) and is_zero(w):
         return eps_fn
 
-    def guided(z: Array, logsnr: Array, labels: Array) -> Array:
+    def guided(z: Array, logsnr: Array, labels: Array) -> Any:
         _, sigma = alpha_sigma(logsnr)
-        return eps_fn(z, logsnr, labels) - per_example(sigma, z) * _weighted_gradient(
-            classifier_fn, w, z, logsnr, labels
-        )
+        eps, v = eps_and_v(eps_fn(z, logsnr, labels))
+        eps = eps - per_example(sigma, z) * _weighted_gradient(classifier_fn, w, z, logsnr, labels)
+        return eps if v is None else (eps, v)
 
     everywhere = not (isinstance(w, Interval) or callable(w))
     vars(guided).update(logsnr_range=trained_range(eps_fn, *[classifier_fn] * everywhere))
     return guided
 
 
+def clipped(eps_fn: Callable[[Array, Array, Array], Any]) -> Callable[[Array, Array, Array], Any]:
+    """The eps_fn whose x̂ is that of `eps_fn`, clipped to [−1, 1]: ε = (z − α clip(x̂)) / σ. v stays as it is.
+
+    A classifier's gradient is added to it after the clipping, as in ADM's code, if the sampler has clip=False.
+    """
+
+    def of_clipped(z: Array, logsnr: Array, labels: Array) -> Any:
+        eps, v = eps_and_v(eps_fn(z, logsnr, labels))
+        eps = eps_from_x(z, jnp.clip(x_from_eps(z, eps, logsnr), -1.0, 1.0), logsnr)
+        return eps if v is None else (eps, v)
+
+    vars(of_clipped).update(logsnr_range=trained_range(eps_fn))
+    return of_clipped
+
+
 def shift_mean(
-    sampler: Callable[[Array, Array, Array, Array], tuple[Array, Array | None]],
+    sampler: StepRule | LearnedVariance,
     classifier_fn: Callable[[Array, Array], Array],
     labels: Int[Array, "b"],
     w: Any,
-) -> Callable[[Array, Array, Array, Array], tuple[Array, Array]]:
+) -> Any:
     """The step rule `sampler` with its mean shifted by w Σ ∇_z log p(c | z): Algorithm 1 of arXiv:2105.05233.
 
-    `sampler` is `ancestral(v)` and Σ its variance. The other arguments are as in `classifier_guidance`. The shift is
-    applied after x̃ is clipped. `classifier_guidance` shifts the same mean by (1 − e^{λ−λ'}) (α'/α) σ² w ∇. That shift
-    is larger by α'/α at v = 1 and by (α/α') e^{λ'−λ} at v = 0. The two agree in the limit of small steps.
+    `sampler` is `ancestral(v)` and Σ its variance, which `ancestral(v=None)` takes from the network, as ADM does. The
+    other arguments are as in `classifier_guidance`. The shift is applied after x̃ is clipped, as in ADM's code.
+    `classifier_guidance` shifts the same mean by (1 − e^{λ−λ'}) (α'/α) σ² w ∇. That shift is larger by α'/α at v = 1
+    and by (α/α') e^{λ'−λ} at v = 0. The two agree in the limit of small steps.
+
+    ADM's code shifts the last x̃ too, by w Σ ∇ with Σ near 1e-4. The last step of `guided_sample` returns x̃ itself.
 
     Raises ValueError if `sampler` is not a step rule that adds noise, and as `classifier_guidance` does.
     """
     check_weight(w)
-    if not callable(sampler):
+    learned = isinstance(sampler, LearnedVariance)
+    rule = sampler.rule if learned else sampler
+    if not callable(rule):
         raise ValueError(f"sampler is {sampler!r}; it must be a step rule that adds noise: give ancestral(v)")
 
-    def step(z: Array, x: Array, logsnr: Array, logsnr_next: Array) -> tuple[Array, Array]:
-        mean, std = sampler(z, x, logsnr, logsnr_next)
+    def step(z: Array, x: Array, logsnr: Array, logsnr_next: Array, *v: Array) -> tuple[Array, Array]:
+        mean, std = rule(z, x, logsnr, logsnr_next, *v)
         if std is None:
             raise ValueError("the sampler adds no noise, so there is no Σ to shift by: use classifier_guidance")
         logsnr = jnp.broadcast_to(logsnr, labels.shape)
         return mean + jnp.square(std) * _weighted_gradient(classifier_fn, w, z, logsnr, labels), std
 
-    return step
+    return LearnedVariance(step) if learned else step
 
 
 def class_gradient(
@@ -278,22 +348,22 @@ def _weight_at(w: Any, logsnr: Float[Array, "b"]) -> Float[Array, "b"]:
     return jnp.broadcast_to(jnp.asarray(w, jnp.float32), logsnr.shape)
 
 
-def without_null(eps_fn: Callable[[Array, Array, Array], Array]) -> Callable[[Array, Array, Array], Array]:
+def without_null(eps_fn: Callable[[Array, Array, Array], Any]) -> Callable[[Array, Array, Array], Any]:
     """`eps_fn`, guarded against the label ∅, for a model that was never trained without a label (p_uncond = 0).
 
     ADM's published models are of this kind. The guarded function raises ValueError if a concrete label is ∅. Under
     `jit`, labels are not known; rows of ∅ then come out as NaN instead of an image from an untrained embedding.
     """
 
-    def guarded(z: Array, logsnr: Array, labels: Array) -> Array:
+    def guarded(z: Array, logsnr: Array, labels: Array) -> Any:
         given = concrete(labels)
         if given is not None and np.any(given < 0):
             raise ValueError(
                 "this model was always trained with a label (p_uncond = 0), so it has no unconditional score: sample "
                 "with a plain w = 0, or use classifier_guidance"
             )
-        eps = eps_fn(z, logsnr, labels)
-        return jnp.where((labels >= 0).reshape(-1, *[1] * (eps.ndim - 1)), eps, jnp.nan)
+        known = (labels >= 0).reshape(-1, *[1] * (z.ndim - 1))
+        return jax.tree.map(lambda out: jnp.where(known, out, jnp.nan), eps_fn(z, logsnr, labels))
 
     vars(guarded).update(logsnr_range=trained_range(eps_fn))
     return guarded

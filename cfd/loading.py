@@ -17,7 +17,9 @@ from cfd.arguments import check_numbers
 from cfd.errors import UserError
 from cfd.guidance import without_null
 from cfd.networks.classifier import Classifier, ClassifierFn
+from cfd.networks.times import logsnr_table
 from cfd.networks.unet import UNet, check_labels
+from cfd.process import Schedule, cosine, linear, tabulated
 from cfd.runs import files, steps
 from cfd.runs.access import check_run_path
 from cfd.runs.checkpoint import CheckpointError
@@ -25,26 +27,47 @@ from cfd.runs.digest import recorded_hash, weights_hash
 from cfd.runs.files import AnyPath, is_url
 from cfd.runs.reading import find, is_gone, read_verified
 from cfd.runs.workdir import CHECKPOINTS, SNAPSHOTS, abbreviate, config_differences, flatten, read_config
-from cfd.steps import SecondOrder, StepRule, ancestral, ddim, dpm_solver
+from cfd.steps import SecondOrder, StepRule, ancestral, ddim, dpm_solver, grid, sde_dpm_solver
 
 STEP_RULES: dict[str, Callable[[Any], StepRule | SecondOrder]] = {
     "ancestral": ancestral,
     "ddim": lambda v: ddim(),
     "dpm_solver": lambda v: dpm_solver(),
+    "sde_dpm_solver": sde_dpm_solver,
 }
 """The step rules that sample.sampler names, as functions of sample.v."""
+WITH_V = ("ancestral", "sde_dpm_solver")
+"""The names of those that depend on it."""
+
+
+def schedule_of(name: str, logsnr_min: float, logsnr_max: float) -> Schedule:
+    """The schedule that process.schedule or sample.schedule names, between these ends.
+
+    Raises ValueError if ADM's or DDPM's table, which has its own ends, has others.
+    """
+    if not name.startswith("adm_"):
+        return {"cosine": cosine, "linear": linear}[name](logsnr_min, logsnr_max)
+    table = logsnr_table(name.removeprefix("adm_"))
+    first, last = float(table[-1]), float(table[0])
+    if max(abs(first - logsnr_min), abs(last - logsnr_max)) > 1e-3 * (last - first):
+        raise UserError(
+            f"the schedule {name!r} goes from λ = {first:.6g} to {last:.6g}, and the process from {logsnr_min:g} to "
+            f"{logsnr_max:g}: set process.logsnr_min to {first:.6g} and process.logsnr_max to {last:.6g}"
+        )
+    return tabulated(table)
 
 
 class Loaded(NamedTuple):
     """A trained model, ready to sample from: `guided_sample(..., **run.process, **run.sampling)`.
 
     `process` has the ends of the λ range that the model was trained on, as `logsnr_min` and `logsnr_max`. `sampling`
-    has `num_steps`, `sampler` and `clip` as the run's config says. It lacks those that the config lacks, and is empty
-    for an imported model; `guided_sample` then uses its own defaults. `data_identity` is that of the images of its
+    has `num_steps`, `sampler` and `clip` as the run's config says; `num_steps` is a grid of λ if the config asks for
+    another schedule than the cosine. It lacks those that the config lacks, and is empty for an imported model;
+    `guided_sample` then uses its own defaults. `data_identity` is that of the images of its
     training, as `cfd.data.dataset.Dataset` defines it, or "" if it is not recorded.
     """
 
-    eps_fn: Callable[[Float[Array, "b h w c"], Float[Array, "b"], Int[Array, "b"]], Float[Array, "b h w c"]]
+    eps_fn: Callable[[Float[Array, "b h w c"], Float[Array, "b"], Int[Array, "b"]], Any]
     params: Any
     image_shape: tuple[int, int, int]
     num_classes: int
@@ -58,7 +81,12 @@ class Loaded(NamedTuple):
 
 
 def load(
-    workdir: str | os.PathLike[str], step: int | None = None, *, sharding: Sharding | None = None, fast: bool = True
+    workdir: str | os.PathLike[str],
+    step: int | None = None,
+    *,
+    sharding: Sharding | None = None,
+    fast: bool = True,
+    variance: bool = False,
 ) -> Loaded:
     """The model in a run's folder, with the EMA weights of its newest undamaged step, or of `step`.
 
@@ -69,6 +97,9 @@ def load(
     classes, and for the null label ∅ if the model never saw it in training (p_uncond = 0). Under `jit`, it cannot
     raise, and such a row is NaN instead. With `fast=False`, `jax.jvp` and `jax.jacfwd` differentiate it; see `UNet`.
 
+    With `variance`, `eps_fn` returns (ε, v) for `ancestral(v=None)`. v = (o + 1) / 2 of the outputs o of the learned
+    variance, which an imported model has if it was imported with --keep-variance. Without them, this is a ValueError.
+
     The weights are on one device unless `sharding` says otherwise. With several processes, every one must call this.
     Raises ValueError if there is no run or no such step, and CheckpointError if the checkpoints are damaged.
     """
@@ -78,17 +109,26 @@ def load(
     num_classes = config["model"]["num_classes"]
     size, channels = config["data"]["image_size"], config["data"]["channels"]
     net = UNet(image_size=size, fast=fast, **_network_fields(config["model"]))
-    process = config.get("process", {})
+    process = _ends(config)
     always_labelled = num_classes > 0 and config["train"]["p_uncond"] == 0
+    num_outputs = config["model"].get("out_channels") or channels
+    if variance and num_outputs != 2 * channels:
+        raise UserError(
+            f"{os.fspath(workdir)} has no learned variance: its network has {num_outputs} outputs for {channels} "
+            "channels. Leave variance out, or, if it is an import, import it again: python -m cfd.convert adm "
+            "--keep-variance FILE OUT"
+        )
 
-    def eps_fn(params: Any, z: Array, logsnr: Array, labels: Array) -> Array:
+    def eps_fn(params: Any, z: Array, logsnr: Array, labels: Array) -> Any:
         trained = check_labels(labels, num_classes) & _in_range(logsnr, process)
 
-        def eps(z: Array, logsnr: Array, labels: Array) -> Array:
+        def eps(z: Array, logsnr: Array, labels: Array) -> Any:
             outputs: Any = net.apply({"params": params}, z, logsnr, labels)
-            return outputs[..., :channels]  # the outputs after these are a learned variance, kept at import
+            eps, learned = outputs[..., :channels], outputs[..., channels:]
+            return (eps, 0.5 * (learned + 1.0)) if variance else eps
 
-        return _nan_unless(trained, (without_null(eps) if always_labelled else eps)(z, logsnr, labels))
+        outputs = (without_null(eps) if always_labelled else eps)(z, logsnr, labels)
+        return jax.tree.map(lambda out: _nan_unless(trained, out), outputs)
 
     return Loaded(
         eps_fn=_bound(eps_fn, params, process),
@@ -99,7 +139,7 @@ def load(
         config=config,
         step=ema.step,
         process=process,
-        sampling=_sampling(config.get("sample", {})),
+        sampling=_sampling(config),
         weights_hash=ema.weights_hash,
         data_identity=ema.data_identity,
     )
@@ -115,7 +155,7 @@ def load_classifier(workdir: str | os.PathLike[str], step: int | None = None, *,
     params, config_json, *_ = load_ema(workdir, "classifier", step)
     config = config_json["config"]
     net = Classifier(image_size=config["data"]["image_size"], fast=fast, **_network_fields(config["classifier"]))
-    process = config.get("process", {})
+    process = _ends(config)
 
     def classifier_fn(params: Any, z: Array, logsnr: Array) -> Array:
         trained = _in_range(logsnr, process)
@@ -203,7 +243,7 @@ def _network_fields(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
-def _bound(fun: Callable[..., Array], params: Any, process: dict[str, float]) -> jax.tree_util.Partial:
+def _bound(fun: Callable[..., Any], params: Any, process: dict[str, float]) -> jax.tree_util.Partial:
     """`fun` with its parameters. It tells `guided_sample` the trained λ range in an attribute, `logsnr_range`."""
     if process:
         fun.logsnr_range = process["logsnr_min"], process["logsnr_max"]  # pyright: ignore[reportFunctionMemberAccess]
@@ -234,7 +274,17 @@ def _nan_unless(known: Array, out: Array) -> Array:
     return jnp.where(known.reshape(-1, *[1] * (out.ndim - 1)), out, jnp.nan)
 
 
-def _sampling(sample: dict[str, Any]) -> dict[str, Any]:
+def _ends(config: dict[str, Any]) -> dict[str, float]:
+    """The ends of λ that a config records, or {}."""
+    process = config.get("process", {})
+    return {name: process[name] for name in ("logsnr_min", "logsnr_max") if name in process}
+
+
+def _sampling(config: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `guided_sample` that a config's group `sample` means."""
+    sample = config.get("sample", {})
     found = {name: sample[name] for name in ("num_steps", "clip") if name in sample}
+    name = sample.get("schedule") or config.get("process", {}).get("schedule", "cosine")
+    if "num_steps" in found and name != "cosine":
+        found["num_steps"] = grid(found["num_steps"], schedule_of(name, **_ends(config)))
     return found | ({"sampler": STEP_RULES[sample["sampler"]](sample["v"])} if "sampler" in sample else {})

@@ -1,47 +1,142 @@
 """Training a conditional and an unconditional model jointly: Algorithm 1 of arXiv:2207.12598."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float, Key, PyTree, Real, UInt32
 
-from cfd.arguments import check_data, check_returned, threefry
-from cfd.guidance import NULL_LABEL, batch_size, drop_labels
-from cfd.process import cosine_logsnr, diffuse
+from cfd.arguments import check_data, check_numbers, check_returned, threefry
+from cfd.guidance import NULL_LABEL, batch_size, check_output, drop_labels, eps_and_v
+from cfd.process import Schedule, check_grid, cosine, diffuse, per_example, step_divergence, tabulated, x_from_eps
 
 
 def eps_loss(
     key: Key[Array, ""] | UInt32[Array, "2"] | UInt32[Array, "4"],
-    eps_fn: Callable[[Array, Array, Any], Array],
+    eps_fn: Callable[[Array, Array, Any], Any],
     x: Float[Array, "b ..."],
     labels: PyTree,
     *,
     null: PyTree = NULL_LABEL,
     p_uncond: Real[ArrayLike, "*b"] = 0.1,
-    logsnr_min: Real[ArrayLike, ""] = -20.0,
-    logsnr_max: Real[ArrayLike, ""] = 20.0,
+    schedule: Schedule = cosine(-20.0, 20.0),
+    weight: Callable[[Array], Array] | None = None,
+    low_discrepancy: bool = False,
 ) -> Float[Array, ""]:
     """E ‖ε_θ(z_λ, c) − ε‖², averaged over batch and dimensions: Eq. 5 and Algorithm 1, Ho and Salimans.
 
     x [B, ...] is data in [−1, 1]. `labels` and `null` are as in `guided_sample`. `eps_fn(z, logsnr, labels) -> eps`
-    receives `null` for each label that was dropped, with probability p_uncond.
+    receives `null` for each label that was dropped, with probability p_uncond. It may return (eps, v) too.
+
+    `schedule` gives p(λ), as λ of uniform u: `cfd.process.cosine`, `linear`, or `tabulated`. `weight(logsnr) -> [B]`
+    multiplies the squared error of each row. Without it, `linear` is the variational bound up to a constant, and
+    `tabulated` with DDPM's table is L_simple (arXiv:2006.11239, Eq. 14). The weight e^{−λ} makes the error that of x̃.
+
+    `low_discrepancy` draws one u_0 and gives row i of B the u = (u_0 + i / B) mod 1, which makes the loss vary less:
+    Kingma et al. (arXiv:2107.00630). i counts the rows of x, under `jit` those of all devices.
 
     The key is as in `threefry`.
 
-    Raises ValueError as `drop_labels` and `cosine_logsnr` do, if x and labels do not agree, and if eps_fn returns no
-    array of the shape of z.
+    Raises ValueError as `drop_labels` does, if x and labels do not agree, and if eps_fn returns no array of the shape
+    of z, or schedule or weight none of shape [B].
     """
     check_data(x, (batch_size(labels),))
     key_u, key_eps, key_drop = jax.random.split(threefry(key), 3)
     labels = drop_labels(key_drop, labels, p_uncond, null)
-    u = jax.random.uniform(key_u, x.shape[:1], jnp.float32)
-    logsnr = cosine_logsnr(u, logsnr_min, logsnr_max)
+    if low_discrepancy:
+        u = (jax.random.uniform(key_u, (), jnp.float32) + jnp.arange(len(x), dtype=jnp.float32) / len(x)) % 1.0
+    else:
+        u = jax.random.uniform(key_u, x.shape[:1], jnp.float32)
+    logsnr = schedule(u)
+    check_returned("schedule", logsnr, u.shape, "λ for each u")
     eps = jax.random.normal(key_eps, x.shape, jnp.float32)
     z = diffuse(x, eps, logsnr)
-    eps_hat = eps_fn(z, logsnr, labels)
+    eps_hat, _ = eps_and_v(eps_fn(z, logsnr, labels))
     check_returned("eps_fn", eps_hat, eps.shape, "the noise of z")
-    return jnp.mean(jnp.square(eps_hat - eps))
+    squared = jnp.square(eps_hat - eps)
+    if weight is not None:
+        weights = weight(logsnr)
+        check_returned("weight", weights, logsnr.shape, "one weight per row")
+        squared = per_example(weights, x) * squared
+    return jnp.mean(squared)
+
+
+def variance_loss(
+    key: Key[Array, ""] | UInt32[Array, "2"] | UInt32[Array, "4"],
+    eps_fn: Callable[[Array, Array, Any], tuple[Array, Array]],
+    x: Float[Array, "b ..."],
+    labels: PyTree,
+    *,
+    logsnr: Any,
+    null: PyTree = NULL_LABEL,
+    p_uncond: Real[ArrayLike, "*b"] = 0.1,
+    weight: Real[ArrayLike, ""] = 0.001,
+) -> Float[Array, ""]:
+    """L_simple + weight · L_vlb of a network that returns (ε, v): Nichol and Dhariwal (arXiv:2102.09672), Eq. 16.
+
+    Each row has one of the T levels `logsnr`, rising, such as DDPM's or `grid(1000, cosine())`. L_vlb is the sum over
+    the T − 1 steps between them, in bits per dimension, of the divergence of `ancestral(v)`'s step. It trains v alone:
+    no gradient goes through x̂. v at the last level, which no step leaves, stays untrained.
+
+    The other arguments, and what is raised, are as in `eps_loss`. Also raises ValueError as `check_grid` does, and if
+    eps_fn returns no v.
+    """
+    check_data(x, (batch_size(labels),))
+    check_grid(logsnr, "logsnr")
+    key_t, key_eps, key_drop = jax.random.split(threefry(key), 3)
+    labels = drop_labels(key_drop, labels, p_uncond, null)
+    levels = jnp.asarray(logsnr, jnp.float32)
+    t = jax.random.randint(key_t, x.shape[:1], 0, len(levels))
+    here, ahead = levels[t], levels[jnp.minimum(t + 1, len(levels) - 1)]
+    eps = jax.random.normal(key_eps, x.shape, jnp.float32)
+    z = diffuse(x, eps, here)
+    eps_hat, v = check_output("eps_fn", eps_fn(z, here, labels), x.shape)
+    if v is None:
+        raise ValueError("eps_fn returned ε alone; there is no variance to train: return (ε, v), or use eps_loss")
+    error = jnp.square(x - jax.lax.stop_gradient(x_from_eps(z, eps_hat, here)))
+    bits = step_divergence(error, here, ahead, v) / math.log(2.0)
+    return jnp.mean(jnp.square(eps_hat - eps)) + weight * len(levels) * jnp.mean(bits)
+
+
+def lowest_variance(
+    logsnr: Real[ArrayLike, "t"], squared_error: Real[ArrayLike, "t b"]
+) -> tuple[Schedule, Callable[[Array], Array]]:
+    """The schedule and the weight with which `eps_loss` estimates the loss of `linear` with the least variance.
+
+    `squared_error` [T, B] is ‖ε − ε̂‖² of B images at each of the levels `logsnr` [T], rising, which become the ends of
+    the schedule. From `cfd.likelihood.bound` it is `jnp.exp(logsnr)[:, None] * bound.squared_error`. The density is
+    p(λ) ∝ sqrt(E‖ε − ε̂‖⁴), and the weight 1 / p(λ), with a mean of 1. p is constant in 256 cells of equal probability,
+    for which the weight is exact. A share of 1e-3 of it is uniform, because an error of 0 may have been luck.
+
+    The learned schedule of Kingma et al. (arXiv:2107.00630), Section 5, minimizes the same variance.
+
+    Raises ValueError as `check_grid` does, with fewer than two levels, and for errors that are negative, not
+    finite, or all 0.
+    """
+    check_grid(logsnr, "logsnr")
+    remedy = f"give ‖ε − ε̂‖² as [T, B] with T = {len(logsnr)} >= 2 levels"  # pyright: ignore[reportArgumentType]
+    check_numbers("squared_error", squared_error, lambda x: (x >= 0.0) & (x < np.inf), remedy)
+    errors = jnp.asarray(squared_error, jnp.float32)
+    levels = jnp.asarray(logsnr, jnp.float32)
+    if len(levels) < 2 or errors.ndim != 2 or len(errors) != len(levels):
+        raise ValueError(f"squared_error has shape {errors.shape} for logsnr of shape {levels.shape}; {remedy}")
+    check_numbers("squared_error", jnp.max(errors), lambda x: x > 0.0, f"no error is left to weigh; {remedy}")
+    density = jnp.sqrt(jnp.mean(jnp.square(errors), axis=1))
+    gaps, between = jnp.diff(levels), 0.5 * (density[1:] + density[:-1])
+    share = gaps * between
+    share = 0.999 * share / jnp.sum(share) + 0.001 * gaps / jnp.sum(gaps)
+    cumulative = jnp.concatenate([jnp.zeros(1), jnp.cumsum(share)])
+    knots = jnp.interp(jnp.linspace(0.0, cumulative[-1], 257), cumulative, levels).at[0].set(levels[0])
+    knots = knots.at[-1].set(levels[-1])
+    widths = jnp.diff(knots)
+
+    def weight(logsnr: Array) -> Array:
+        cell = jnp.clip(jnp.searchsorted(knots, logsnr, side="right") - 1, 0, len(widths) - 1)
+        return widths[cell] / jnp.mean(widths)
+
+    return tabulated(knots[::-1]), weight

@@ -7,6 +7,10 @@ precision at both ends, λ = ±20, where 1 − sigmoid(λ) would round to 0.
 Numbers of any type are checked where they are concrete: a λ that is NaN is a ValueError. Traced numbers are not.
 """
 
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +19,16 @@ from jax.nn import log_sigmoid
 from jax.typing import ArrayLike
 from jaxtyping import Float, Real
 
-from cfd.arguments import check_numbers
+from cfd.arguments import check_numbers, check_returned
+
+Schedule = Callable[[Any], Array]
+"""u in [0, 1] -> λ, falling: u = 0 is the clean end. With uniform u it is the density p(λ) of training."""
+
+Prediction = Callable[[Array, Array, Any], Any]
+"""(z [B, ...], λ [B], labels) -> ε, or something else that a network predicts, of the shape of z."""
+
+TIME = "it is the time of the schedule: give values in [0, 1]"
+INCREASING = "λ rises as noise falls: give finite values in [-80, 80], each larger than the one before"
 
 
 def cosine_logsnr(
@@ -29,7 +42,7 @@ def cosine_logsnr(
     Raises ValueError if u is outside [0, 1], and as `check_ends` does.
     """
     check_ends(logsnr_min, logsnr_max)
-    check_numbers("u", u, lambda x: (x >= 0.0) & (x <= 1.0), "it is the time of the schedule: give values in [0, 1]")
+    check_numbers("u", u, lambda x: (x >= 0.0) & (x <= 1.0), TIME)
     u = jnp.asarray(u, jnp.float32)
     b_clean = jnp.arctan(jnp.exp(-0.5 * jnp.asarray(logsnr_max, jnp.float32)))
     b_noise = jnp.arctan(jnp.exp(0.5 * jnp.asarray(logsnr_min, jnp.float32)))
@@ -37,6 +50,65 @@ def cosine_logsnr(
     clean_half = u < 0.5
     angle = jnp.where(clean_half, a * u + b_clean, a * (1.0 - u) + b_noise)
     return jnp.where(clean_half, -2.0, 2.0) * jnp.log(jnp.tan(angle))
+
+
+def cosine(logsnr_min: Real[ArrayLike, ""] = -20.0, logsnr_max: Real[ArrayLike, ""] = 20.0) -> Schedule:
+    """The schedule `cosine_logsnr` between these ends: p(λ) ∝ 1 / cosh(λ/2), Section 2.
+
+    Raises ValueError as `check_ends` does.
+    """
+    check_ends(logsnr_min, logsnr_max)
+    return lambda u: cosine_logsnr(u, logsnr_min, logsnr_max)
+
+
+def linear(logsnr_min: Real[ArrayLike, ""], logsnr_max: Real[ArrayLike, ""]) -> Schedule:
+    """λ = logsnr_max − (logsnr_max − logsnr_min) u: uniform p(λ), with which `eps_loss` is the variational bound.
+
+    Kingma et al., Variational Diffusion Models (arXiv:2107.00630). Raises ValueError as `check_ends` does.
+    """
+    check_ends(logsnr_min, logsnr_max)
+
+    def schedule(u: Real[ArrayLike, "..."]) -> Array:
+        check_numbers("u", u, lambda x: (x >= 0.0) & (x <= 1.0), TIME)
+        u = jnp.asarray(u, jnp.float32)
+        return (1.0 - u) * jnp.asarray(logsnr_max, jnp.float32) + u * jnp.asarray(logsnr_min, jnp.float32)
+
+    return schedule
+
+
+def tabulated(logsnr: Sequence[float] | Real[ArrayLike, "..."]) -> Schedule:
+    """The schedule with these λ, falling, at u = 0, 1/(n−1), ..., 1, and linear in λ between them.
+
+    With `cfd.networks.times.logsnr_table`, it is ADM's or DDPM's. Raises ValueError unless there are at least two
+    values, falling and in [−80, 80]. A traced table is not checked.
+    """
+    if np.ndim(logsnr) != 1 or len(logsnr) < 2:  # pyright: ignore[reportArgumentType]
+        raise ValueError(f"logsnr has shape {np.shape(logsnr)}; a table has two or more values λ: give shape (n,)")
+    falling = "λ falls as noise grows: give finite values in [-80, 80], each smaller than the one before"
+    known = check_numbers("logsnr", logsnr, lambda x: abs(x) <= 80.0, falling)
+    if known is not None:
+        check_numbers("logsnr", known, lambda x: np.append(True, np.diff(np.float32(x)) < 0.0), falling)
+    table = jnp.asarray(logsnr, jnp.float32)
+
+    def schedule(u: Real[ArrayLike, "..."]) -> Array:
+        check_numbers("u", u, lambda x: (x >= 0.0) & (x <= 1.0), TIME)
+        places = jnp.asarray(u, jnp.float32) * (len(table) - 1)
+        # By the integer and the fractional part: `jnp.interp` divides by differences of u, which costs precision.
+        low = jnp.clip(jnp.floor(places), 0, len(table) - 2).astype(jnp.int32)
+        fraction = places - low
+        return (1.0 - fraction) * table[low] + fraction * table[low + 1]
+
+    return schedule
+
+
+def check_grid(logsnr: Any, name: str = "num_steps") -> None:
+    """Raises ValueError unless a grid of λ is [T], rising in float32, and in [−80, 80]. A traced one is not checked."""
+    if np.ndim(logsnr) != 1 or len(logsnr) < 1:
+        count = "T, or " if name == "num_steps" else ""
+        raise ValueError(f"{name} has shape {np.shape(logsnr)}; give {count}a grid of λ of shape (T,) with T >= 1")
+    known = check_numbers(name, logsnr, lambda x: abs(x) <= 80.0, INCREASING)
+    if known is not None:
+        check_numbers(name, known, lambda x: np.append(True, np.diff(np.float32(x)) > 0.0), INCREASING)
 
 
 def check_ends(logsnr_min: Real[ArrayLike, ""], logsnr_max: Real[ArrayLike, ""]) -> None:
@@ -77,6 +149,130 @@ def eps_from_x(z: Float[Array, "..."], x: Float[Array, "..."], logsnr: Real[Arra
     return (z - alpha * x) / sigma
 
 
+def from_x(x_fn: Prediction) -> Prediction:
+    """The eps_fn of a network that predicts the data: ε = (z − α x̂) / σ, of `x_fn(z, logsnr, labels) -> x`.
+
+    For a denoiser D(y, ς, c) of y = x + ς ε, such as EDM's (arXiv:2206.00364), it is
+    `from_x(variance_exploding(lambda y, logsnr, c: D(y, jnp.exp(-0.5 * logsnr), c)))`.
+
+    The returned functions of all adapters raise ValueError if a network returns another shape than that of z, and keep
+    its `logsnr_range`.
+    """
+    return _adapted(x_fn, "x_fn", "the data", eps_from_x)
+
+
+def from_v(v_fn: Prediction) -> Prediction:
+    """The eps_fn of a network that predicts v = α ε − σ x: ε = σ z + α v, Salimans and Ho (arXiv:2202.00512)."""
+
+    def eps(z: Array, v: Array, logsnr: Array) -> Array:
+        alpha, sigma = alpha_sigma(per_example(logsnr, z))
+        return sigma * z + alpha * v
+
+    return _adapted(v_fn, "v_fn", "v of z", eps)
+
+
+def from_score(score_fn: Prediction) -> Prediction:
+    """The eps_fn of a network that predicts the score, s = ∇_z log p(z): ε = −σ s.
+
+    The score of y = z / α is α s. For its network s_y, it is `variance_exploding(lambda y, logsnr, c: -ς s_y(y, ς, c))`
+    with ς = `jnp.exp(-0.5 * logsnr)`, per row.
+    """
+    return _adapted(score_fn, "score_fn", "the score", lambda z, s, logsnr: -alpha_sigma(per_example(logsnr, z))[1] * s)
+
+
+def from_velocity(velocity_fn: Prediction) -> Prediction:
+    """The eps_fn of a flow-matching network: `velocity_fn(y, t, labels)` -> ε − x at y = (1 − t) x + t ε.
+
+    y = z / (α + σ), t = σ / (α + σ) [B], and ε = y + (1 − t) u: Lipman et al. (arXiv:2210.02747), Liu et al.
+    (arXiv:2209.03003). A network with the data at t = 1 is `from_velocity(lambda y, t, c: -u(y, 1.0 - t, c))`.
+    """
+
+    def velocity(z: Array, logsnr: Array, labels: Any) -> Array:
+        # t = σ / (α + σ) = sigmoid(−λ/2).
+        alpha, sigma = alpha_sigma(per_example(logsnr, z))
+        return velocity_fn(z / (alpha + sigma), jax.nn.sigmoid(-0.5 * logsnr), labels)
+
+    def eps(z: Array, u: Array, logsnr: Array) -> Array:
+        alpha, sigma = alpha_sigma(per_example(logsnr, z))
+        return (z + alpha * u) / (alpha + sigma)
+
+    return _adapted(velocity, "velocity_fn", "ε − x", eps, velocity_fn)
+
+
+def rescaled(eps_fn: Prediction, scale: Callable[[Array], Array]) -> Prediction:
+    """The eps_fn of a network that was trained on scale(λ) z in place of z, for another Gaussian process.
+
+    With z_p = α_p x + σ_p ε and the log-SNR λ = log(α_p² / σ_p²), scale is sqrt(α_p² + σ_p²), [B] of λ [B]. Kingma et
+    al. (arXiv:2107.00630): at equal λ, all such processes have the same bound, flow and ancestral steps. A network that
+    predicts the data of that process is `from_x(rescaled(x_fn, scale))`.
+    """
+
+    def adapted(z: Array, logsnr: Array, labels: Any) -> Any:
+        return eps_fn(per_example(scale(logsnr), z) * z, logsnr, labels)
+
+    return functools.wraps(eps_fn)(adapted)
+
+
+def variance_exploding(eps_fn: Prediction) -> Prediction:
+    """The eps_fn of a network for the variance-exploding process y = x + ς ε, with ς = e^{−λ/2}: y = z / α.
+
+    Song et al. (arXiv:2011.13456). ς from 0.01 to 50 is λ from 9.21 to −7.82.
+    """
+    return rescaled(eps_fn, lambda logsnr: jnp.exp(-0.5 * log_sigmoid(logsnr)))
+
+
+def sub_vp(eps_fn: Prediction) -> Prediction:
+    """The eps_fn of a network for the sub-VP process, y = α_s x + (1 − α_s²) ε, Song et al. (arXiv:2011.13456).
+
+    α_s / (1 − α_s²) = e^{λ/2} has the root α_s = 2 e^{λ/2} / (1 + sqrt(1 + 4 e^λ)), and the scale is
+    2 sqrt(1 + e^λ) / (1 + sqrt(1 + 4 e^λ)).
+    """
+
+    def scale(logsnr: Array) -> Array:
+        snr = jnp.exp(logsnr)
+        return 2.0 * jnp.sqrt(1.0 + snr) / (1.0 + jnp.sqrt(1.0 + 4.0 * snr))
+
+    return rescaled(eps_fn, scale)
+
+
+def _adapted(
+    predict: Prediction,
+    name: str,
+    meaning: str,
+    eps_of: Callable[[Array, Array, Array], Array],
+    given: Callable[..., Any] | None = None,
+) -> Prediction:
+    """(z, λ, labels) -> eps_of(z, prediction, λ). It keeps the attribute `logsnr_range` of the network."""
+
+    def eps_fn(z: Array, logsnr: Array, labels: Any) -> Array:
+        prediction = predict(z, logsnr, labels)
+        check_returned(name, prediction, z.shape, meaning)
+        return eps_of(z, prediction.astype(jnp.float32), logsnr)
+
+    return functools.wraps(given or predict)(eps_fn)
+
+
+def forward(
+    z: Float[Array, "..."],
+    eps: Float[Array, "..."],
+    logsnr_from: Real[ArrayLike, "*b"],
+    logsnr_to: Real[ArrayLike, "*b"],
+) -> Float[Array, "..."]:
+    """One step towards noise, from λ to λ' < λ: Eq. 2. A sample of q(z' | z) if ε is standard normal.
+
+    z' = (α'/α) z + sqrt(1 − e^{λ'−λ}) σ' ε. Of `diffuse(x, ..., λ)` it has the distribution of `diffuse(x, ..., λ')`.
+    Raises ValueError if λ' > λ.
+    """
+    remedy = "a step towards noise goes to a smaller λ: give logsnr_to <= logsnr_from"
+    start = check_numbers("logsnr_from", logsnr_from, lambda x: ~np.isnan(x), remedy)
+    end = check_numbers("logsnr_to", logsnr_to, lambda x: ~np.isnan(x), remedy)
+    if start is not None and end is not None and np.any(np.float32(end) > np.float32(start)):
+        raise ValueError(f"logsnr_from is {logsnr_from} and logsnr_to {logsnr_to}; {remedy}")
+    logsnr, logsnr_to = per_example(logsnr_from, z), per_example(logsnr_to, z)
+    kept = jnp.exp(0.5 * (log_sigmoid(logsnr_to) - log_sigmoid(logsnr)))
+    return kept * z + jnp.sqrt(-jnp.expm1(logsnr_to - logsnr)) * jnp.exp(0.5 * log_sigmoid(-logsnr_to)) * eps
+
+
 def posterior(
     z: Float[Array, "..."],
     x: Float[Array, "..."],
@@ -89,15 +285,17 @@ def posterior(
     The mean is e^{λ−λ'} (α'/α) z + (1 − e^{λ−λ'}) α' x. The variance is (σ̃²_{λ'|λ})^{1−v} (σ²_{λ|λ'})^v, with
     σ̃²_{λ'|λ} = (1 − e^{λ−λ'}) σ'² at v = 0 and σ²_{λ|λ'} = (1 − e^{λ−λ'}) σ² at v = 1.
 
-    The mean has the shape of z. The standard deviation has the broadcast shape of λ, λ' and v, with trailing axes of 1.
-    Raises ValueError if λ' < λ or if v is outside [0, 1].
+    v is a scalar, [B], or of the shape of z: one value per pixel, as a network with a learned variance gives it. The
+    mean has the shape of z. The standard deviation has the broadcast shape of λ, λ' and v, with trailing axes of 1.
+    Raises ValueError if λ' < λ or if v, unless it is per pixel, is outside [0, 1].
     """
     remedy = "an ancestral step goes to less noise: give logsnr_next >= logsnr"
     start = check_numbers("logsnr", logsnr, lambda x: ~np.isnan(x), remedy)
     end = check_numbers("logsnr_next", logsnr_next, lambda x: ~np.isnan(x), remedy)
     if start is not None and end is not None and np.any(np.float32(end) < np.float32(start)):
         raise ValueError(f"logsnr is {logsnr} and logsnr_next {logsnr_next}; {remedy}")
-    check_v(v)
+    if np.ndim(v) <= 1:  # a network's v is not bounded
+        check_v(v)
     logsnr, logsnr_next, v = per_example(logsnr, z), per_example(logsnr_next, z), per_example(v, z)
     log_alpha, log_alpha_next = 0.5 * log_sigmoid(logsnr), 0.5 * log_sigmoid(logsnr_next)
     step = logsnr - logsnr_next
@@ -105,6 +303,23 @@ def posterior(
     mean = kept * jnp.exp(log_alpha_next - log_alpha) * z + added * jnp.exp(log_alpha_next) * x
     log_variance = (1.0 - v) * log_sigmoid(-logsnr_next) + v * log_sigmoid(-logsnr)
     return mean, jnp.sqrt(added) * jnp.exp(0.5 * log_variance)
+
+
+def step_divergence(
+    squared_error: Float[Array, "..."],
+    logsnr: Real[ArrayLike, "*b"],
+    logsnr_next: Real[ArrayLike, "*b"],
+    v: Real[ArrayLike, "*v"],
+) -> Float[Array, "..."]:
+    """KL of q(z' | z, x) from an ancestral step with (x − x̂)² and v, per dimension, in nats: a term of the bound.
+
+    ½ r (e^{λ'} − e^λ) (x − x̂)² + ½ (r − 1 − log r) with r = (σ'² / σ²)^v, the ratio of the variances: Ho et al.
+    (arXiv:2006.11239), Eqs. 8 and 12, where v = 0 is β̃ and v = 1 is β. The shapes are as in `posterior`.
+    """
+    logsnr, logsnr_next = per_example(logsnr, squared_error), per_example(logsnr_next, squared_error)
+    log_r = per_example(v, squared_error) * (log_sigmoid(-logsnr_next) - log_sigmoid(-logsnr))
+    rise = jnp.exp(logsnr) * jnp.expm1(logsnr_next - logsnr)
+    return 0.5 * jnp.exp(log_r) * rise * squared_error + 0.5 * (jnp.expm1(log_r) - log_r)
 
 
 def check_v(v: Real[ArrayLike, "*v"]) -> None:

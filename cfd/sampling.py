@@ -3,7 +3,9 @@
 Importing this module is cheap: it pulls in jax, and nothing of the trainer, the data pipeline or the checkpoints.
 """
 
-from collections.abc import Callable
+import functools
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any, SupportsIndex
 
 import jax
@@ -11,23 +13,51 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
-from jaxtyping import Float, Key, PyTree, Real, UInt32
+from jaxtyping import Key, PyTree, Real, UInt32
 
 from cfd import steps
-from cfd.arguments import check_count, check_returned, concrete, is_zero, threefry, warn_of_wrong_rows
-from cfd.guidance import NULL_LABEL, Interval, batch_size, check_trained, check_weight, nulls_like
+from cfd.arguments import concrete, is_zero, threefry, warn_of_wrong_rows
+from cfd.guidance import NULL_LABEL, Interval, batch_size, check_output, check_trained, check_weight, nulls_like
 from cfd.guidance import guide as linear_mix
-from cfd.process import check_ends, x_from_eps
-from cfd.steps import SecondOrder, StepRule, ancestral, ddim, dpm_solver, schedule
+from cfd.process import alpha_sigma, x_from_eps
+from cfd.steps import (
+    Langevin,
+    LearnedVariance,
+    SecondOrder,
+    StepRule,
+    ancestral,
+    ddim,
+    dpm_solver,
+    euler_maruyama,
+    grid,
+    hold,
+    is_grid,
+    schedule,
+    sde_dpm_solver,
+)
 
-EpsFn = Callable[[Array, Array, Any], Array]
-"""(z [B, ...], logsnr [B], labels [B]) -> eps [B, ...].
+EpsFn = Callable[[Array, Array, Any], Any]
+"""(z [B, ...], logsnr [B], labels [B]) -> eps [B, ...], or the pair (eps, v), both [B, ...], with a learned variance.
 
 It may say the range of λ on which it was trained, by an attribute `logsnr_range = (lo, hi)`. `guided_sample` then
 refuses to evaluate it outside.
 """
 
-__all__ = ["EpsFn", "SecondOrder", "StepRule", "ancestral", "ddim", "dpm_solver", "guided_sample", "schedule"]
+__all__ = [
+    "EpsFn",
+    "Langevin",
+    "SecondOrder",
+    "StepRule",
+    "ancestral",
+    "ddim",
+    "dpm_solver",
+    "euler_maruyama",
+    "grid",
+    "guided_sample",
+    "hold",
+    "schedule",
+    "sde_dpm_solver",
+]
 
 
 def guided_sample(
@@ -40,13 +70,16 @@ def guided_sample(
     null: PyTree = NULL_LABEL,
     guide: EpsFn | None = None,
     rule: Any = None,
-    num_steps: SupportsIndex = 256,
-    sampler: StepRule | SecondOrder = ancestral(v=0.3),
+    num_steps: SupportsIndex | Sequence[float] | Real[ArrayLike, "..."] = 256,
+    sampler: StepRule | LearnedVariance | SecondOrder = ancestral(v=0.3),
+    corrector: Langevin | None = None,
     logsnr_min: Real[ArrayLike, ""] = -20.0,
     logsnr_max: Real[ArrayLike, ""] = 20.0,
     clip: bool | Callable[[Array], Array] = True,
+    start: Array | None = None,
+    trajectory: bool = False,
     doubled: bool = False,
-) -> Float[Array, "b ..."]:
+) -> Any:
     """Draw one image per label with guidance weight w: Algorithm 2, Ho and Salimans. Pure: jit, vmap or shard_map it.
 
     Args:
@@ -54,7 +87,7 @@ def guided_sample(
         the threefry key of its seed does. Inside `shard_map` and `pmap`, i is the row on its own device: with one
         replicated key, all devices draw the same noise. There, the key, the labels or w must vary over every mesh axis
         over which the result of eps_fn varies. A mesh for `jit` needs Auto axes.
-      eps_fn: `(z, logsnr, labels) -> eps`.
+      eps_fn: `(z, logsnr, labels) -> eps`, or -> (eps, v). `ancestral(v=None)` needs v, and no other sampler uses it.
       labels: int32 [B], or any pytree of arrays with a leading batch axis.
       shape: the shape of one image, without the batch axis.
       w: the guidance weight of Eq. 6: a number, an array (scalar or [B]), a function of λ that returns either, or
@@ -70,24 +103,35 @@ def guided_sample(
       rule: how the two scores become one, such as `cfd.rules.apg(...)`, or any value with the functions of
         `cfd.rules.Rule`; by default, Eq. 6. A rule gets both scores at every step, or at those inside an `Interval`,
         whatever w is.
-      num_steps: T, the number of steps from λ_1 = logsnr_min to λ_T = logsnr_max.
-      sampler: the step rule: `ancestral(v)`, `ddim()`, or `dpm_solver()`.
+      num_steps: T, the number of steps from λ_1 = logsnr_min to λ_T = logsnr_max; or the grid itself, [T], rising: the
+        λ at which the network is evaluated. A grid may be traced. The ends below are then not used.
+      sampler: the step rule: `ancestral(v)`, `ddim(eta)`, `dpm_solver()`, `sde_dpm_solver(v)`, or another of
+        `cfd.steps`. `ancestral(v=None)` takes the v that eps_fn returns for the label; its v for ∅ and that of `guide`
+        are not used.
+      corrector: `Langevin(c, steps)` corrects z at each λ before the step's own evaluation. It uses the guide and the
+        rule of the sampler, and its own w if it has one. It does not clip x̃. The state of a rule advances only at the
+        step's own evaluation.
       logsnr_min, logsnr_max: the first and the last λ, in [−80, 80].
       clip: clip x̃ to [−1, 1] at every step; or a function of x̃, such as `cfd.rules.dynamic_threshold(99.5)`.
+      start: z [B, *shape] at the first λ, in place of the key's noise. The noise of the steps stays that of the key.
+        `diffuse(x, eps, logsnr_min)` starts from images x: with another label and w > 0, this edits them.
+      trajectory: also return x̃ of every step, as `clip` leaves it: the predictions of the image. They take T times the
+        memory of the images.
       doubled: evaluate both scores in one batch of 2B instead of two batches of B. The images are the same up to
         rounding. It needs one network for both, so no `guide`.
 
-    Returns: float32 [B, *shape].
+    Returns: float32 [B, *shape]; with `trajectory`, the pair of that and x̃, float32 [T, B, *shape].
 
     Raises: ValueError on concrete numbers out of range, on λ outside the `logsnr_range` of eps_fn, on an Interval that
     no step falls into, and on arguments whose shapes do not agree.
     """
-    num_steps, batch = check_count("num_steps", num_steps), batch_size(labels)
+    batch = batch_size(labels)
     warn_of_wrong_rows(2 * batch if doubled else batch)
-    check_ends(logsnr_min, logsnr_max)
     check_weight(w, batch)
+    levels = schedule(num_steps, logsnr_min, logsnr_max)
+    ends = (num_steps[0], num_steps[-1]) if is_grid(num_steps) else (logsnr_min, logsnr_max)  # pyright: ignore
     for network in filter(None, (eps_fn, guide)):
-        check_trained(network, logsnr_min, logsnr_max)
+        check_trained(network, *ends)
     if doubled and guide is not None:
         raise ValueError("doubled evaluates one network on both labels, and guide is another network: leave one out")
     if isinstance(w, Interval):
@@ -95,58 +139,101 @@ def guided_sample(
     labels = jax.tree.map(jnp.asarray, labels)
     keys = _image_keys(key, batch)
     guided_eps = _guided(eps_fn, guide, rule, labels, null, w, batch, doubled)
-
-    logsnr = schedule(num_steps, logsnr_min, logsnr_max)
+    if corrector is not None:
+        steps.check_corrector(corrector)
+        own_w = w if corrector.w is None else corrector.w
+        check_weight(own_w, batch)
+        if isinstance(own_w, Interval):
+            _check_interval(own_w, num_steps, logsnr_min, logsnr_max)
+        corrector_eps = _guided(eps_fn, guide, rule, labels, null, own_w, batch, doubled)
+    if start is not None and (start.shape != (batch, *shape) or not jnp.issubdtype(start.dtype, jnp.floating)):
+        raise ValueError(
+            f"start has dtype {start.dtype} and shape {start.shape}; it is z at the first λ: give float32 of shape "
+            f"{(batch, *shape)}"
+        )
     # The last λ' is never reached. A step of zero length there would make the gradients of some rules NaN.
-    logsnr_next = jnp.concatenate([logsnr[1:], logsnr[-1:] + 1.0])
-    step_rule, reach = _extrapolation(sampler, logsnr, logsnr_next)
+    levels_next = jnp.concatenate([levels[1:], levels[-1:] + 1.0])
+    step_rule, reach = _extrapolation(sampler, levels, levels_next)
 
     threshold = clip if callable(clip) else (lambda x: jnp.clip(x, -1.0, 1.0)) if clip else lambda x: x
 
-    def noise(t: Array | int) -> Array:
-        return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, t), shape, jnp.float32))(keys)
+    def noise(*at: Array | int) -> Array:
+        def of_image(key: Array) -> Array:
+            return jax.random.normal(functools.reduce(jax.random.fold_in, at, key), shape, jnp.float32)
 
-    def step(carry: tuple[Array, Array, Any], at: tuple[Array, Array, Array, Any]) -> tuple[Any, None]:
+        return jax.vmap(of_image)(keys)
+
+    correct = (lambda z, *at: z) if corrector is None else _correction(corrector, corrector_eps, noise)
+
+    def step(carry: tuple[Array, Array, Any], at: tuple[Array, Array, Array, Any]) -> tuple[Any, Any]:
         (z, x_before, state), (t, logsnr, logsnr_next, reach) = carry, at
-        z, eps, state = guided_eps(z, logsnr, state)
+        z = correct(z, t, logsnr, state)
+        z, eps, v, state = guided_eps(z, logsnr, state)
         x = threshold(x_from_eps(z, eps, logsnr))
-        mean, std = step_rule(z, x if reach is None else x + reach * (x - x_before), logsnr, logsnr_next)
+        mean, std = step_rule(z, x if reach is None else x + reach * (x - x_before), logsnr, logsnr_next, v)
         z_next = mean if std is None else mean + std * noise(t)
-        return (jnp.where(t == num_steps, x, z_next), x, state), None
+        return (jnp.where(t == len(levels), x, z_next), x, state), x if trajectory else None
 
-    z = _varying_like(noise(0), labels, w)
+    z = _varying_like(noise(0) if start is None else start.astype(jnp.float32), labels, w, corrector)
     state = () if rule is None else rule.init(z)
-    (z, *_), _ = jax.lax.scan(step, (z, z, state), (jnp.arange(1, num_steps + 1), logsnr, logsnr_next, reach))
-    return z
+    (z, *_), xs = jax.lax.scan(step, (z, z, state), (jnp.arange(1, len(levels) + 1), levels, levels_next, reach))
+    return (z, xs) if trajectory else z
 
 
-def _check_interval(interval: Interval, num_steps: int, logsnr_min: Any, logsnr_max: Any) -> None:
+def _check_interval(interval: Interval, num_steps: Any, logsnr_min: Any, logsnr_max: Any) -> None:
     """Raises ValueError if no step falls into the interval. Intervals and grids with a traced end pass."""
-    ends = [concrete(end) for end in (logsnr_min, logsnr_max, interval.logsnr_lo, interval.logsnr_hi)]
-    if any(end is None for end in ends):
+    bounds = concrete(interval.logsnr_lo), concrete(interval.logsnr_hi)
+    # In NumPy, because JAX traces arrays under `jit`.
+    if is_grid(num_steps):
+        logsnr = concrete(num_steps)
+    else:
+        first, last = concrete(logsnr_min), concrete(logsnr_max)
+        logsnr = None if first is None or last is None else _float64_grid(operator.index(num_steps), first, last)
+    if logsnr is None or bounds[0] is None or bounds[1] is None:
         return
-    first, last, lo, hi = (float(end) for end in ends if end is not None)
-    # The grid of `schedule` in float64 and in NumPy, because JAX traces arrays under `jit`.
-    angle = np.linspace(np.arctan(np.exp(-0.5 * first)), np.arctan(np.exp(-0.5 * last)), num_steps)
-    logsnr = -2.0 * np.log(np.tan(angle))
-    logsnr[-1], logsnr[0] = last, first
-    distance = np.maximum(lo - logsnr, logsnr - hi)
+    distance = np.maximum(bounds[0] - logsnr, logsnr - bounds[1])
     if distance.min() > 1e-4:  # more than the rounding of λ in float32
         raise ValueError(
-            f"w is {interval}, and none of the {num_steps} steps falls into the interval, so nothing would be guided. "
+            f"w is {interval}, and none of the {len(logsnr)} steps falls into the interval: nothing is guided. "
             f"The nearest step is at λ = {logsnr[distance.argmin()]:.6g}: widen the interval, or take more steps"
         )
 
 
+def _float64_grid(num_steps: int, first: Any, last: Any) -> np.ndarray:
+    """The grid of `schedule` in float64."""
+    first, last = float(first), float(last)
+    logsnr = -2.0 * np.log(
+        np.tan(np.linspace(np.arctan(np.exp(-0.5 * first)), np.arctan(np.exp(-0.5 * last)), num_steps))
+    )
+    logsnr[-1], logsnr[0] = last, first
+    return logsnr
+
+
 def _extrapolation(sampler: Any, logsnr: Array, logsnr_next: Array) -> tuple[Any, Array | None]:
-    """The step rule, and the factors [T] of `cfd.steps.reach`; None for a first-order rule."""
+    """The step rule as a function of v too, and the factors [T] of `cfd.steps.reach`; None for a first-order rule."""
     second_order = isinstance(sampler, SecondOrder)
     rule = sampler.rule if second_order else sampler
-    if not callable(rule) or rule in (ancestral, ddim, dpm_solver):
+    made_by = (ancestral, ddim, dpm_solver, sde_dpm_solver, euler_maruyama, hold)
+    if not (callable(rule) or isinstance(rule, LearnedVariance)) or rule in made_by:
         raise ValueError(f"sampler is {sampler!r}; give a step rule, such as the result of ancestral(v) or ddim()")
-    if not second_order:
-        return rule, None
-    return rule, steps.reach(logsnr, logsnr_next)
+    return steps.with_v(rule), steps.reach(logsnr, logsnr_next) if second_order else None
+
+
+def _correction(corrector: Langevin, eps_of: Any, noise: Any) -> Callable[[Array, Array, Array, Any], Array]:
+    """The function (z, t, λ, state) -> z that takes the steps of a corrector."""
+    c = jnp.asarray(corrector.c, jnp.float32)
+
+    def correct(z: Array, t: Array, logsnr: Array, state: Any) -> Array:
+        sigma = alpha_sigma(logsnr)[1]
+
+        def langevin(k: Array, z: Array) -> Array:
+            # Of a rule that moves z, the score is that of the x̃ which its z and ε imply: σ ε = z − α x̃.
+            moved, eps, _, _ = eps_of(z, logsnr, state)
+            return z - c * (z - moved + sigma * eps) + sigma * jnp.sqrt(2.0 * c) * noise(t, 1 + k)
+
+        return jax.lax.fori_loop(0, operator.index(corrector.steps), langevin, z)
+
+    return correct
 
 
 def _guided(
@@ -158,34 +245,35 @@ def _guided(
     w: Any,
     batch: int,
     doubled: bool,
-) -> Callable[[Array, Array, Any], tuple[Array, Array, Any]]:
-    """The function (z, λ, state) -> (z, ε̃, state), which evaluates one network or two, with the state of the rule."""
+) -> Callable[[Array, Array, Any], tuple[Array, Array, Array | None, Any]]:
+    """The function (z, λ, state) -> (z, ε̃, v, state) of one or two networks, with the state of the rule."""
     unguided = rule is None and not isinstance(w, Interval) and is_zero(w)
     guide_labels = labels if unguided or guide is not None else nulls_like(labels, null, batched=True)
 
-    def evaluate(network: EpsFn, z: Array, logsnr: Array, labels: PyTree) -> Array:
-        eps = network(z, jnp.broadcast_to(logsnr, z.shape[:1]), labels)
-        check_returned("eps_fn" if network is eps_fn else "guide", eps, z.shape, "the noise of z")
-        return eps.astype(jnp.float32)
+    def evaluate(network: EpsFn, z: Array, logsnr: Array, labels: PyTree) -> tuple[Array, Array | None]:
+        output = network(z, jnp.broadcast_to(logsnr, z.shape[:1]), labels)
+        return check_output("eps_fn" if network is eps_fn else "guide", output, z.shape)
 
-    def one(z: Array, logsnr: Array, state: Any) -> tuple[Array, Array, Any]:
-        return z, evaluate(eps_fn, z, logsnr, labels), state
+    def one(z: Array, logsnr: Array, state: Any) -> tuple[Array, Array, Array | None, Any]:
+        return z, *evaluate(eps_fn, z, logsnr, labels), state
 
-    def scores(z: Array, logsnr: Array) -> tuple[Array, Array]:
+    def scores(z: Array, logsnr: Array) -> tuple[tuple[Array, Array | None], Array]:
         if not doubled:
-            return evaluate(eps_fn, z, logsnr, labels), evaluate(guide or eps_fn, z, logsnr, guide_labels)
+            return evaluate(eps_fn, z, logsnr, labels), evaluate(guide or eps_fn, z, logsnr, guide_labels)[0]
         # The two rows of a pair are adjacent, so that a sharded batch keeps both on one device.
         z_pairs, label_pairs = jax.tree.map(_interleave, (z, labels), (z, guide_labels))
-        eps = evaluate(eps_fn, z_pairs, logsnr, label_pairs).reshape(batch, 2, *z.shape[1:])
-        return eps[:, 0], eps[:, 1]
+        pairs = evaluate(eps_fn, z_pairs, logsnr, label_pairs)
+        eps, v = jax.tree.map(lambda a: a.reshape(batch, 2, *z.shape[1:]), pairs)
+        return (eps[:, 0], None if v is None else v[:, 0]), eps[:, 1]
 
-    def both(z: Array, logsnr: Array, state: Any, weight: Any) -> tuple[Array, Array, Any]:
+    def both(z: Array, logsnr: Array, state: Any, weight: Any) -> tuple[Array, Array, Array | None, Any]:
         check_weight(weight, batch)
         weight = jnp.asarray(weight, jnp.float32)
-        eps_cond, eps_guide = scores(z, logsnr)
+        (eps_cond, v), eps_guide = scores(z, logsnr)
         if rule is None:
-            return z, linear_mix(eps_cond, eps_guide, weight), state
-        return rule.mix(z, eps_cond, eps_guide, logsnr, weight, state)
+            return z, linear_mix(eps_cond, eps_guide, weight), v, state
+        z, eps, state = rule.mix(z, eps_cond, eps_guide, logsnr, weight, state)
+        return z, eps, v, state
 
     if isinstance(w, Interval):
         return lambda z, logsnr, state: jax.lax.cond(

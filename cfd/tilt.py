@@ -26,8 +26,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Key, PyTree, Real, UInt32
 
 from cfd import steps
-from cfd.arguments import check_count, check_numbers, check_returned, threefry
-from cfd.guidance import NULL_LABEL, check_trained, check_weight, guide, nulls_like
+from cfd.arguments import check_count, check_numbers, threefry
+from cfd.guidance import NULL_LABEL, check_output, check_trained, check_weight, guide, nulls_like
 from cfd.process import alpha_sigma, check_ends, x_from_eps
 
 
@@ -117,9 +117,7 @@ def tilted_sample(
     reach = steps.reach(logsnr, logsnr_next)
 
     def evaluate(z: Array, logsnr: Array, labels: PyTree) -> Array:
-        eps = eps_fn(z, jnp.broadcast_to(logsnr, (count,)), labels)
-        check_returned("eps_fn", eps, z.shape, "the noise of z")
-        return eps.astype(jnp.float32)
+        return check_output("eps_fn", eps_fn(z, jnp.broadcast_to(logsnr, (count,)), labels), z.shape)[0]
 
     def step(carry: tuple[Array, Array, Array], at: tuple[Array, ...]) -> tuple[tuple[Array, Array, Array], Array]:
         (z, x_before, log_weights), (t, logsnr, logsnr_next, reach, potential) = carry, at

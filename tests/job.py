@@ -33,6 +33,7 @@ import cfd.modes.train
 from cfd.data.sources import Dataset
 from cfd.devices import preemption
 from cfd.losses import eps_loss
+from cfd.modes import settings
 from cfd.modes.sampler import Network
 from cfd.runs import checkpoint, log
 
@@ -59,7 +60,14 @@ def eps_of_params(params: Any) -> Any:
 
 def diffusion(config: Any) -> Any:
     def loss_fn(key: Any, params: Any, x: Any, labels: Any) -> Any:
-        return eps_loss(key, eps_of_params(params), x, labels, p_uncond=config.train.p_uncond, **config.process)
+        return eps_loss(
+            key,
+            eps_of_params(params),
+            x,
+            labels,
+            p_uncond=config.train.p_uncond,
+            schedule=settings.training_schedule(config),
+        )
 
     return init, loss_fn
 

@@ -21,7 +21,7 @@ from cfd.networks.classifier import Classifier
 from cfd.networks.unet import UNet
 from cfd.runs import checkpoint, workdir
 from cfd.runs.checkpoint import CheckpointError
-from cfd.sampling import ancestral, ddim, dpm_solver, guided_sample
+from cfd.sampling import ancestral, ddim, dpm_solver, guided_sample, sde_dpm_solver
 
 
 def digits_run(folder: Path, num_classes: int = 10, without: tuple[str, ...] = (), **changes: Any) -> tuple[Any, Any]:
@@ -91,9 +91,21 @@ def test_load_gives_the_process_and_the_sampler_of_the_run(tmp_path: Path) -> No
             call(lambda eps_fn: guided_sample(jax.random.key(0), eps_fn, jnp.arange(2), run.image_shape))(run.eps_fn)
 
 
+def test_load_gives_the_grid_of_another_schedule(tmp_path: Path) -> None:
+    digits_run(tmp_path, **NARROW, process__schedule="linear", sample__num_steps=3)
+    run = load(tmp_path)
+    assert run.process == {"logsnr_min": -10.0, "logsnr_max": 9.0}
+    np.testing.assert_allclose(run.sampling["num_steps"], [-10.0, -0.5, 9.0], rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("sampler", "v", "rule"),
-    [("ddim", 0.3, ddim()), ("dpm_solver", 0.3, dpm_solver()), ("ancestral", 0.0, ancestral(0))],
+    [
+        ("ddim", 0.3, ddim()),
+        ("dpm_solver", 0.3, dpm_solver()),
+        ("ancestral", 0.0, ancestral(0)),
+        ("sde_dpm_solver", 0.4, sde_dpm_solver(0.4)),
+    ],
 )
 def test_sampler_names_are_step_rules(sampler: str, v: float, rule: Any) -> None:
     found = loading.STEP_RULES[sampler](v)
@@ -242,3 +254,30 @@ def test_load_passes_over_damage_and_touches_nothing(tmp_path: Path, caplog: pyt
         shutil.rmtree(tmp_path / "checkpoints" / str(step))
     with pytest.raises(CheckpointError, match="no undamaged checkpoint"):
         load(tmp_path)
+
+
+def test_a_learned_variance_is_given_where_the_network_has_one(tmp_path: Path) -> None:
+    """v = (o + 1) / 2 of the second half of the outputs. What is refused of ε is refused of v."""
+    (net, ema), _ = digits_run(tmp_path / "both", **NARROW, model__out_channels=2, model__time="adm_linear")
+    run, alone = load(tmp_path / "both", 1, variance=True), load(tmp_path / "both", 1)
+    inputs = jnp.ones((3, 8, 8, 1)), jnp.array([-9.0, 0.0, 9.0]), jnp.array([4, -1, 2])
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def all_three(eps_fn: Any, alone: Any, params: Any, logsnr: Array) -> Any:
+        z, _, labels = inputs
+        outputs = net.apply({"params": params}, z, logsnr, labels)
+        return eps_fn(z, logsnr, labels), alone(z, logsnr, labels), outputs
+
+    (eps, v), eps_alone, outputs = all_three(run.eps_fn, alone.eps_fn, ema, inputs[1])
+    np.testing.assert_array_equal(eps, eps_alone)
+    np.testing.assert_allclose(eps, outputs[..., :1], rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(2.0 * v - 1.0, outputs[..., 1:], rtol=1e-4, atol=1e-3)
+    (eps, v), *_ = all_three(run.eps_fn, alone.eps_fn, ema, jnp.array([-9.0, 12.0, 9.0]))
+    assert np.isnan(eps[1]).all() and np.isnan(v[1]).all() and np.isfinite(v[::2]).all()
+
+
+def test_a_learned_variance_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    digits_run(tmp_path)
+    with pytest.raises(ValueError, match=r"no learned variance: .* 1 outputs for 1 channels.*--keep-variance"):
+        load(tmp_path, variance=True)
+    assert load(tmp_path).eps_fn is not None  # the remedy: leave variance out

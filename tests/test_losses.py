@@ -16,7 +16,7 @@ from scipy.integrate import quad
 
 from cfd.guidance import NULL_LABEL
 from cfd.losses import eps_loss
-from cfd.process import eps_from_x
+from cfd.process import cosine, eps_from_x
 
 N = 20_000
 LABELS = jnp.arange(N, dtype=jnp.int32)
@@ -70,7 +70,7 @@ def test_the_loss_is_the_mean_over_batch_and_dimensions():
 
 def test_noise_levels_are_uniform_in_u():
     """λ maps back to u, whose empirical distribution is within the DKW bound of the uniform distribution."""
-    _, logsnr, _ = seen_by_the_network(jax.random.key(4), column(0.0), logsnr_min=-7.0)
+    _, logsnr, _ = seen_by_the_network(jax.random.key(4), column(0.0), schedule=cosine(-7.0))
     b = math.atan(math.exp(-10.0))
     a = math.atan(math.exp(3.5)) - b
     u = np.sort((np.arctan(np.exp(-0.5 * logsnr)) - b) / a)
@@ -213,7 +213,7 @@ def test_the_implementation_of_a_key_does_not_matter():
     assert len(losses) == 1
 
 
-@pytest.mark.parametrize("returned", [lambda z: (z, z), lambda z: {"sample": z}, lambda z: None, lambda z: 1j * z])
+@pytest.mark.parametrize("returned", [lambda z: (z, z, z), lambda z: {"sample": z}, lambda z: None, lambda z: 1j * z])
 def test_an_output_that_is_not_the_noise_is_refused(returned):
     with pytest.raises(ValueError, match=r"eps_fn returned .*must return the noise of z, one .*\(20000, 1\)"):
         eps_loss(jax.random.key(0), lambda z, *_: returned(z), column(0.0), LABELS)
@@ -227,7 +227,8 @@ def test_bad_arguments_are_refused():
     valid: dict[str, Any] = {"key": jax.random.key(0), "eps_fn": lambda z, *_: z, "x": column(0.0), "labels": LABELS}
     cases: list[tuple[dict[str, Any], str]] = [
         ({"p_uncond": np.float32(2.0)}, "p_uncond is 2.0"),
-        ({"logsnr_min": np.float32(20), "logsnr_max": jnp.float32(-20)}, "logsnr_min is 20.0 and logsnr_max -20.0"),
+        ({"schedule": lambda u: u[0]}, r"schedule returned shape \(\); it must return λ for each u"),
+        ({"weight": lambda logsnr: 1.0}, "weight returned a float; it must return one weight per row"),
         ({"x": jnp.zeros((N, 1), jnp.uint8)}, r"x has dtype uint8.*x / 127\.5 - 1"),
         ({"x": column(0.0)[:1]}, r"x has shape \(1, 1\) for labels of shape \(20000,\)"),
     ]

@@ -176,7 +176,7 @@ def test_a_bfloat16_network_gives_float32_images():
         ({"labels": jnp.zeros((8, 4))}, r"null has shape \(\).*one label, \(4,\)"),
         ({"labels": LABELS.astype(jnp.uint8)}, "null is -1, which labels of dtype uint8 cannot represent.*int32"),
         ({"eps_fn": lambda z, *_: z[:, :1]}, r"eps_fn returned shape \(8, 1\).*\(8, 3\)"),
-        ({"eps_fn": lambda z, *_: (z, z)}, r"eps_fn returned a tuple.*the noise of z.*\(8, 3\)"),
+        ({"eps_fn": lambda z, *_: (z, z, z)}, r"eps_fn returned a tuple.*the noise of z.*\(8, 3\)"),
         ({"eps_fn": lambda z, *_: {"sample": z}}, "eps_fn returned a dict.*the noise of z"),
         ({"eps_fn": lambda z, *_: z.astype(jnp.int32)}, "eps_fn returned dtype int32.*float32"),
         ({"key": np.int64(7)}, r"key is .*7.*jax\.random\.key\(7\)"),

@@ -34,7 +34,7 @@ def convert_adm(
     """Writes a checkpoint of openai/guided-diffusion as a run folder, which `load` or `load_classifier` opens.
 
     A network with a learned variance has twice as many outputs as channels. Their second half is dropped unless
-    `keep_variance`. If it is kept, it is in the parameters, and `load(...).eps_fn` still gives the first half alone.
+    `keep_variance`. If it is kept, `load(..., variance=True).eps_fn` gives both halves, and without it the first alone.
     `key` is as for `read_torch`. Each stage is printed in a line. Returns the network. Raises ValueError for any other
     file, and if `out` exists.
     """
@@ -59,7 +59,7 @@ def convert_adm(
     channels = int(state["input_blocks.0.0.weight"].shape[1])
     if network.fields.get("out_channels") == 2 * channels:
         if keep_variance:
-            print(f"Kept the learned variance: outputs {channels} to {2 * channels - 1}; eps_fn returns the others.")
+            print(f"Kept the learned variance: outputs {channels} to {2 * channels - 1}, for load(..., variance=True).")
         else:
             network.fields["out_channels"] = channels
             params["conv_out"] = jax.tree.map(lambda x: x[..., :channels], params["conv_out"])

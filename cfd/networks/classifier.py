@@ -10,12 +10,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
-from jaxtyping import Float, Int, Key, Real, UInt32
+from jaxtyping import Float, Int, Key, UInt32
 
 from cfd.arguments import check_data, check_returned, known_labels, threefry
 from cfd.networks.unet import ConditionEmbedding, Norm, blocks, check_shapes, encode
-from cfd.process import cosine_logsnr, diffuse
+from cfd.process import Schedule, cosine, diffuse
 
 ClassifierFn = Callable[[Array, Array], Array]
 """(z [B, ...], logsnr [B]) -> logits [B, K], one per class."""
@@ -88,19 +87,19 @@ def classifier_loss(
     x: Float[Array, "b ..."],
     labels: Int[Array, "b"],
     *,
-    logsnr_min: Real[ArrayLike, ""] = -20.0,
-    logsnr_max: Real[ArrayLike, ""] = 20.0,
+    schedule: Schedule = cosine(-20.0, 20.0),
 ) -> Float[Array, ""]:
     """E[−log p(c | z_λ)]: the mean cross entropy over the batch, with λ sampled as in `eps_loss`.
 
     x [B, ...] is data in [−1, 1], and `labels` [B] are its classes. The key is as in `threefry`.
 
-    Raises ValueError as `cosine_logsnr` does, if x and labels do not agree, if a concrete label is no class, and if the
-    classifier does not return logits [B, K]. Under `jit`, labels are not known; the loss and its gradient then are NaN.
+    Raises ValueError if x and labels do not agree, if a concrete label is no class, and if the classifier does not
+    return logits [B, K]. Under `jit`, labels are not known; the loss and its gradient then are NaN.
     """
     check_data(x, labels.shape)
     key_u, key_eps = jax.random.split(threefry(key))
-    logsnr = cosine_logsnr(jax.random.uniform(key_u, x.shape[:1], jnp.float32), logsnr_min, logsnr_max)
+    logsnr = schedule(jax.random.uniform(key_u, x.shape[:1], jnp.float32))
+    check_returned("schedule", logsnr, x.shape[:1], "λ for each u")
     z = diffuse(x, jax.random.normal(key_eps, x.shape, jnp.float32), logsnr)
     logits = classifier_fn(z, logsnr)
     check_returned("classifier_fn", logits, (len(x), None), "logits [B, K]")

@@ -64,6 +64,40 @@ def logsnr_table(schedule: str) -> Float64[np.ndarray, "t"]:
     return log_alpha_bar - np.log(-np.expm1(log_alpha_bar))
 
 
+def respaced(steps: str | int, schedule: str) -> Float64[np.ndarray, "t"]:
+    """The λ, rising, of some of ADM's 1000 steps: `guided_sample(num_steps=respaced("250", "cosine"))`, float64 [T].
+
+    "250", ADM's published setting, is 250 steps from t = 0 to t = 999, spaced equally and then rounded. "10,20,30" does
+    the same in each third of the 1000 steps. "ddim25" is every 40th step from t = 0 to t = 960, because 40 is the
+    smallest stride of 25 steps.
+
+    Raises ValueError if there are no such steps, and for a schedule that `logsnr_table` lacks.
+    """
+    return logsnr_table(schedule)[_respaced_times(str(steps))][::-1]
+
+
+def _respaced_times(steps: str) -> list[int]:
+    """ADM's times t of its option timestep_respacing, rising."""
+    problem = f"steps is {steps!r}, which ADM's {NUM_STEPS} steps do not give"
+    if steps.startswith("ddim"):
+        strides = [stride for stride in range(1, NUM_STEPS) if f"ddim{-(-NUM_STEPS // stride)}" == steps]
+        if not strides:
+            raise ValueError(f'{problem}: give "ddimN", N = 1000 / stride rounded up, such as "ddim25" or "ddim50"')
+        return list(range(0, NUM_STEPS, strides[0]))
+    parts = [part.strip() for part in steps.split(",")]
+    sizes = [len(part) for part in np.array_split(np.arange(NUM_STEPS), len(parts))]
+    first, times = 0, []
+    for part, size in zip(parts, sizes, strict=True):
+        count = int(part) if part.isdecimal() else 0
+        if not 1 <= count <= size:
+            raise ValueError(f'{problem}: give "T", or "T1,T2,..." for equal sections, each T from 1 to {size}')
+        # Sums of the stride, as in ADM. Products would be rounded to other steps.
+        strides = [(size - 1) / (count - 1)] * (count - 1) if count > 1 else []
+        times += [first + round(t) for t in np.cumsum([0.0, *strides])]
+        first += size
+    return times
+
+
 def sinusoidal(time: Float[Array, "b"], width: int) -> Float[Array, "b d"]:
     """[cos, sin] of the time at width/2 frequencies from 1 down to 1/10000: Vaswani et al. (arXiv:1706.03762)."""
     half = width // 2

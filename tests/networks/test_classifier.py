@@ -14,6 +14,7 @@ from tiny import QUICK
 
 from cfd.guidance import class_gradient
 from cfd.networks.classifier import Classifier, classifier_loss
+from cfd.process import cosine
 
 
 @pytest.mark.parametrize(
@@ -132,7 +133,7 @@ def test_loss_is_least_at_the_exact_classifier() -> None:
     x = jnp.float32(MEANS)[labels] + jnp.float32(STDS)[labels, None] * jax.random.normal(key_x, (6000, 2))
 
     def loss(classifier_fn) -> float:
-        return float(classifier_loss(key_loss, classifier_fn, x, labels, logsnr_min=-6.0, logsnr_max=6.0))
+        return float(classifier_loss(key_loss, classifier_fn, x, labels, schedule=cosine(-6.0, 6.0)))
 
     exact = loss(exact_classifier)
     for other in (
@@ -158,12 +159,12 @@ def test_a_label_that_is_no_class_is_refused_and_under_jit_the_loss_and_its_grad
 
 
 def test_the_loss_checks_its_numbers_and_takes_a_key_of_any_implementation() -> None:
-    def loss(key, **ends) -> float:
-        return float(classifier_loss(key, exact_classifier, jnp.zeros((3, 2)), jnp.arange(3), **ends))
+    def loss(key, **schedule) -> float:
+        return float(classifier_loss(key, exact_classifier, jnp.zeros((3, 2)), jnp.arange(3), **schedule))
 
     expected, *others = (loss(jax.random.key(1, impl=impl)) for impl in ("threefry2x32", "rbg", "unsafe_rbg"))
     assert others == [expected] * 2
-    with pytest.raises(ValueError, match=r"logsnr_min is 20\.0 and logsnr_max -20\.0"):
-        loss(jax.random.key(1), logsnr_min=np.float32(20), logsnr_max=np.float32(-20))
+    with pytest.raises(ValueError, match=r"schedule returned shape \(\); it must return λ for each u"):
+        loss(jax.random.key(1), schedule=lambda u: u[0])
     with pytest.raises(ValueError, match=r"classifier_fn returned a tuple; it must return logits"):
         classifier_loss(jax.random.key(1), lambda *args: args, jnp.zeros((3, 2)), jnp.arange(3))  # pyright: ignore

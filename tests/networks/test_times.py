@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cfd.networks.times import adm_logsnr, adm_time, cosine_time, logsnr_table, network_time
+from cfd.networks.times import adm_logsnr, adm_time, cosine_time, logsnr_table, network_time, respaced
 
 
 def test_adm_cosine_table_telescopes() -> None:
@@ -53,3 +53,42 @@ def test_cosine_time_is_the_schedules_own() -> None:
 def test_an_unknown_adm_schedule_is_refused() -> None:
     with pytest.raises(ValueError, match="'sigmoid'"):
         logsnr_table("sigmoid")
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_respaced_steps_are_adms(schedule: str) -> None:
+    """The times that guided-diffusion's `space_timesteps` prints for 1000 steps, as λ, from noise to data."""
+    table = logsnr_table(schedule)
+
+    def times(steps: str | int) -> list[int]:
+        grid = respaced(steps, schedule)
+        found = [int(np.argmin(abs(table - logsnr))) for logsnr in grid]
+        np.testing.assert_array_equal(grid, table[found])
+        return found[::-1]
+
+    assert times("250")[:6] == [0, 4, 8, 12, 16, 20] and times("250")[-3:] == [991, 995, 999]
+    assert times(250) == times("250") and len(times(250)) == 250
+    assert times("ddim25") == list(range(0, 1000, 40)) and times("ddim334") == list(range(0, 1000, 3))
+    assert times("10") == list(range(0, 1000, 111)) and times("1") == [0]
+    assert times("3,2,4") == [0, 166, 333, 334, 666, 667, 778, 888, 999]  # sections of 334, 333 and 333 steps
+    assert times("1000") == times("ddim1000") == list(range(1000))
+    assert times("999")[498:501] == [498, 499, 501]  # i · 999 / 998 would be rounded to 500 at i = 499
+
+
+@pytest.mark.parametrize(
+    ("steps", "remedy"),
+    [
+        ("0", "from 1 to 1000"),
+        ("1001", "from 1 to 1000"),
+        ("10,334,10", "from 1 to 333"),
+        ("250.0", 'give "T"'),
+        ("", 'give "T"'),
+        ("10,", 'give "T"'),
+        ("ddim300", 'give "ddimN"'),
+        ("ddim", 'give "ddimN"'),
+        (-250, 'give "T"'),
+    ],
+)
+def test_steps_that_adm_does_not_have_are_refused(steps: str | int, remedy: str) -> None:
+    with pytest.raises(ValueError, match=rf"steps is '{steps}', which ADM's 1000 steps do not give: .*{remedy}"):
+        respaced(steps, "linear")
