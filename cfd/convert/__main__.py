@@ -2,8 +2,9 @@
 
     python -m cfd.convert adm FILE OUT         a U-Net or noisy classifier of openai/guided-diffusion -> a run folder
     python -m cfd.convert inception FILE OUT   InceptionV3 of pytorch-fid or torch-fidelity -> an .npz of parameters
+    python -m cfd.convert dinov2 FILE OUT      ViT-L/14 of facebookresearch/dinov2 -> an .npz of parameters
 
-Both need PyTorch, which nothing else in this package needs: `pip install "torch>=2.10"`.
+All need PyTorch, which nothing else in this package needs: `pip install "torch>=2.10"`.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 
 from cfd.convert.adm import convert_adm
 from cfd.convert.adm_network import Hidden
+from cfd.convert.dinov2 import convert_dinov2
 from cfd.convert.inception import convert_inception
 from cfd.devices import output
 from cfd.errors import UserError
@@ -36,7 +38,8 @@ def main(argv: Sequence[str]) -> None:
     hidden.add_argument("--schedule", choices=("cosine", "linear"), help="noise_schedule")
     hidden.add_argument("--num-res-blocks", type=int, help="residual blocks per level of a classifier")
     inception = commands.add_parser("inception", help="InceptionV3 of pytorch-fid or torch-fidelity")
-    for command in (adm, inception):
+    dinov2 = commands.add_parser("dinov2", help="ViT-L/14 of facebookresearch/dinov2")
+    for command in (adm, inception, dinov2):
         command.add_argument("--key", help="the dict of tensors in a file that holds several, such as ema or model/ema")
         command.add_argument("FILE")
         command.add_argument("OUT")
@@ -47,6 +50,8 @@ def main(argv: Sequence[str]) -> None:
                 check_writable(args.OUT, "give another OUT")
             if args.command == "inception":
                 convert_inception(args.FILE, args.OUT, key=args.key)
+            elif args.command == "dinov2":
+                convert_dinov2(args.FILE, args.OUT, key=args.key)
             else:
                 flags = Hidden(*(getattr(args, name) for name in Hidden._fields))
                 convert_adm(

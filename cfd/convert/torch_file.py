@@ -20,6 +20,8 @@ INSTALL = 'pip install "torch>=2.10"'
 ADM_UNET = "a U-Net of ADM"
 ADM_CLASSIFIER = "a noisy classifier of ADM"
 INCEPTION = "InceptionV3: convert it with `python -m cfd.convert inception`"
+DINOV2 = "DINOv2: convert it with `python -m cfd.convert dinov2`"
+GIVE_DINOV2 = "give dinov2_vitl14_pretrain.pth of facebookresearch/dinov2"
 
 # Files of other projects are the likeliest mistake, and a user knows the project better than the names of its tensors.
 OTHERS = {
@@ -32,6 +34,13 @@ OTHERS = {
     "branch3x3dbl_1.conv.weight": INCEPTION,
     "layer1.0.conv1.weight": "a ResNet",
     "map_layer0.": "a network of EDM",
+    "rope_embed.": f"DINOv3, and FD-DINOv2 is of its predecessor: {GIVE_DINOV2}",
+    "register_tokens": f"a DINOv2 with registers, and FD-DINOv2 is of the one without: {GIVE_DINOV2}",
+    "blocks.0.mlp.w12.": f"DINOv2's ViT-g with its SwiGLU, and FD-DINOv2 is of ViT-L/14: {GIVE_DINOV2}",
+    "blocks.0.0.ls1.gamma": f"a checkpoint of DINOv2's training, whose blocks are in chunks: {GIVE_DINOV2}",
+    "embeddings.patch_embeddings.": f"a vision transformer of Hugging Face's transformers: {GIVE_DINOV2}",
+    "blocks.0.ls1.gamma": DINOV2,
+    "blocks.0.attn.qkv.weight": f"a vision transformer without layer scales, which is no DINOv2: {GIVE_DINOV2}",
 }
 """{part of a tensor's name: the network that has such a tensor}."""
 
@@ -146,15 +155,18 @@ def _without_prefix(state: dict[str, Any]) -> dict[str, Any]:
     """The same tensors without the prefix that all names share, if the rest are names of a network known here."""
     prefix = os.path.commonprefix(list(state)).rpartition(".")[0] + "."  # noqa: RUF071 (these are no paths)
     short = {name.removeprefix(prefix): x for name, x in state.items()}
-    of_others = identify(list(state)) in {*OTHERS.values()} - {INCEPTION}
-    if prefix == "." or of_others or identify(list(short)) not in (ADM_UNET, ADM_CLASSIFIER, INCEPTION):
+    of_others = identify(list(state)) in {*OTHERS.values()} - {INCEPTION, DINOV2}
+    if prefix == "." or of_others or identify(list(short)) not in (ADM_UNET, ADM_CLASSIFIER, INCEPTION, DINOV2):
         return state
     print(f"The names of all tensors begin with {prefix!r}, which is removed.", flush=True)
     return short
 
 
 def identify(names: Sequence[str]) -> str:
-    """The network whose tensors have these names, in words. ADM_UNET, ADM_CLASSIFIER and INCEPTION can be converted."""
+    """The network whose tensors have these names, in words.
+
+    ADM_UNET, ADM_CLASSIFIER, INCEPTION and DINOV2 can be converted.
+    """
     for part, network in OTHERS.items():
         if any(part in name for name in names):
             return network

@@ -238,6 +238,9 @@ def test_a_learned_variance_can_be_kept(torch, tmp_path: Path, capsys: pytest.Ca
     eps = jax.jit(run.eps_fn)(*arguments)
     assert eps.shape == (3, 16, 16, 3)
     assert relative(eps[:, ::2, ::2], ours.stored["out"][..., :3]) < 1e-4
+    both = jax.jit(load(out, variance=True).eps_fn)(*arguments)
+    outputs = jnp.concatenate([both[0], 2.0 * both[1] - 1.0], axis=-1)  # v = (o + 1) / 2
+    assert relative(outputs[:, ::2, ::2], ours.stored["out"]) < 1e-4
 
 
 def test_a_classifier_becomes_a_run_that_guides(torch, tmp_path: Path) -> None:

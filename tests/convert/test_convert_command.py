@@ -9,7 +9,7 @@ from permissions import obeyed
 from cfd.convert.__main__ import main
 
 
-@pytest.mark.parametrize("command", ["adm", "inception"])
+@pytest.mark.parametrize("command", ["adm", "inception", "dinov2"])
 def test_files_that_may_not_be_read_or_written_are_named(command: str, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     file, closed = tmp_path / "model.pt", tmp_path / "closed"
@@ -26,10 +26,10 @@ def test_files_that_may_not_be_read_or_written_are_named(command: str, tmp_path:
         assert str(end.value.code).startswith(f"error: {file} cannot be read (Permission denied)")
 
 
-@pytest.mark.parametrize("command", ["adm", "inception"])
+@pytest.mark.parametrize("command", ["adm", "inception", "dinov2"])
 def test_nothing_in_a_bucket_is_overwritten(command: str, bucket: FakeGcs) -> None:
     bucket.put("made/x.npz", b"")
-    out = f"{bucket.url}/made" + ("/x.npz" if command == "inception" else "")
+    out = f"{bucket.url}/made" + ("" if command == "adm" else "/x.npz")
     with pytest.raises(SystemExit) as end:
         main([command, "FILE", out])
     assert str(end.value.code).startswith(f"error: {out} exists: give the name of a ")
