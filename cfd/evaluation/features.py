@@ -1,4 +1,4 @@
-"""The networks whose features the metrics use: a small classifier of the run's own images, or InceptionV3.
+"""The networks whose features the metrics use: a small classifier of the run's own images, InceptionV3 or DINOv2.
 
 The classifier is for data sets about which Inception says little, such as 8x8 digits. It is trained on the training
 images, never sees the diffusion model, and is stored in the run's folder. Metrics of its features are not comparable
@@ -27,19 +27,26 @@ from cfd.data.batches import batches, load_arrays
 from cfd.data.dataset import Dataset
 from cfd.devices import parallel, preemption, seeds, watchdog, xla
 from cfd.errors import UserError
-from cfd.evaluation import inception
+from cfd.evaluation import dinov2, inception
 from cfd.runs import files, npz
 
+SATURATED = 0.95
+"""A value of larger magnitude, in an image of values from −1 to 1, counts as saturated."""
 HASHED_IMAGES = 16
 """The number of images of a data set whose pixels enter `data_hash`."""
 
 
 class Outputs(NamedTuple):
-    """Features and class probabilities of n images. `spatial`, for sFID, is None if the network has no such layer."""
+    """Features and class probabilities of n images, and the share of saturated values in each of them.
+
+    `spatial`, for sFID, and `probs`, for the Inception Score, are None if the network has no such layer. `saturation`,
+    the function of this name of the images, is None if the outputs were made without it.
+    """
 
     pool: Float[np.ndarray, "n d"]
     spatial: Float[np.ndarray, "n s"] | None
-    probs: Float[np.ndarray, "n k"]
+    probs: Float[np.ndarray, "n k"] | None
+    saturation: Float[np.ndarray, " n"] | None = None
 
 
 class FeatureNetwork(NamedTuple):
@@ -51,6 +58,12 @@ class FeatureNetwork(NamedTuple):
     name: str
     weights_hash: str
     extract: Callable[[UInt8[np.ndarray, "n h w c"]], Outputs]
+
+
+def saturation(images: UInt8[np.ndarray, "n h w c"]) -> Float[np.ndarray, " n"]:
+    """The share of the values of each image that lie beyond SATURATED in magnitude, on the scale from −1 to 1."""
+    beyond = np.abs(2 * images.astype(np.int16) - 255) > 255 * SATURATED
+    return beyond.mean(axis=(1, 2, 3))
 
 
 class ImageClassifier(nn.Module):
@@ -95,13 +108,40 @@ def open_classifier(
             npz.write_npz(path, {"/".join(key): np.asarray(x) for key, x in flatten_dict(params).items()})
             print(f"Feature classifier, {count} held-out images: accuracy {correct / count:.4f}", flush=True)
         parallel.barrier("feature classifier")
+    return read_classifier(path, mesh)
+
+
+def read_classifier(path: str, mesh: Mesh) -> FeatureNetwork:
+    """The feature classifier whose parameters are in the file `path`, such as features/classifier.npz of a run."""
     params = unflatten_dict({tuple(name.split("/")): x for name, x in npz.read_npz(path).items()})
+    net: Any = ImageClassifier(len(params["Dense_1"]["bias"]))
 
     def network(params: Any, images: Array) -> tuple[Array, None, Array]:
         pool, logits = net.apply({"params": params}, images)
         return pool, None, nn.softmax(logits)
 
     return FeatureNetwork("classifier", inception.weights_hash(path), _extractor(network, params, mesh, 256))
+
+
+def check_classifier(path: str, image_shape: tuple[int, int, int]) -> int:
+    """The number of classes of the feature classifier in the file `path`, whose parameters are not read.
+
+    Raises ValueError unless the file holds a feature classifier of images of this shape, (H, W, C).
+    """
+    found = {name: header.shape for name, header in npz.npz_headers(path).items()}
+    num_classes = max((1, *found.get("Dense_1/bias", ())))
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8)
+    shapes = jax.eval_shape(ImageClassifier(num_classes).init, jax.random.key(0), image)["params"]
+    flat: dict[Any, Any] = flatten_dict(shapes)
+    expected = {"/".join(key): x.shape for key, x in flat.items()}
+    if wrong := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
+        name = wrong[0]
+        raise UserError(
+            f"{path} holds no feature classifier of images of shape {image_shape}, [H, W, C]: {name} is "
+            f"{found.get(name, 'missing')}, expected {expected.get(name, 'nothing')}; give the features/classifier.npz "
+            "of a run with images of this shape"
+        )
+    return num_classes
 
 
 def classifier_path(folder: str) -> str:
@@ -216,6 +256,20 @@ def open_inception(path: str, mesh: Mesh) -> FeatureNetwork:
     return FeatureNetwork("inception", inception.weights_hash(path), extract)
 
 
+def open_dinov2(path: str, mesh: Mesh) -> FeatureNetwork:
+    """DINOv2 as FD-DINOv2 uses it, with the weights that `python -m cfd.convert dinov2` wrote to `path`.
+
+    It has neither class probabilities nor a spatial layer. An image of any size takes 0.16 TFLOP. Raises ValueError if
+    the file does not hold these weights.
+    """
+
+    def network(params: Any, images: Array) -> tuple[Any, None, None]:
+        return dinov2.VIT_L.apply({"params": params}, images), None, None
+
+    extract = _extractor(network, dinov2.load_params(path), mesh, 32)
+    return FeatureNetwork("dinov2", inception.weights_hash(path), extract)
+
+
 def _extractor(network: Callable, params: Any, mesh: Mesh, batch: int) -> Callable[[np.ndarray], Outputs]:
     """`FeatureNetwork.extract` of `network(params, images)`, which runs on `batch` images, divided among all devices.
 
@@ -233,7 +287,8 @@ def _extractor(network: Callable, params: Any, mesh: Mesh, batch: int) -> Callab
             outputs = compiled(params, parallel.shard_rows(mesh, padded))
             parts.append([None if x is None else parallel.gather(x)[: len(rows)] for x in outputs])
         whole: Any = [None if column[0] is None else np.concatenate(column) for column in zip(*parts, strict=True)]
-        return Outputs(*whole)
+        pool, spatial, probs = whole
+        return Outputs(pool, spatial, probs, saturation(images))
 
     return extract
 

@@ -59,6 +59,15 @@ def merge(a: Moments, b: Moments) -> Moments:
     return Moments(count, a.mean + step * (b.count / count), a.scatter + b.scatter + between)
 
 
+def subtract(whole: Moments, part: Moments) -> Moments:
+    """The moments of a set without a part of it: the inverse of `merge`, up to rounding."""
+    count = whole.count - part.count
+    mean = whole.mean + (whole.mean - part.mean) * (part.count / count)
+    step = part.mean - mean
+    between = np.outer(step, step) * (count * part.count / whole.count)
+    return Moments(count, mean, whole.scatter - part.scatter - between)
+
+
 def add(total: Moments | None, features: Float[np.ndarray, "n d"] | None) -> Moments | None:
     """`total`, the moments of earlier batches, merged with those of one more batch. Before the first, `total` is None.
 
@@ -100,11 +109,13 @@ def frechet_distance(
     sigma1: Float[np.ndarray, "_d _d"],
     mu2: Float[np.ndarray, " _d"],
     sigma2: Float[np.ndarray, "_d _d"],
+    root1: Float[np.ndarray, "_d _r"] | None = None,
 ) -> float:
     """|μ1 − μ2|² + tr(Σ1 + Σ2 − 2 (Σ1^½ Σ2 Σ1^½)^½), the FID of Heusel et al. (arXiv:1706.08500), in float64.
 
-    Both matrix roots come from eigenvalues of symmetric matrices. Raises ValueError if the statistics differ in size or
-    are not finite, or if a covariance is not symmetric or has an eigenvalue that is negative beyond rounding.
+    Both matrix roots come from eigenvalues of symmetric matrices. `root1` is `covariance_root(sigma1, "first")[1]`, if
+    the caller has it already. Raises ValueError if the statistics differ in size or are not finite, or if a covariance
+    is not symmetric or has an eigenvalue that is negative beyond rounding.
     """
     if not mu1.shape * 2 == mu2.shape * 2 == sigma1.shape == sigma2.shape:
         shapes = f"means {mu1.shape} and {mu2.shape}, covariances {sigma1.shape} and {sigma2.shape}"
@@ -112,7 +123,9 @@ def frechet_distance(
     mu1, mu2 = np.asarray(mu1, np.float64), np.asarray(mu2, np.float64)
     if not (np.isfinite(mu1).all() and np.isfinite(mu2).all()):
         raise UserError("a mean holds NaN or infinity: look for broken images in the set that it describes")
-    sigma1, root1 = covariance_root(sigma1, "first")
+    if root1 is None:
+        root1 = covariance_root(sigma1, "first")[1]
+    sigma1 = np.asarray(sigma1, np.float64)
     sigma2, root2 = covariance_root(sigma2, "second")
     # With Σ = R Rᵀ, the eigenvalues of Σ1^½ Σ2 Σ1^½ are the squares of the singular values of R1ᵀ R2. Take the Gram
     # matrix of its smaller side, which has no null space: there, rounding errors of 1e-16 would give roots of 1e-8.
@@ -247,6 +260,17 @@ def precision_recall(
     sets of samples. Raises ValueError if the sets differ in their number of features, are not finite, have at most k
     rows, or are so far apart, or so close, that float64 cannot hold their squared distances.
     """
+    reference, samples, radii = balls(reference_features, sample_features, k, reference_radii)
+    sample_radii = squared_radii(samples, k, "samples")
+    precision = neighbours.covered(samples, reference, radii).mean()
+    recall = neighbours.covered(reference, samples, sample_radii).mean()
+    return float(precision), float(recall)
+
+
+def balls(
+    reference_features: Rows, sample_features: Rows, k: int, reference_radii: Float[np.ndarray, " m"] | None
+) -> tuple[Float[np.ndarray, "m d"], Float[np.ndarray, "n d"], Float[np.ndarray, " m"]]:
+    """The arguments of `precision_recall`, checked as it says: (reference, samples, squared radii of the reference)."""
     reference = finite_rows(reference_features, "reference features")
     samples = finite_rows(sample_features, "sample features")
     if reference.shape[1] != samples.shape[1]:
@@ -255,16 +279,13 @@ def precision_recall(
             "feature network"
         )
     if reference_radii is None:
-        reference_radii = squared_radii(reference, k)
-    elif reference_radii.shape != (len(reference),) or not ((reference_radii >= 0) & (reference_radii < np.inf)).all():
+        return reference, samples, squared_radii(reference, k)
+    if reference_radii.shape != (len(reference),) or not ((reference_radii >= 0) & (reference_radii < np.inf)).all():
         raise UserError(
             f"reference_radii must be {len(reference)} finite numbers >= 0, one per reference, got shape "
             f"{reference_radii.shape}: give squared_radii(reference_features, k)"
         )
-    sample_radii = squared_radii(samples, k, "samples")
-    precision = neighbours.covered(samples, reference, reference_radii).mean()
-    recall = neighbours.covered(reference, samples, sample_radii).mean()
-    return float(precision), float(recall)
+    return reference, samples, reference_radii
 
 
 def squared_radii(x: Rows, k: int = NEIGHBOURS, what: str = "references") -> Float[np.ndarray, " n"]:

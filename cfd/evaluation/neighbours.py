@@ -60,9 +60,70 @@ def covered(
     for rows, index, squared, beyond in candidates(x, centres, squared_radii, frame, 1 + SPARE_CANDIDATES):
         found[rows] = (squared <= squared_radii[index]).any(axis=1)
         unsure[rows] = ~found[rows] & (beyond <= 0.0)
-    for row, low, high in bounds(x, centres, squared_radii, frame, np.flatnonzero(unsure)):
-        near = np.flatnonzero(low <= 0.0)
-        found[row] = (high <= 0.0).any() or (squared_distances(x[row], centres, near) <= squared_radii[near]).any()
+    for row, inside in inside_of(x, centres, squared_radii, frame, np.flatnonzero(unsure)):
+        found[row] = len(inside) > 0
+    return found
+
+
+def squared_to_kth_without(
+    x: Float[np.ndarray, "n d"], k: int, group: Int[np.ndarray, " n"]
+) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, "g n"]]:
+    """`squared_to_kth` of all rows, and, in row g of the second array, that of the rows without group g.
+
+    Rows in group g itself keep in it their distance among all rows. Each group leaves more than k rows.
+    """
+    frame, no_offset, number = frame_of(x, x), np.zeros(len(x)), int(group.max()) + 1
+    found, without = np.empty(len(x)), np.empty((number, len(x)))
+    unsure, unsure_without = np.zeros(len(x), bool), np.zeros((number, len(x)), bool)
+    for rows, index, squared, beyond in candidates(x, x, no_offset, frame, k + 1 + SPARE_CANDIDATES):
+        found[rows] = np.partition(squared, k, axis=1)[:, k]  # the row itself is its own nearest neighbour
+        unsure[rows] = (found[rows] > beyond) & (found[rows] > 0.0)
+        for g in range(number):
+            left = np.where(group[index] == g, np.inf, squared)
+            without[g, rows] = np.where(group[rows] == g, found[rows], np.partition(left, k, axis=1)[:, k])
+            unsure_without[g, rows] = (without[g, rows] > beyond) & (without[g, rows] > 0.0)
+    for row, low, high in bounds(x, x, no_offset, frame, np.flatnonzero(unsure | unsure_without.any(axis=0))):
+        for g in np.flatnonzero(unsure_without[:, row]) if not unsure[row] else range(-1, number):
+            left = np.flatnonzero(group != g) if g != group[row] else np.arange(len(x))
+            near = left[low[left] <= np.partition(high[left], k)[k]]
+            squared = np.partition(squared_distances(x[row], x, near), k)[k]
+            if g < 0:
+                found[row] = squared
+            else:
+                without[g, row] = squared
+    return found, without
+
+
+def covering_groups(
+    x: Float[np.ndarray, "n d"],
+    centres: Float[np.ndarray, "m d"],
+    squared_radii: Float[np.ndarray, " m"],
+    group: Int[np.ndarray, " m"],
+) -> Bool[np.ndarray, "n g"]:
+    """Whether each row of x lies in the ball of some centre of each group.
+
+    Of a row that lies in balls of several groups, at least two of these groups are found.
+    """
+    frame, number = frame_of(x, centres), int(group.max()) + 1
+    found, unsure = np.zeros((len(x), number), bool), np.zeros(len(x), bool)
+    for rows, index, squared, beyond in candidates(x, centres, squared_radii, frame, 1 + SPARE_CANDIDATES):
+        row, column = np.nonzero(squared <= squared_radii[index])
+        found[rows.start + row, group[index[row, column]]] = True
+        unsure[rows] = (found[rows].sum(axis=1) < min(2, number)) & (beyond <= 0.0)
+    for row, inside in inside_of(x, centres, squared_radii, frame, np.flatnonzero(unsure)):
+        found[row, group[inside]] = True
+    return found
+
+
+def covered_by_few(
+    x: Float[np.ndarray, "n d"], centres: Float[np.ndarray, "m d"], squared_radii: Float[np.ndarray, " m"]
+) -> Bool[np.ndarray, " n"]:
+    """`covered` by float64 products on the host alone, which compile nothing for another number of rows or centres."""
+    found = np.zeros(len(x), bool)
+    if found.size and squared_radii.size:
+        frame = frame_of(x, centres)
+        for row, inside in inside_of(x, centres, squared_radii, frame, np.arange(len(x))):
+            found[row] = len(inside) > 0
     return found
 
 
@@ -151,6 +212,22 @@ def bounds(
             value = square + squares - 2.0 * products - offset
             wrong = error * square + slack
             yield int(row), value - wrong, value + wrong
+
+
+def inside_of(
+    x: Float[np.ndarray, "n d"],
+    centres: Float[np.ndarray, "m d"],
+    squared_radii: Float[np.ndarray, " m"],
+    frame: Frame,
+    rows: Int[np.ndarray, " u"],
+) -> Iterator[tuple[int, Int[np.ndarray, " c"]]]:
+    """Yields each of these rows of x with the indices of all centres in whose balls it lies."""
+    for row, low, high in bounds(x, centres, squared_radii, frame, rows):
+        near = np.flatnonzero(low <= 0.0)
+        sure = high[near] <= 0.0
+        doubtful = near[~sure]
+        exact = squared_distances(x[row], centres, doubtful) <= squared_radii[doubtful]
+        yield row, np.concatenate([near[sure], doubtful[exact]])
 
 
 def squared_distances(

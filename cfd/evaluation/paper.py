@@ -112,9 +112,10 @@ def table_of(*, name: str, num_classes: int, image_size: int, features: str) -> 
 
 
 def rows(table: Table) -> list[dict[str, Any]]:
-    """The table as rows like those of sweep.csv: w, fid, is, num_samples and the column that the table varies."""
+    """The table as rows like those of sweep.csv: w, fid, is, num_samples, features and the column that it varies."""
+    shared = {"num_samples": NUM_SAMPLES, "features": "inception"}
     return [
-        {"w": w, "fid": fid[i], "is": score[i], "num_samples": NUM_SAMPLES, table.varied: column}
+        {"w": w, "fid": fid[i], "is": score[i], table.varied: column} | shared
         for i, column in enumerate(table.columns)
         for w, fid, score in zip(WEIGHTS, table.fid, table.inception_score, strict=True)
     ]

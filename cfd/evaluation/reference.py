@@ -23,13 +23,15 @@ from cfd.data.dataset import Dataset
 from cfd.devices import parallel, preemption
 from cfd.errors import UserError
 from cfd.evaluation import metrics
-from cfd.evaluation.features import FeatureNetwork, data_hash
+from cfd.evaluation.features import FeatureNetwork, data_hash, saturation
 from cfd.runs import files, npz
 
 NEIGHBOUR_ROWS = 10_000
 """The number of reference images for precision and recall, as in ADM's evaluator."""
 STATISTICS = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
 """The statistics in a file of OpenAI's evaluator, and their shapes. Other programs write `mu` and `sigma` alone."""
+DINOV2_STATISTICS = {"mu": (1024,), "sigma": (1024, 1024)}
+"""The statistics of DINOv2's features, as EDM2's evaluator computes them."""
 BLOCK_BYTES = 2**25
 
 
@@ -37,7 +39,9 @@ class Reference(NamedTuple):
     """Mean and covariance of both feature layers, and the pool features of at most NEIGHBOUR_ROWS images.
 
     `mu_s` and `sigma_s` are None if the feature network has no spatial layer, or a file no statistics of it. `features`
-    is None if a file has no images.
+    is None if a file has no images. `saturation` is the mean share of saturated values of all images, as
+    `cfd.evaluation.features.saturation` has it, and `labels` are the classes of the images that `features` are of. Both
+    are None too if the set was measured by an earlier version, and `labels` are None for a file or after bad images.
     """
 
     mu: Float[np.ndarray, " d"]
@@ -45,6 +49,25 @@ class Reference(NamedTuple):
     mu_s: Float[np.ndarray, " s"] | None = None
     sigma_s: Float[np.ndarray, "s s"] | None = None
     features: Float[np.ndarray, "n d"] | None = None
+    saturation: float | None = None
+    labels: Int[np.ndarray, " n"] | None = None
+
+
+class Words(NamedTuple):
+    """Parts of messages. The defaults are for a run with a config; `cfd.measure` names its own flags.
+
+    `features` is the setting that chooses the feature network, and `use` the remedy if it must be another, in braces.
+    `sized_by` says with which images those of the file are compared, and `resize` is the remedy if they differ.
+    `add_images` is the remedy for a set of too few images.
+    """
+
+    features: str = "eval.features"
+    use: str = "set eval.features to '{}', or eval.reference to ''"
+    sized_by: str = "the config is for images"
+    resize: str = "give a reference of the config's own resolution and channels"
+    add_images: str = (
+        "give more images, or a file with more as eval.reference; --config.eval.weights='()' trains without measuring"
+    )
 
 
 def reference_hash(features: FeatureNetwork, dataset: Dataset | None, *, path: str, data: dict[str, Any]) -> str:
@@ -89,31 +112,80 @@ def open_reference(
     found = files.exists(cache)
     parallel.barrier("reference looked for")
     if found:
-        reference = Reference(**npz.read_npz(cache))
+        reference = read_cached(cache)
     elif path:
         reference = read_reference(path, image_shape, features)
     else:
         assert dataset is not None, "without a file, the data set is the reference"
         reference = measure(image_blocks(dataset, num_workers), len(dataset), features)
-    if path and reference.features is None:
-        warnings.warn(
-            f"{path} has no images arr_0: precision and recall are not measured. Its mu and sigma are taken to be as "
-            "OpenAI's or TTUR's evaluator computes them; pytorch-fid resizes images in another way",
-            stacklevel=2,
-        )
+        reference = reference._replace(labels=labels_of_features(dataset, reference))
+    if path:
+        warn_without_images(path, reference, features.name)
     if jax.process_index() == 0 and not found:
-        npz.write_npz(cache, {key: array for key, array in reference._asdict().items() if array is not None})
+        npz.write_npz(cache, {key: np.asarray(x) for key, x in reference._asdict().items() if x is not None})
     parallel.barrier("reference")
     return reference
 
 
-def read_reference(path: str, image_shape: tuple[int, int, int], features: FeatureNetwork) -> Reference:
+def labels_of_features(dataset: Dataset, reference: Reference) -> Int[np.ndarray, " n"] | None:
+    """The classes of the images of `dataset` whose features the reference has; None if it left out bad images."""
+    chosen = np.flatnonzero(evenly_spaced(len(dataset), NEIGHBOUR_ROWS)).tolist()
+    if reference.features is None or len(chosen) != len(reference.features):
+        return None
+    labels = np.array([dataset.read_label(index) for index in chosen], np.int64)
+    return labels if (labels >= 0).all() else None
+
+
+def open_held_out(
+    folder: str, features: FeatureNetwork, held_out: Dataset, *, split: str, data: dict[str, Any], num_workers: int
+) -> Reference:
+    """The statistics of the held-out split, cached as `open_reference` does it, with its errors.
+
+    `split` is the name of the split, and `data` are the settings of the training split, as `reference_hash` takes them.
+    """
+    name = reference_hash(features, held_out, path="", data=data | {"split": split})
+    shape = (held_out.image_size, held_out.image_size, held_out.channels)
+    return open_reference(folder, features, held_out, name, path="", image_shape=shape, num_workers=num_workers)
+
+
+def read_cached(path: str) -> Reference:
+    """The reference in a file of an earlier sweep. A line says if its version did not measure saturation."""
+    arrays: dict[str, Any] = dict(npz.read_npz(path))
+    if "saturation" in arrays:
+        arrays["saturation"] = float(arrays["saturation"])
+    elif "features" in arrays and jax.process_index() == 0:
+        print(
+            f"{path} is of an earlier version and lacks the saturation of the reference images: remove it, and "
+            "--mode=sweep computes it again.",
+            flush=True,
+        )
+    return Reference(**arrays)
+
+
+def warn_without_images(path: str, reference: Reference, features_name: str) -> None:
+    """Warns if the file of a reference has no images, and names the measures that it therefore does not serve."""
+    if reference.features is None:
+        dinov2 = features_name == "dinov2"  # which has no spatial layer
+        spatial = "" if reference.mu_s is not None or dinov2 else "sFID, for which it has no mu_s and sigma_s, and "
+        taken = "OpenAI's or TTUR's evaluator computes them; pytorch-fid resizes images in another way"
+        if dinov2:
+            taken = "EDM2's evaluator computes them; that of Stein et al. rounds the resized images"
+        warnings.warn(
+            f"{path} has no images arr_0: {spatial}KID, precision and recall, which compare single images, are not "
+            f"measured. Its mu and sigma are taken to be as {taken}",
+            stacklevel=1,  # notices.warnings_in_lines knows this package's warnings by their file
+        )
+
+
+def read_reference(
+    path: str, image_shape: tuple[int, int, int], features: FeatureNetwork, words: Words = Words()
+) -> Reference:
     """The statistics of an `.npz` in the layout of OpenAI's evaluator, computed from its images if it holds none.
 
-    Raises ValueError as `check_reference` does.
+    Raises ValueError, with `words`, as `check_reference` does.
     """
-    headers = check_reference(path, image_shape, features.name)
-    statistics = npz.read_npz(path, [name for name in STATISTICS if name in headers])
+    headers = check_reference(path, image_shape, features.name, words)
+    statistics: dict[str, Any] = npz.read_npz(path, [name for name in STATISTICS if name in headers])
     if "arr_0" not in headers:
         return Reference(**statistics)
     count, rows = headers["arr_0"].shape[0], block_rows(image_shape)
@@ -121,24 +193,27 @@ def read_reference(path: str, image_shape: tuple[int, int, int], features: Featu
     if "mu" not in headers:
         return measure(blocks, count, features)
     chosen = evenly_spaced(count, NEIGHBOUR_ROWS)
-    pool = [
-        features.extract(block[chosen[first : first + rows]]).pool
-        for first, block in zip(range(0, count, rows), blocks, strict=True)
-    ]
-    return Reference(**statistics, features=np.concatenate(pool))
+    pool, saturated = [], 0.0
+    for first, block in zip(range(0, count, rows), blocks, strict=True):
+        pool.append(features.extract(block[chosen[first : first + rows]]).pool)
+        saturated += float(saturation(block).sum())
+    return Reference(**statistics, features=np.concatenate(pool), saturation=saturated / count)
 
 
-def check_reference(path: str, image_shape: tuple[int, int, int], features_name: str) -> dict[str, npz.Header]:
+def check_reference(
+    path: str, image_shape: tuple[int, int, int], features_name: str, words: Words = Words()
+) -> dict[str, npz.Header]:
     """The headers of a reference `.npz`. Its images are not read.
 
-    Raises ValueError if the file has neither images `arr_0` nor statistics `mu` and `sigma`, if the images are not as
-    `check_images` requires, or if the statistics are not finite, not of the feature network `features_name`, or of
-    other sizes than those of OpenAI's evaluator. Without images, the statistics of the spatial layer may be absent.
+    Raises ValueError, with `words`, if the file has neither images `arr_0` nor statistics `mu` and `sigma`, if the
+    images are not as `check_images` requires, or if the statistics are not finite, not of the feature network
+    `features_name`, or of other sizes than those of OpenAI's or EDM2's evaluator. Without images, the
+    statistics of the spatial layer may be absent.
     """
     headers = npz.npz_headers(path)
     statistics = [name for name in STATISTICS if name in headers]
     if "arr_0" in headers:
-        check_images(path, headers["arr_0"], image_shape)
+        check_images(path, headers["arr_0"], image_shape, words)
     elif statistics not in (["mu", "sigma"], list(STATISTICS)):
         raise UserError(
             f"{path} holds {sorted(headers)}, and neither images arr_0, which all metrics can be measured with, nor mu "
@@ -146,16 +221,19 @@ def check_reference(path: str, image_shape: tuple[int, int, int], features_name:
         )
     if not statistics:
         return headers
-    if features_name != "inception":
+    of_dinov2 = "mu" in headers and headers["mu"].shape == DINOV2_STATISTICS["mu"]
+    if features_name == "classifier" or (features_name == "dinov2" and not of_dinov2):
+        whose, name = ("DINOv2", "dinov2") if of_dinov2 else ("InceptionV3", "inception")
         raise UserError(
-            f"{path} holds statistics of InceptionV3, but eval.features is {features_name!r}: set eval.features to "
-            "'inception', or eval.reference to ''"
+            f"{path} holds statistics of {whose}, but {words.features} is {features_name!r}: {words.use.format(name)}"
         )
-    for name in STATISTICS if "arr_0" in headers else statistics:
-        found = headers[name].shape if name in headers else "missing"
-        if found != STATISTICS[name]:
+    shapes = DINOV2_STATISTICS if features_name == "dinov2" else STATISTICS
+    evaluator = "EDM2's" if features_name == "dinov2" else "OpenAI's"
+    for name in {**shapes, **dict.fromkeys(statistics)} if "arr_0" in headers else statistics:
+        found, expected = headers[name].shape if name in headers else "missing", shapes.get(name, "nothing")
+        if found != expected:
             raise UserError(
-                f"{path}: {name} is {found}, expected {STATISTICS[name]}: give a file with the statistics of OpenAI's "
+                f"{path}: {name} is {found}, expected {expected}: give a file with the statistics of {evaluator} "
                 "evaluator, or one with images arr_0 alone"
             )
     for name, array in npz.read_npz(path, statistics).items():
@@ -164,7 +242,7 @@ def check_reference(path: str, image_shape: tuple[int, int, int], features_name:
     return headers
 
 
-def check_images(path: str, images: npz.Header, image_shape: tuple[int, int, int]) -> None:
+def check_images(path: str, images: npz.Header, image_shape: tuple[int, int, int], words: Words = Words()) -> None:
     """Raises ValueError unless `arr_0` of the file has more than NEIGHBOURS uint8 images of this shape, in C order."""
     height, width, channels = image_shape
     if images.dtype != np.uint8:
@@ -179,25 +257,25 @@ def check_images(path: str, images: npz.Header, image_shape: tuple[int, int, int
             (height, width): f"save numpy.repeat(arr_0[..., None], {channels}, axis=-1) in its place",
             (height, width, 1): f"save numpy.repeat(arr_0, {channels}, axis=-1) in its place",
         }
-        remedy = remedies.get(images.shape[1:], "give a reference of the config's own resolution and channels")
+        remedy = remedies.get(images.shape[1:], words.resize)
         raise UserError(
-            f"{path}: arr_0 holds images of shape {images.shape[1:]}, but the config is for images of shape "
-            f"{image_shape}, [H, W, C]: {remedy}"
+            f"{path}: arr_0 holds images of shape {images.shape[1:]}, but {words.sized_by} of shape {image_shape}, "
+            f"[H, W, C]: {remedy}"
         )
     if images.fortran:
         raise UserError(
             f"{path}: arr_0 is in Fortran order, in which images are not stored one after the other: save "
             "numpy.ascontiguousarray(arr_0) in its place"
         )
-    check_count(images.shape[0], path)
+    check_count(images.shape[0], path, words)
 
 
-def check_count(count: int, whose: str) -> None:
+def check_count(count: int, whose: str, words: Words = Words()) -> None:
     """Raises ValueError unless a reference set has enough images for precision and recall; `whose` names the set."""
     if count <= metrics.NEIGHBOURS:
         raise UserError(
-            f"{whose} has {count} images, and precision and recall need at least {metrics.NEIGHBOURS + 1}: give more "
-            "images, or a file with more as eval.reference; --config.eval.weights='()' trains without measuring"
+            f"{whose} has {count} images, and precision and recall need at least {metrics.NEIGHBOURS + 1}: "
+            f"{words.add_images}"
         )
 
 
@@ -209,19 +287,20 @@ def measure(images: Iterable[UInt8[np.ndarray, "n h w c"]], count: int, features
     """
     chosen = evenly_spaced(count, NEIGHBOUR_ROWS)
     pool = spatial = None
-    chosen_features, first = [], 0
+    chosen_features, first, saturated = [], 0, 0.0
     for block in images:
         if len(block) == 0:  # every image of the block is bad and was skipped
             continue
         outputs = features.extract(block)
         pool, spatial = metrics.add(pool, outputs.pool), metrics.add(spatial, outputs.spatial)
         chosen_features.append(outputs.pool[chosen[first : first + len(block)]])
+        saturated += float(saturation(block).sum())
         first += len(block)
     if pool is None:
         raise UserError("the reference set holds no image that can be read: check the data, or set eval.reference")
     metrics.check_rank(pool.count, len(pool.mean), "reference images")
     mu_s, sigma_s = (None, None) if spatial is None else metrics.mean_and_cov(spatial)
-    return Reference(*metrics.mean_and_cov(pool), mu_s, sigma_s, np.concatenate(chosen_features))
+    return Reference(*metrics.mean_and_cov(pool), mu_s, sigma_s, np.concatenate(chosen_features), saturated / first)
 
 
 def evenly_spaced(count: int, wanted: int) -> Bool[np.ndarray, " count"]:

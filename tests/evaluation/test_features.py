@@ -72,7 +72,7 @@ def test_the_classifier_of_a_run_is_trained_once(digits: Dataset, tmp_path: Path
     assert f"{len(held_out)} held-out images: accuracy" in capsys.readouterr().out
     images, labels = load_arrays(digits, np.arange(300))
     outputs = network.extract(images)
-    assert outputs.pool.shape == (300, 64) and outputs.spatial is None
+    assert outputs.pool.shape == (300, 64) and outputs.spatial is None and outputs.probs is not None
     np.testing.assert_allclose(outputs.probs.sum(axis=1), 1.0, rtol=1e-5)
     assert (outputs.probs.argmax(axis=1) == labels).mean() > 0.5  # chance is 0.1
     np.testing.assert_allclose(network.extract(images[:7]).pool, outputs.pool[:7], rtol=1e-4, atol=1e-5)

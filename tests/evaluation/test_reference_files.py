@@ -102,6 +102,33 @@ def test_statistics_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         check(path)
 
 
+def test_statistics_of_dinov2(tmp_path: Path) -> None:
+    """Those of EDM2's evaluator, of 1024 features. Each network takes its own alone."""
+    whole = {"mu": np.zeros(1024), "sigma": np.eye(1024)}
+    path = save(tmp_path / "reference.npz", **whole)
+    check(path, features="dinov2")
+    with pytest.raises(ValueError, match=r"statistics of DINOv2, but eval\.features is 'classifier'"):
+        check(path)
+    with pytest.raises(ValueError, match=r"mu is \(1024,\), expected \(2048,\): .* statistics of OpenAI's evaluator"):
+        check(path, features="inception")
+    check(save(tmp_path / "reference.npz", **whole, arr_0=IMAGES), features="dinov2")
+    for more, words in (
+        ({"sigma": np.zeros((64, 64))}, r"sigma is \(64, 64\), expected \(1024, 1024\): .* of EDM2's evaluator"),
+        ({"arr_0": IMAGES, "mu_s": np.zeros(3)}, r"mu_s is \(3,\), expected nothing"),
+        ({"mu": np.zeros(2048)}, r"statistics of InceptionV3, but eval\.features is 'dinov2'"),
+    ):
+        path = save(tmp_path / "reference.npz", **whole | more)
+        with pytest.raises(ValueError, match=words):
+            check(path, features="dinov2")
+
+
+def test_the_warning_about_statistics_of_dinov2_names_its_evaluator() -> None:
+    """Without a word about sFID, which DINOv2 never has."""
+    statistics = reference.Reference(np.zeros(2), np.eye(2))
+    with pytest.warns(UserWarning, match=r"no images arr_0: KID, precision and recall.*EDM2's evaluator"):
+        reference.warn_without_images("file.npz", statistics, "dinov2")
+
+
 def test_a_file_without_images_gives_its_statistics_and_says_what_is_not_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,7 +142,7 @@ def test_a_file_without_images_gives_its_statistics_and_says_what_is_not_measure
 
     network = FeatureNetwork("inception", "a" * 64, extract)
     for _ in range(2):
-        with pytest.warns(UserWarning, match=r"no images arr_0: precision and recall are not measured.*pytorch-fid"):
+        with pytest.warns(UserWarning, match=r"no images arr_0: sFID.*mu_s.*KID, precision and recall.*pytorch-fid"):
             found = reference.open_reference(
                 str(tmp_path), network, None, "b" * 64, path=path, image_shape=(8, 4, 3), num_workers=0
             )
