@@ -15,7 +15,7 @@ import jax
 from cfd.devices import buckets, parallel, preemption
 from cfd.devices.buckets import is_url
 from cfd.errors import UserError
-from cfd.runs import lease
+from cfd.runs import files, lease
 from cfd.runs.lease import LOCK, Lease
 
 MOUNTS = "/proc/mounts"
@@ -51,6 +51,23 @@ def check_run_path(folder: str | os.PathLike[str]) -> None:
             f"{path} has {' '.join(found)} in its name, with which its checkpoints cannot be read back: give a "
             r"--workdir whose path has none of \ [ ] * ?"
         )
+
+
+def check_file(name: str, path: str, remedy: str) -> None:
+    """Raises UserError, which names the field or flag, if there is no file at `path`, or if it cannot be read.
+
+    `remedy` is for a file that is missing.
+    """
+    if is_url(path):
+        buckets.check(name, path)
+    try:
+        found = files.exists(path) if is_url(path) else os.path.isfile(path)
+    except OSError as error:
+        raise UserError(
+            f"{name} is {path!r}, which cannot be read ({error.strerror}): {files.how_to_allow(path)}"
+        ) from error
+    if not found:
+        raise UserError(f"{name} is {path!r}, which is no file; {remedy}")
 
 
 def check_writable(folder: str | os.PathLike[str], elsewhere: str) -> None:

@@ -36,7 +36,19 @@ FEW_BALANCED = (
 )
 """The policy "balanced" where there are fewer images than classes."""
 
-SAMPLING = ("num_steps", "sampler", "v", "guidance", "interval", "w", "num_samples", "labels", "seed")
+SAMPLING = (
+    "num_steps",
+    "sampler",
+    "v",
+    "guidance",
+    "rule",
+    "guide",
+    "interval",
+    "w",
+    "num_samples",
+    "labels",
+    "seed",
+)
 """The columns of a row that say how its images are sampled from the weights."""
 
 
@@ -100,24 +112,29 @@ def manifest_of(
     clip: bool,
     data: Mapping[str, Any],
     data_identity: str,
+    held_out_identity: str,
     reference: str,
     reference_path: str,
     features: str,
     features_weights: str,
     num_classes: int = 0,
     class_counts: Sequence[int] | None = None,
+    guide: Mapping[str, Any] = {},
 ) -> dict[str, Any]:
     """The manifest of a row: the hashes of everything that goes in, every setting, and the versions of the programs.
 
     `row` has the columns SAMPLING, "step" and "p_uncond". `weights`, `guide_weights` ("" without a guiding classifier),
     `reference` and `features_weights` are SHA-256 digests. `network`, `process` and `data` are the groups of the config
     in full ("model", "process", "data"), and `clip` is sample.clip. `data_identity` is the identity of the training
-    split, "" if nothing is measured with it. `reference_path` is eval.reference, "" for the data set. `features` is the
-    name of the feature network. `num_classes` and `class_counts` are those that `labels_of` takes for the row.
+    split, and `held_out_identity` that of the held-out split; "" if nothing is measured with it. `reference_path` is
+    eval.reference, "" for the data set. `features` is the name of the feature network. `num_classes` and `class_counts`
+    are those that `labels_of` takes for the row. `guide` has the "sha256" of the weights of the row's guide, their
+    "step" and the name of their "run"; {} without a guide.
     """
     return {
         "weights": {"sha256": weights, "step": row["step"], "ema_decay": ema_decay, "p_uncond": row["p_uncond"]},
         "classifier": {"sha256": guide_weights},
+        "guide": dict(guide),
         "network": dict(network),
         "sampling": {key: row[key] for key in SAMPLING} | {"clip": clip, "process": dict(process)},
         "label_policy": label_policy(row["labels"], row["num_samples"], num_classes),
@@ -126,7 +143,8 @@ def manifest_of(
         "prng": seeds.PRNG,
         "images": CONVENTIONS["images"],
         "w": CONVENTIONS["w"],
-        "data": {key: data[key] for key in ("source", "name", "split", "image_size")} | {"identity": data_identity},
+        "data": {key: data[key] for key in ("source", "name", "split", "image_size")}
+        | {"identity": data_identity, "held_out": held_out_identity},
         "reference": {"sha256": reference, "source": os.path.basename(reference_path) or "data"},
         "features": {"name": features, "sha256": features_weights},
         "cfd": cfd.__version__,
@@ -167,10 +185,10 @@ def read_manifest(folder: str, name: str) -> dict[str, Any] | None:
 def measured_with(folder: str, row: Mapping[str, Any]) -> str | None:
     """A digest of everything that rows of one picture must share, or None if the row's manifest is missing.
 
-    It covers the manifest except for the guidance, its weight and classifier, and the version of cfd.
+    It covers the manifest except for the guidance, its weight, rule, guide and classifier, and the version of cfd.
     """
     manifest = read_manifest(folder, row["manifest"])
     if manifest is None:
         return None
-    sampling = manifest.get("sampling", {}) | {"guidance": "", "w": 0.0}
-    return manifest_name(manifest | {"cfd": "", "classifier": {}, "sampling": sampling})
+    sampling = manifest.get("sampling", {}) | {"guidance": "", "rule": "", "guide": "", "w": 0.0}
+    return manifest_name(manifest | {"cfd": "", "classifier": {}, "guide": {}, "sampling": sampling})

@@ -56,6 +56,7 @@ FREE_FIELDS = (
     "mesh",
     "sample",
     "eval",
+    "likelihood",
     "xla",
 )
 """Fields, and groups of fields, that may change on resume because they do not affect what a step computes.

@@ -107,7 +107,7 @@ def test_no_other_field_may_change() -> None:
         "train.sample_every_steps",
         "train.watchdog_seconds",
         "classifier_train.num_steps",
-        *(name for name in FIELDS if name.startswith(("mesh.", "sample.", "eval.", "xla."))),
+        *(name for name in FIELDS if name.startswith(("mesh.", "sample.", "eval.", "likelihood.", "xla."))),
     }
 
 
