@@ -123,15 +123,27 @@ def _check_together(config: Config) -> None:
         )
     if data.num_classes:
         _check_classes(config, data.num_classes, "data.num_classes")
-    if config.eval.features == "inception":
-        if not config.eval.inception_path:
+    guides = [guide for guide in (sample.guide, *config.eval.guides) if guide]
+    if guides and sample.doubled:
+        raise UserError(
+            f"config.sample.doubled is True, and the guide {guides[0]!r} is another network, which cannot be evaluated "
+            "in one batch with the run's own: set sample.doubled to False, or sample.guide and eval.guides to '' and ()"
+        )
+    if sample.guidance == "classifier" and (others := [*guides, *filter(None, (sample.rule, *config.eval.rules))]):
+        raise UserError(
+            f"config.sample.guidance is 'classifier', which has no second score for {others[0]!r}: set sample.guidance "
+            "to 'classifier-free', or sample.rule and sample.guide to '', and eval.rules and eval.guides to ()"
+        )
+    features = config.eval.features
+    if features in ("inception", "dinov2"):
+        if not config.eval[f"{features}_path"]:
             raise UserError(
-                "config.eval.features is 'inception' without eval.inception_path; "
-                "make the file with `python -m cfd.convert inception FILE OUT`"
+                f"config.eval.features is {features!r} without eval.{features}_path; "
+                f"make the file with `python -m cfd.convert {features} FILE OUT`"
             )
         if data.channels != 3:
             raise UserError(
-                f"config.eval.features is 'inception', which takes RGB, and data.channels is {data.channels}: "
+                f"config.eval.features is {features!r}, which takes RGB, and data.channels is {data.channels}: "
                 "set eval.features to 'classifier', or data.channels to 3"
             )
 

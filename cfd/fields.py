@@ -82,12 +82,41 @@ SEEDS = each(SEED, "a tuple of integers in [0, 2^32), the seeds of JAX", empty=F
 INTERVALS = distinct(
     Check(tuple, is_interval, INTERVAL), f"() for sample.interval, or a tuple of intervals, each {INTERVAL}"
 )
+GUIDE_WORDS = "'', or '@STEP' of this run, 'RUN' or 'RUN@STEP' of another run's folder"
+
+
+def is_guide(value: str) -> bool:
+    """Whether a value is "", or "@STEP", "RUN" or "RUN@STEP", where RUN is a path or a URL of a bucket."""
+    run, _, step = value.rpartition("@")
+    path = run if step.isdecimal() else value
+    return value.isprintable() and value == value.strip() and not path.startswith("@") and PATH.holds(path)
+
+
+GUIDE = Check(str, is_guide, GUIDE_WORDS)
+WITH_WEIGHTS = each(number(-1.0), WEIGHTS, empty=False)
+RULE_WORDS = "a rule, or (a rule, a tuple of its own weights in place of eval.weights, each finite and >= -1)"
+
+
+def is_rule_of_grid(value: Any) -> bool:
+    """Whether a value is a text, or (a text, weights), with at least one weight and none twice."""
+    if isinstance(value, str):
+        return True
+    if not isinstance(value, tuple) or len(value) != 2 or not isinstance(value[0], str):
+        return False
+    return accepts(WITH_WEIGHTS, value[1]) and len(set(value[1])) == len(value[1])
+
+
+RULES = each(
+    Check(object, is_rule_of_grid, RULE_WORDS), f"() for sample.rule, or a tuple whose entries are each {RULE_WORDS}"
+)
 CLASSES = Check(
     tuple,
     lambda x: all(accepts(TEXT, item) or accepts(at_least(0), item) for item in x),
     "a tuple of class numbers and names, such as (3, 'cat'); () for the first ten",
 )
 MESH_DATA = Check(int, lambda x: x == -1 or x >= 1, "-1 (the devices that fsdp leaves) or an integer >= 1")
+
+SCHEDULES = ("cosine", "linear", "adm_linear", "adm_cosine")
 
 NETWORK = {
     "num_classes": Field(0, at_least(0), "classes of the label; 0: as many as the data has"),
@@ -139,6 +168,7 @@ FIELDS: dict[str, Field] = {
     "model.out_channels": Field(0, at_least(0), "output channels; 0: data.channels"),
     "process.logsnr_min": Field(-20.0, LOGSNR, "smallest log-SNR λ, all noise"),
     "process.logsnr_max": Field(20.0, LOGSNR, "largest log-SNR λ, hardly any noise"),
+    "process.schedule": Field("cosine", one_of(*SCHEDULES), "density of λ in training; adm_linear is DDPM's too"),
     "train.num_steps": Field(100_000, at_least(1), "optimizer steps in all"),
     "train.batch_size": Field(256, at_least(1), "images per step, over all devices"),
     "train.p_uncond": Field(0.1, number(0.0, 1.0), "probability of dropping the label"),
@@ -175,10 +205,13 @@ FIELDS: dict[str, Field] = {
     ),
     "sample.step": Field(-1, at_least(-1), "step of training whose weights are sampled; -1: the newest"),
     "sample.num_steps": Field(256, at_least(1), "T, network evaluations per image and score"),
-    "sample.sampler": Field("ancestral", one_of("ancestral", "ddim", "dpm_solver"), "step rule"),
+    "sample.schedule": Field("", one_of("", *SCHEDULES), "grid of λ between the same ends; '': that of training"),
+    "sample.sampler": Field("ancestral", one_of("ancestral", "ddim", "dpm_solver", "sde_dpm_solver"), "step rule"),
     "sample.v": Field(0.3, number(0.0, 1.0), "interpolation of the ancestral sampler's log-variance"),
     "sample.w": Field((0.0, 1.0, 2.0, 4.0), each(number(-1.0), WEIGHTS, empty=False), "weights, columns of the grid"),
     "sample.guidance": Field("classifier-free", one_of("classifier-free", "classifier"), "kind of guidance"),
+    "sample.rule": Field("", TEXT, "rule that mixes the scores, of cfd.rules; '': the paper's; see cfd.modes.rules"),
+    "sample.guide": Field("", GUIDE, "network that guidance leads away from; '': the unconditional score"),
     "sample.interval": Field((), Check(tuple, is_interval, INTERVAL), "λ interval that is guided; (): all"),
     "sample.doubled": Field(False, BOOL, "both scores in one batch of twice the size"),
     "sample.clip": Field(True, BOOL, "clip the predicted image to [-1, 1] at every step"),
@@ -198,14 +231,32 @@ FIELDS: dict[str, Field] = {
         (), distinct(number(0.0, 1.0), "() for sample.v, or a tuple of numbers in [0, 1]"), "values of sample.v"
     ),
     "eval.intervals": Field((), INTERVALS, "values of sample.interval"),
+    "eval.rules": Field((), RULES, "values of sample.rule, or of (sample.rule, its own weights)"),
+    "eval.guides": Field(
+        (),
+        distinct(GUIDE, f"() for sample.guide, or a tuple whose entries are {GUIDE_WORDS}"),
+        "values of sample.guide",
+    ),
+    "eval.seeds": Field(
+        (), distinct(SEED, "() for eval.seed, or a tuple of integers in [0, 2^32)"), "values of eval.seed"
+    ),
+    "eval.racing": Field(
+        False, BOOL, "find the best cell by a race, from a part of the images, and measure that cell alone"
+    ),
     "eval.num_samples": Field(50_000, at_least(4), "images per cell of the sweep"),
     "eval.labels": Field("balanced", one_of("balanced", "random", "data"), "classes: in turn, drawn or as in the data"),
     "eval.seed": Field(1000, SEED, "seed of the images"),
-    "eval.features": Field("classifier", one_of("classifier", "inception"), "feature network of the metrics"),
+    "eval.features": Field("classifier", one_of("classifier", "inception", "dinov2"), "feature network of the metrics"),
     "eval.inception_path": Field("", PATH, "file that `python -m cfd.convert inception` wrote"),
+    "eval.dinov2_path": Field("", PATH, "file that `python -m cfd.convert dinov2` wrote"),
     "eval.reference": Field("", PATH, ".npz of OpenAI's evaluator; '': the training split"),
     "eval.test_split": Field("test", TEXT, "held-out split on which the feature classifier is tested"),
     "eval.classifier_steps": Field(4000, at_least(1), "training steps of the feature classifier"),
+    "likelihood.num_steps": Field(256, at_least(2), "levels of the bound, uniform in λ up to likelihood.logsnr_max"),
+    "likelihood.logsnr_max": Field(13.3, LOGSNR, "largest λ at which the chain may end, at most process.logsnr_max"),
+    "likelihood.v": Field(0.0, number(0.0, 1.0), "v of the chain's variances, as sample.v"),
+    "likelihood.weights": Field((0.0,), distinct(number(-1.0), WEIGHTS), "guidance weights of the chain"),
+    "likelihood.num_images": Field(1000, at_least(0), "images of each split, evenly spaced; 0: all"),
     "xla.compilation_cache": Field("", PATH, "folder of compiled programs that later starts use again; '': none"),
 }
 

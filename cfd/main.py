@@ -24,7 +24,7 @@ from cfd.devices import notices, output, parallel, preemption, watchdog, xla
 from cfd.devices.buckets import is_url
 from cfd.errors import UserError
 from cfd.fields import FIELDS
-from cfd.modes import compare, finetune, report, sample, settings, sweep, train, train_classifier
+from cfd.modes import compare, finetune, likelihood, report, rules, sample, settings, sweep, train, train_classifier
 from cfd.runs import access, files, workdir
 from cfd.runs.errors_log import ERRORS, append_error
 
@@ -74,6 +74,12 @@ def run_sweep(config: Config, folder: str, out: str) -> None:
     say(f"Wrote {out}/sweep.csv, sweep.png and the grids samples/sweep*.png.")
 
 
+def run_likelihood(config: Config, folder: str, out: str) -> None:
+    """Compute the variational bound in bits per dimension."""
+    text = likelihood.likelihood(config, folder, out)
+    say(f"{text}\nWrote {out}/likelihood.csv and likelihood.png.")
+
+
 def run_compare(config: Config, folder: str, out: str) -> None:
     """Compare this run's sweep with those of --runs. Process 0 does it alone."""
     if jax.process_index() == 0:
@@ -92,6 +98,7 @@ MODES: dict[str, Callable[[Config, str, str], None]] = {
     "train_classifier": run_train_classifier,
     "sample": run_sample,
     "sweep": run_sweep,
+    "likelihood": run_likelihood,
     "compare": run_compare,
     "report": run_report,
 }
@@ -124,6 +131,8 @@ def main(argv: Sequence[str]) -> int:
     with output.lasting(note):
         try:
             config = complete(CONFIG.value)
+            rules.check(config)
+            settings.check_schedules(config)
             if MODE.value == "config":
                 print(listing(config))
                 return 0

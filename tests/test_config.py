@@ -112,7 +112,8 @@ def test_a_bad_value_is_refused_by_name(name: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["data.path", "data.labels", "eval.reference", "eval.inception_path", "xla.compilation_cache"]
+    "name",
+    ["data.path", "data.labels", "eval.reference", "eval.inception_path", "eval.dinov2_path", "xla.compilation_cache"],
 )
 def test_a_path_may_be_the_url_of_a_bucket_and_no_other_url(name: str) -> None:
     for url in ("s3://b/x", "s3:/b/x", "http://h/x", "file:///x", "hdfs://h/x", "gs:/b/x", "/mnt/gs://b/x"):
@@ -144,6 +145,8 @@ def test_a_path_may_be_the_url_of_a_bucket_and_no_other_url(name: str) -> None:
         ({"sample.sampler": "ddim", "eval.v": (0.3,)}, ("eval.v is (0.3,)", "'ddim' has no v")),
         ({"sample.classes": (3, 10)}, ("sample.classes has 10", "0 to 9")),
         ({"eval.features": "inception"}, ("inception_path", "cfd.convert")),
+        ({"eval.features": "dinov2"}, ("eval.dinov2_path", "`python -m cfd.convert dinov2 FILE OUT`")),
+        ({"eval.features": "dinov2", "eval.dinov2_path": "a.npz"}, ("'dinov2', which takes RGB", "data.channels is 1")),
         ({"eval.features": "inception", "eval.inception_path": "a.npz"}, ("RGB", "data.channels is 1", "'classifier'")),
     ],
 )
@@ -316,4 +319,4 @@ def test_the_listing_has_a_line_per_field_with_its_value_meaning_and_default() -
         default = FIELDS[name].default
         assert comment.startswith(FIELDS[name].meaning)
         assert comment.endswith(f" (default {default!r})") == (values[name] != default)
-    assert "one of ancestral, ddim, dpm_solver (default 'ancestral')" in listing(config)
+    assert "one of ancestral, ddim, dpm_solver, sde_dpm_solver (default 'ancestral')" in listing(config)

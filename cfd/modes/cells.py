@@ -1,6 +1,6 @@
 """The cells of a sweep's grid: their settings, their manifests, and which of them are measured already."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -9,6 +9,8 @@ import jax
 from cfd.config import Config
 from cfd.devices import parallel, progress
 from cfd.evaluation.features import FeatureNetwork
+from cfd.loading import WITH_V
+from cfd.modes import rules
 from cfd.runs import manifest, results
 from cfd.runs.results import Row
 
@@ -23,32 +25,37 @@ class Cell(NamedTuple):
 def rows_of_grid(config: Config, step: int) -> list[Row]:
     """The cells that `eval` asks for at one step, as rows that hold their settings and the name of their FID."""
     sample, evaluate = config.sample, config.eval
-    v = tuple(evaluate.v) or (sample.v,) if sample.sampler == "ancestral" else (0.0,)
+    ruled = [(guidance.text, float(w)) for guidance, weights in rules.in_grid(config) for w in weights]
+    v = tuple(evaluate.v) or (sample.v,) if sample.sampler in WITH_V else (0.0,)
     intervals = tuple(evaluate.intervals) or (tuple(sample.interval),)
-    cells = product(tuple(evaluate.num_steps) or (sample.num_steps,), v, intervals, evaluate.weights)
+    guides, seeds = tuple(evaluate.guides) or (sample.guide,), tuple(evaluate.seeds) or (evaluate.seed,)
+    num_steps = tuple(evaluate.num_steps) or (sample.num_steps,)
     return [
         {
             "step": step,
             "p_uncond": float(config.train.p_uncond),
-            "num_steps": num_steps,
+            "num_steps": steps,
             "sampler": sample.sampler,
             "v": float(v),
             "guidance": sample.guidance,
+            "rule": rule,
+            "guide": guide,
             "interval": ":".join(repr(float(end)).removesuffix(".0") for end in interval),
-            "w": float(w),
+            "w": w,
             "num_samples": evaluate.num_samples,
             "labels": evaluate.labels,
-            "seed": evaluate.seed,
+            "seed": seed,
             "features": evaluate.features,
-            "fid_name": results.fid_name(evaluate.num_samples),
+            "fid_name": results.fid_name(evaluate.num_samples, evaluate.features),
         }
-        for num_steps, v, interval, w in cells
+        for steps, v, guide, interval, seed, (rule, w) in product(num_steps, v, guides, intervals, seeds, ruled)
     ]
 
 
 def interval_of(row: Row) -> tuple[float, ...]:
-    """The guidance interval of a row; () if it has none."""
-    return tuple(float(end) for end in row["interval"].split(":") if end)
+    """The guidance interval of a row, or of its rule; () if it has none."""
+    given = tuple(float(end) for end in row["interval"].split(":") if end)
+    return given or rules.guidance_of(row["rule"]).interval
 
 
 def missing_cells(folder: str, cells: list[Cell]) -> list[Cell]:
@@ -68,7 +75,26 @@ def missing_cells(folder: str, cells: list[Cell]) -> list[Cell]:
         if jax.process_index() == 0:
             print(f"{len(there)} of {len(cells)} cells are in {folder}/sweep.csv already.", flush=True)
         progress.report(f"{len(results.read_rows(folder))} rows")
+    say_if_measured_before(folder, [cell for name, cell in by_name.items() if name not in there])
     return [cell for name, cell in by_name.items() if name not in there]
+
+
+def say_if_measured_before(folder: str, cells: list[Cell]) -> None:
+    """Prints, on process 0, how many of these cells have a row of an earlier version, which is not used again."""
+    if jax.process_index() != 0:
+        return
+
+    def setting(row: Row) -> tuple:
+        return tuple(row[key] for key in results.SETTINGS)
+
+    names = {setting(row): row["manifest"] for row in results.read_rows(folder)}
+    made = [manifest.read_manifest(folder, names[setting(row)]) for row, _ in cells if setting(row) in names]
+    if old := sum("rule" not in found.get("sampling", {}) for found in made if found is not None):
+        print(
+            f"{old} cells have rows of an earlier version in {folder}/sweep.csv, which lack measures of this one: they "
+            "are measured again, and the earlier rows stay.",
+            flush=True,
+        )
 
 
 def measured_rows(folder: str, cells: Iterable[Cell]) -> dict[str, Row]:
@@ -90,22 +116,28 @@ def manifest_of(
     features: FeatureNetwork,
     num_classes: int = 0,
     class_counts: Sequence[int] | None = None,
+    guide: Mapping[str, Any] = {},
 ) -> dict[str, Any]:
-    """The manifest of a row: the SHA-256 of everything that goes in, every setting, and the versions."""
+    """The manifest of a row: the SHA-256 of everything that goes in, every setting, and the versions.
+
+    `guide` says which weights guide the row, as `cfd.runs.manifest.manifest_of` takes it.
+    """
     return manifest.manifest_of(
         row,
         weights=hashes["weights"],
         guide_weights=hashes["classifier"],
         ema_decay=config.train.ema_decay,
         network=config.model.to_dict(),
-        process=config.process.to_dict(),
+        process=config.process.to_dict() | {"schedule": config.sample.schedule or config.process.schedule},
         clip=config.sample.clip,
         data=config.data.to_dict(),
         data_identity=hashes["data"],
+        held_out_identity=hashes["held_out"],
         reference=hashes["reference"],
         reference_path=config.eval.reference,
         features=features.name,
         features_weights=features.weights_hash,
         num_classes=num_classes,
         class_counts=class_counts,
+        guide=guide,
     )

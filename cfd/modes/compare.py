@@ -1,11 +1,15 @@
-"""`--mode=compare`: sweeps of several runs, each at one step, and the paper's, in one table and one picture."""
+"""`--mode=compare`: sweeps of several runs, each at one step, and the paper's, in one table and one picture.
+
+Rules and guides, of one run or of several, are also compared at matched strength, and by their fronts.
+"""
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from cfd.config import Config
 from cfd.errors import UserError
-from cfd.modes import figures, tables
+from cfd.modes import figures, fronts, matched, tables
 from cfd.runs import files, manifest, results, workdir
 
 
@@ -15,29 +19,64 @@ def compare(config: Config, folder: str, others: Sequence[str], out: str) -> str
     It takes the rows of `sample.step` of each run; -1 stands for the newest step that was swept. The sweep of the run
     in `folder` is the one in the folder `out`, or its own if there is none.
 
-    Writes compare.md, a table in the paper's layout, and compare.png to `out`. Returns the table. Raises ValueError if
-    the settings of two runs do not tell them apart, if runs were measured with different references or features, or if
-    the manifest of a row is missing or damaged.
+    Rows that differ in seed alone become one, the mean over the seeds.
+
+    Writes compare.md, a table in the paper's layout, and compare.png to `out`. If rows differ in rule or guide, also
+    writes the fronts, fronts.png, and the tables at matched strength, matched.md and matched.csv. Returns the tables.
+    Raises ValueError if the settings of two runs do not tell them apart, if runs were measured with different
+    references or features, or if the manifest of a row is missing or damaged.
     """
-    rows, made_with = [], {}
+    rows, means, made_with = [], [], {}
     runs = (results.swept_folder(folder, out), *others)
     for run in runs:
         at_step = rows_at(run, config.sample.step)
-        rows += at_step
         for row in at_step:
-            made_with.setdefault(measures(run, row), run)
+            made = manifest_of(run, row)
+            made_with.setdefault((made["reference"]["sha256"], made["features"]["sha256"]), run)
+            rows.append(row | {"run": run, "weights": made["weights"]["sha256"]})
+        means += tables.over_seeds(run, rows[-len(at_step) :])
+    floors = [tables.floor_of(run, [row for row in rows if row["run"] == run]) for run in runs]
+    floor = next(filter(None, floors), None)
+    real = tables.real_fid(floor, rows)
     if len(made_with) > 1:
         raise UserError(
             f"{' and '.join(made_with.values())} were measured with different references or feature networks: copy the "
             "features folder of one into the others and sweep them again"
         )
-    curves = tables.curves(rows)
-    if sum(map(len, curves.values())) < len(rows):
+    curves = tables.curves(means)
+    if sum(map(len, curves.values())) < len(means):
         raise UserError(f"{', '.join(runs)} hold rows of the same settings: nothing tells them apart")
     published = tables.published_rows(config, len(workdir.read_config(folder)["class_names"]))
-    text = tables.table({"ours": rows, "paper": published} if published else {"": rows})
+    blocks = {"ours": means, "paper": published} if published else {"": means}
+    below = [tables.caption(means), tables.real_images(floor, rows[0]["features"])]
+    if tables.guided_in_several_ways(rows):
+        paper = [tables.table({"paper": published})] if published else []
+        parts = [tables.cells(means), *below, *paper, compare_rules(rows, means, out, floor)]
+    else:
+        parts = [tables.table(blocks), *below]
+    text = "\n\n".join(filter(None, parts))
     files.write_atomically(os.path.join(out, "compare.md"), text + "\n")
-    figures.save_curve(os.path.join(out, "compare.png"), curves, tables.curves(published, "paper"))
+    figures.save_curve(os.path.join(out, "compare.png"), curves, tables.curves(published, "paper"), real=real)
+    return text
+
+
+def compare_rules(rows: list[results.Row], means: list[results.Row], out: str, floor: dict[str, Any] | None) -> str:
+    """Write fronts.png, matched.md and matched.csv, and return the tables at matched strength.
+
+    `means` are the means of `rows` over their seeds. Rows have their "run" and "weights", as `matched.report` needs.
+    `floor` is what real images score. In matched.md it stands below the tables.
+    """
+    with_groups = [row | {"without": results.read_without(row["run"], row) or {}} for row in rows]
+    text, cells = matched.report(with_groups)
+    note = tables.real_images(floor, rows[0]["features"])
+    files.write_atomically(os.path.join(out, "matched.md"), "\n\n".join(filter(None, [text, note])) + "\n")
+    files.write_atomically(os.path.join(out, "matched.csv"), cells)
+    if fronts.pairs_of(means):
+        real = tables.real_fid(floor, [row for group in matched.groups(means) for row in group])
+        figures.save_figure(os.path.join(out, "fronts.png"), fronts.front_figure(means, real), dpi=100)
+        print(f"Wrote {out}/fronts.png, matched.md and matched.csv.", flush=True)
+    else:
+        print(f"Wrote {out}/matched.md and matched.csv; fronts.png needs recall or the asked class.", flush=True)
     return text
 
 
@@ -55,11 +94,11 @@ def rows_at(run: str, step: int) -> list[results.Row]:
     return [row for row in rows if row["step"] == (steps[-1] if step == -1 else step)]
 
 
-def measures(run: str, row: results.Row) -> tuple[str, str]:
-    """The digests of the reference and of the feature network with which a row was measured."""
+def manifest_of(run: str, row: results.Row) -> dict[str, Any]:
+    """The manifest of a row of a run. Raises ValueError if it is missing or damaged."""
     made = manifest.read_manifest(run, row["manifest"])
     if made is None:
         raise UserError(
             f"{run}/manifests/{row['manifest']}.json is missing or damaged: sweep {run} again at w = {row['w']:g}"
         )
-    return made["reference"]["sha256"], made["features"]["sha256"]
+    return made

@@ -3,17 +3,23 @@
 import base64
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from cfd.runs.files import write_atomically
 
 MAX_POINTS = 400
 """Points per training curve, at most about this many."""
+MAX_NAMED = 4
+"""Curves, at most, with their weights at the points, bands, and a legend among them."""
+MAX_NAME = 32
+"""Letters, at most, of a name in a legend among the curves. A legend of longer names is below the axes."""
+Interval = tuple[float, float]
+"""The ends of a 95 % interval."""
 
 
 def grid(
@@ -67,53 +73,122 @@ def svg_uri(figure: Any) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def curve_figure(curves: dict[str, list[dict]], published: dict[str, list[dict]], axis: str = "w") -> Any:
+def curve_figure(
+    curves: dict[str, list[dict]], published: dict[str, list[dict]], axis: str = "w", real: Interval | None = None
+) -> Any:
     """A matplotlib Figure: FID against Inception Score, as in Figs. 4 and 5 of arXiv:2207.12598, and both against w.
 
     `curves` and `published` map a name to rows of a sweep, whose curves are over `axis`, "w" or "step". Each row is a
-    point; published curves are grey. The labels of the axes state the number of samples behind each FID, and the
-    feature network.
+    point; published curves are grey. Bands and bars are the rows' 95 % intervals; more than MAX_NAMED curves have bars
+    alone. `real` is the interval of FID of real images. The labels of the axes state the number of samples behind each
+    FID, and the feature network. Without Inception Scores, which some feature networks do not give, there is FID
+    against w alone.
     """
     from matplotlib.figure import Figure  # imported here because it takes 0.3 s, which training need not wait for
 
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    greys = iter(("0.35", "0.55", "0.75"))
-    for number, (name, rows) in enumerate((curves | published).items()):
-        rows = sorted(rows, key=lambda row: row[axis])
-        x, fid, score = ([row[key] for row in rows] for key in (axis, "fid", "is"))
-        style = {"color": next(greys), "linestyle": "--"} if name in published else {}
-        (line,) = left.plot(score, fid, "o", markersize=4, label=name, **{"linestyle": "-"} | style)
-        if name in curves:
-            for row in (rows[0], rows[len(rows) // 2], rows[-1]):
-                left.annotate(
-                    f"{axis} = {row[axis]:g}",
-                    (row["is"], row["fid"]),
-                    textcoords="offset points",
-                    color=line.get_color(),
-                    **{"xytext": (6, -12), "ha": "left"} if number % 2 else {"xytext": (-6, 4), "ha": "right"},
-                )
-        middle.plot(x, fid, "o", markersize=4, **{"linestyle": "-"} | style)
-        right.plot(x, score, "o", markersize=4, **{"linestyle": "-"} | style)
     rows = [row for line in curves.values() for row in line]
-    fid = "/".join(sorted({row["fid_name"] for row in rows}))
+    scored = any(row["is"] is not None for row in rows)
+    pairs = [("is", "fid"), (axis, "fid"), (axis, "is")] if scored else [(axis, "fid")]
+    crowded = len(curves) > MAX_NAMED
+    names = (*curves, *published)
+    below = crowded or max(map(len, names)) > MAX_NAME
+    beside = max(1, 150 // max(10, *map(len, names)))  # names beside each other in a legend below the axes
+    height = 4.2 + (0.2 * math.ceil(len(names) / beside) if below else 0)
+    figure = Figure(figsize=(11 if scored else 6, height), layout="constrained")
+    drawn = figure.subplots(1, len(pairs), squeeze=False)[0]
+    greys, own = iter(("0.35", "0.55", "0.75")), iter(styles(len(curves)))
+    for number, (name, line) in enumerate((curves | published).items()):
+        line = sorted(line, key=lambda row: row[axis])
+        style = {"color": next(greys), "linestyle": "--"} if name in published else next(own)
+        for axes, (x, y) in zip(drawn, pairs, strict=True):
+            shown = [row for row in line if row[x] is not None and row[y] is not None]
+            axes.plot([row[x] for row in shown], [row[y] for row in shown], "o", markersize=4, label=name, **style)
+            bars(axes, shown, x, y, style["color"])
+            if x == axis and not crowded:
+                band(axes, shown, x, y, style["color"])
+            elif shown and x != axis and name in curves and not crowded:
+                for row in (shown[0], shown[len(shown) // 2], shown[-1]):
+                    axes.annotate(
+                        f"{axis} = {row[axis]:g}",
+                        (row[x], row[y]),
+                        textcoords="offset points",
+                        color=style["color"],
+                        **{"xytext": (6, -12), "ha": "left"} if number % 2 else {"xytext": (-6, 4), "ha": "right"},
+                    )
+    labels = {"is": "Inception score", "fid": "/".join(sorted({row["fid_name"] for row in rows})), axis: axis}
+    for axes, (x, y) in zip(drawn, pairs, strict=True):
+        axes.set(xlabel=labels[x], ylabel=labels[y])
+        axes.grid(alpha=0.3)
+        if y == "fid":
+            floor(axes, real)
+        if x == "is":
+            axes.margins(x=0.25, y=0.08)  # room for the annotations
     features = "/".join(sorted({row["features"] for row in rows}))
     count = ", ".join(f"{n:,} samples" for n in sorted({row["num_samples"] for row in rows}))
-    left.margins(x=0.25, y=0.08)  # room for the annotations
-    left.set(xlabel="Inception score", ylabel=fid, title=f"{features} features, {count}")
-    middle.set(xlabel=axis, ylabel=fid)
-    right.set(xlabel=axis, ylabel="Inception score")
-    if len(curves | published) > 1:
-        left.legend(fontsize="small")
-    for axes in (left, middle, right):
-        axes.grid(alpha=0.3)
+    drawn[0].set_title(f"{features} features, {count}")
+    if below:
+        figure.legend(*drawn[0].get_legend_handles_labels(), loc="outside lower center", ncols=beside, fontsize="small")
+    elif len(curves | published) > 1 or real is not None:
+        drawn[0].legend(fontsize="small")
     return figure
 
 
-def save_curve(path: str, curves: dict[str, list[dict]], published: dict[str, list[dict]], axis: str = "w") -> None:
+def styles(count: int) -> list[dict[str, Any]]:
+    """A colour and a line for each of `count` curves, none of them grey. Up to 23 curves have different colours."""
+    from matplotlib import colormaps
+
+    lights = (1, 3, 5, 7, 9, 11, 13, 17, 19)
+    colours: list[Any] = [f"C{i}" for i in range(10) if i != 7]  # C7 is grey
+    colours += [colormaps["tab20b"](i) for i in range(0, 20, 4)] + [colormaps["tab20"](i) for i in lights]
+    lines = ("-", "--", "-.", ":")
+    return [
+        {"color": colours[i % len(colours)], "linestyle": lines[i // len(colours) % len(lines)]} for i in range(count)
+    ]
+
+
+def bars(axes: Any, rows: Sequence[Mapping[str, Any]], x: str, y: str, colour: Any) -> None:
+    """Thin bars through the points of rows, along both axes: the 95 % intervals of those measures that have one."""
+    style = {"color": colour, "linewidth": 0.8, "alpha": 0.5}
+    if across := [(row[y], *ends) for row in rows if (ends := interval_of(row, x))]:
+        axes.hlines(*zip(*across, strict=True), **style)
+    if along := [(row[x], *ends) for row in rows if (ends := interval_of(row, y))]:
+        axes.vlines(*zip(*along, strict=True), **style)
+
+
+def band(axes: Any, rows: Sequence[Mapping[str, Any]], x: str, y: str, colour: Any) -> None:
+    """The 95 % intervals of the measure y of rows as a band along x, with gaps at rows without one."""
+    ends = [interval_of(row, y) or (math.nan, math.nan) for row in rows]
+    if not all(math.isnan(low) for low, _ in ends):
+        axes.fill_between([row[x] for row in rows], *zip(*ends, strict=True), color=colour, alpha=0.15, linewidth=0)
+
+
+def interval_of(row: Mapping[str, Any], key: str) -> Interval | None:
+    """The 95 % interval of a measure of a row, if it has one."""
+    low, high = row.get(f"{key}_low"), row.get(f"{key}_high")
+    return None if low is None or high is None else (low, high)
+
+
+def floor(axes: Any, real: Interval | None) -> None:
+    """The interval of FID of real images as a horizontal band."""
+    if real is not None:
+        axes.axhspan(*real, color="0.6", alpha=0.3, linewidth=0, label="real images", zorder=0)
+
+
+def save_curve(
+    path: str,
+    curves: dict[str, list[dict]],
+    published: dict[str, list[dict]],
+    axis: str = "w",
+    real: Interval | None = None,
+) -> None:
     """Write `curve_figure` as a PNG, whole or not at all."""
+    save_figure(path, curve_figure(curves, published, axis, real))
+
+
+def save_figure(path: str, figure: Any, dpi: int = 120) -> None:
+    """Write a matplotlib Figure as a PNG, whole or not at all."""
     file = io.BytesIO()
-    curve_figure(curves, published, axis).savefig(file, format="png", dpi=120)
+    figure.savefig(file, format="png", dpi=dpi)
     write_atomically(path, file.getvalue())
 
 
@@ -128,5 +203,22 @@ def training_figure(metrics: list[dict[str, Any]]) -> Any:
         points = [(row["step"], row[key]) for row in metrics if row.get(key) is not None]
         axes.plot(*zip(*points, strict=True)) if points else axes.set_axis_off()
         axes.set(xlabel="step", ylabel=label)
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def rate_figure(rate: Float[np.ndarray, " t"], rmse: Float[np.ndarray, " t"], logsnr: Float[np.ndarray, " t"]) -> Any:
+    """A matplotlib Figure of a progressive code: distortion and rate against λ, and distortion against rate.
+
+    The rate is in bits per dimension and the distortion a root mean squared error on the scale of 0 to 255.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    distortion, spent = "root mean squared error (0 to 255)", "rate (bits per dimension)"
+    panels = ((logsnr, rmse, "λ", distortion), (logsnr, rate, "λ", spent), (rate, rmse, spent, distortion))
+    for axes, (x, y, across, up) in zip(figure.subplots(1, 3), panels, strict=True):
+        axes.plot(x, y)
+        axes.set(xlabel=across, ylabel=up)
         axes.grid(alpha=0.3)
     return figure

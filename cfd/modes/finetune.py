@@ -209,7 +209,7 @@ def from_weights(start: Start, config: Config, class_names: Sequence[str]) -> Ca
 
         say(f"Beginning with the EMA weights of {start.source.run}, step {start.source.step}.")
         there, here = ema.config_json["config"].get("process", {}), config.process.to_dict()
-        if there != here:
+        if range_of(there) != range_of(here):
             say(f"Its λ range was {range_of(there)}; that of this run is {range_of(here)}.")
         new = [name for number, name in enumerate(class_names) if number not in rows]
         names = f"; new: {workdir.abbreviate(new, separator=', ')}" if new else ""

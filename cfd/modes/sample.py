@@ -10,7 +10,7 @@ import numpy as np
 
 from cfd.config import Config
 from cfd.devices import parallel, preemption
-from cfd.modes import figures, settings
+from cfd.modes import figures, guides, settings
 from cfd.modes.grid import grid_of, picture_of, spec_of
 from cfd.modes.sampler import compile_sampler, evaluation_flops, evaluations
 from cfd.runs import npz
@@ -25,21 +25,26 @@ def sample(config: Config, folder: str, out: str) -> str:
     """
     run = settings.open_run(config, folder)
     config, mesh = run.config, parallel.make_mesh(**run.config.mesh)
-    settings.check_weights(config, config.sample.w)
-    settings.check_sampling(config, (config.sample.num_steps,), (config.sample.interval,))
+    sampling, named = settings.sampling_of(config), config.sample.guide
+    settings.check_weights(config, config.sample.w, sampling.guidance, named)
+    intervals = (config.sample.interval, sampling.guidance.interval)
+    settings.check_sampling(config, (config.sample.num_steps,), intervals)
+    _, guide_at = guides.open_guides(config, run, mesh, (named,))
     grid = grid_of(config, run.class_names, config.sample.w)
     spec = spec_of(grid)
     model = run.model_at(config.sample.step)
-    network, sampling = settings.network_of_run(model), settings.sampling_of(config)
-    named_by = {name: value for name, value in config.sample.to_dict().items() if name != "step"}
+    network = settings.network_of_run(model)
+    guide = guide_at(network, named)
+    # Without a rule and a guide, the name is that of versions that had neither.
+    named_by = {name: value for name, value in config.sample.to_dict().items() if name != "step" and value != ""}
     digest = hashlib.sha256(json.dumps(named_by, sort_keys=True).encode()).hexdigest()[:8]
     stem = os.path.join(out, "samples", f"sample_step_{model.step:07d}_{digest}")
 
-    sampler = compile_sampler(network, sampling, mesh)
+    sampler = compile_sampler(network, sampling, mesh, guide and guide.network)
     start = time.perf_counter()
     batches: list[np.ndarray] = []
     params, classifier = parallel.replicate(mesh, model.params), parallel.replicate(mesh, run.classifier)
-    for batch in sampler(params, spec, classifier=classifier):
+    for batch in sampler(params, spec, classifier=classifier, guide=guide and guide.params):
         batches.append(batch)
         if preemption.requested():
             done = sum(map(len, batches))
@@ -55,6 +60,9 @@ def sample(config: Config, folder: str, out: str) -> str:
             write(images, spec.label)
         count = evaluations(sampling, max(map(abs, grid.weights)), sampling.interval)
         flops = count * evaluation_flops(network, model.params)
+        if guide is not None:
+            second = count - sampling.num_steps
+            flops += second * (evaluation_flops(guide.network, guide.params) - flops / count)
         print(
             f"{len(images)} images, {count} network evaluations or {flops:.3g} FLOP per image: "
             f"{len(images) / seconds:.3g} images/s, compilation included.",

@@ -12,20 +12,37 @@ from jaxtyping import Float, UInt8
 
 from cfd.devices import parallel, seeds, watchdog, xla
 from cfd.errors import UserError
-from cfd.guidance import Interval, classifier_guidance
+from cfd.guidance import NULL_LABEL, Interval, classifier_guidance
+from cfd.modes.rules import PLAIN, Guidance
 from cfd.networks.classifier import ClassifierFn
-from cfd.sampling import EpsFn, SecondOrder, StepRule, guided_sample, schedule
+from cfd.process import Schedule
+from cfd.rules import other_labels
+from cfd.sampling import EpsFn, SecondOrder, StepRule, grid, guided_sample, schedule
 
 
 class Network(NamedTuple):
-    """A diffusion network without its parameters: parameters -> eps_fn, and the shape (H, W, C) of its images."""
+    """A diffusion network without its parameters: parameters -> eps_fn, and the shape (H, W, C) of its images.
+
+    `num_classes` is the number of its classes, 0 for none.
+    """
 
     eps_of_params: Callable[[Any], EpsFn]
     image_shape: tuple[int, int, int]
+    num_classes: int = 0
+
+
+class Guide(NamedTuple):
+    """A network that guidance leads away from, and its parameters."""
+
+    network: Network
+    params: Any
 
 
 class Sampling(NamedTuple):
-    """How images are sampled: the config's `sample` and `process` groups, with the step rule as a function of v."""
+    """How images are sampled: the config's `sample` and `process` groups, with the step rule as a function of v.
+
+    `guidance` is the meaning of sample.rule. `schedule` is None for the cosine between the two ends.
+    """
 
     step_rule: Callable[[Any], StepRule | SecondOrder]
     num_steps: int
@@ -36,6 +53,13 @@ class Sampling(NamedTuple):
     batch_size: int
     logsnr_min: float
     logsnr_max: float
+    guidance: Guidance = PLAIN
+    schedule: Schedule | None = None
+
+    @property
+    def levels(self) -> int | Array:
+        """T or, of another schedule than the cosine, its grid of λ: what `guided_sample` takes as `num_steps`."""
+        return self.num_steps if self.schedule is None else grid(self.num_steps, self.schedule)
 
 
 class SampleSpec(NamedTuple):
@@ -48,7 +72,10 @@ class SampleSpec(NamedTuple):
 
 
 Sampler = Callable[..., Iterator[UInt8[np.ndarray, "n h w c"]]]
-"""(parameters, spec, v=..., interval=..., classifier=...) -> the images in order, batch by batch, on every process."""
+"""(parameters, spec, v=..., interval=..., classifier=..., guide=...) -> the images in order, batch by batch, on every
+process."""
+OTHER_LABELS = np.uint32(2**32 - 1)
+"""The number for `fold_in` that draws the class an image is guided away from. The noise has the numbers of steps."""
 
 
 def to_uint8(x: Float[Array, "..."]) -> UInt8[Array, "..."]:
@@ -56,14 +83,17 @@ def to_uint8(x: Float[Array, "..."]) -> UInt8[Array, "..."]:
     return jnp.round((jnp.clip(x, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
 
 
-def compile_sampler(network: Network, sampling: Sampling, mesh: Mesh) -> Sampler:
+def compile_sampler(network: Network, sampling: Sampling, mesh: Mesh, guide: Network | None = None) -> Sampler:
     """One program that serves every seed, class, weight, v and interval. v and interval default to those of `sampling`.
+
+    `guide` is the network that guidance leads away from; the sampler takes its parameters as `guide`. By default,
+    guidance leads away from the unconditional score.
 
     Every batch has `sampling.batch_size` rows, or one per device if that is more, as a line then says. The last one is
     padded, so that an image does not depend on how many are asked for. A batch whose weights are all 0 costs one
-    network evaluation per step. With a noisy classifier, w is the weight of classifier guidance. Raises ValueError if
-    the devices do not divide a larger batch, and as `seeds.check` does; the sampler raises ValueError for images that
-    are not finite.
+    network evaluation per step, unless the rule needs both scores. With a noisy classifier, w is the weight of
+    classifier guidance. Raises ValueError if the devices do not divide a larger batch, if the rule needs another class
+    where there is none, and as `seeds.check` does; the sampler raises ValueError for images that are not finite.
     """
     seeds.check()
     parallel.check_batch("sample.batch_size", sampling.batch_size, mesh)
@@ -74,28 +104,44 @@ def compile_sampler(network: Network, sampling: Sampling, mesh: Mesh) -> Sampler
             f"sample.batch_size is {few}, fewer images than the {size} devices: they draw {size} at a time.", flush=True
         )
 
+    guidance = sampling.guidance
+    if guidance.other_labels and network.num_classes < 2:
+        raise UserError(
+            f"the rule {guidance.text!r} needs another class for each image, and the network has {network.num_classes} "
+            "classes: leave other_labels() out of the rule"
+        )
+
     def program(
         weights: Any, seed: Array, index: Array, label: Array, w: Array, v: Array, lo: Array, hi: Array
     ) -> tuple[Array, Array]:
-        params, classifier = weights
+        params, classifier, guide_params = weights
         eps_fn, weight = network.eps_of_params(params), Interval(w, lo, hi)
         if classifier is not None:
             eps_fn, weight = classifier_guidance(eps_fn, classifier, weight), 0.0
         keys = jax.vmap(lambda s, i: jax.random.fold_in(seeds.key(s), i))(seed, index)
+        null: Any = NULL_LABEL
+        if guidance.other_labels:
+            null = jax.vmap(lambda k, c: others(jax.random.fold_in(k, OTHER_LABELS), c))(keys, label)
         x = guided_sample(
             keys,
             eps_fn,
             label,
             network.image_shape,
             w=weight,
-            num_steps=sampling.num_steps,
+            null=null,
+            guide=None if guide is None else guide.eps_of_params(guide_params),
+            rule=guidance.rule,
+            num_steps=sampling.levels,
             sampler=sampling.step_rule(v),
-            clip=sampling.clip,
+            clip=guidance.clip or sampling.clip,
             doubled=sampling.doubled,
             logsnr_min=sampling.logsnr_min,
             logsnr_max=sampling.logsnr_max,
         )
         return to_uint8(x), jnp.isfinite(x).all(axis=(1, 2, 3))
+
+    def others(key: Array, label: Array) -> Array:
+        return other_labels(key, label[None], network.num_classes)[0]
 
     compiled = xla.jit(program, out_shardings=NamedSharding(mesh, parallel.BATCH))
 
@@ -105,14 +151,17 @@ def compile_sampler(network: Network, sampling: Sampling, mesh: Mesh) -> Sampler
         v: float = sampling.v,
         interval: tuple[float, ...] = sampling.interval,
         classifier: ClassifierFn | None = None,
+        guide: Any = None,
     ) -> Iterator[np.ndarray]:
         for first in range(0, len(spec.index), size):
             watchdog.alive(slow=first == 0)
             rows = SampleSpec(*(np.resize(column[first : first + size], size) for column in spec))
-            ends = (interval or (-np.inf, np.inf)) if rows.w.any() else (np.inf, -np.inf)
+            ends = (np.inf, -np.inf)
+            if rows.w.any() or guidance.always:
+                ends = interval or guidance.interval or (-np.inf, np.inf)
             columns = (parallel.shard_rows(mesh, column) for column in rows)
             images, finite = map(
-                parallel.gather, compiled((params, classifier), *columns, *map(np.float32, (v, *ends)))
+                parallel.gather, compiled((params, classifier, guide), *columns, *map(np.float32, (v, *ends)))
             )
             if not finite.all():
                 i = int(finite.argmin())
@@ -129,11 +178,13 @@ def compile_sampler(network: Network, sampling: Sampling, mesh: Mesh) -> Sampler
 def evaluations(sampling: Sampling, w: float, interval: tuple[float, ...]) -> int:
     """Network evaluations per image: one per step, and a second one per step inside the interval if w is not 0.
 
-    Under classifier guidance, the second is a gradient of the classifier, which is counted as one evaluation.
+    The second is that of the guide if there is one. A rule that needs both scores has it at w = 0 too. Under classifier
+    guidance, it is a gradient of the classifier, which is counted as one evaluation.
     """
-    logsnr = schedule(sampling.num_steps, sampling.logsnr_min, sampling.logsnr_max)
-    lo, hi = interval or (-np.inf, np.inf)
-    return sampling.num_steps + int(((logsnr >= lo) & (logsnr <= hi)).sum()) * (w != 0)
+    guidance = sampling.guidance
+    logsnr = schedule(sampling.levels, sampling.logsnr_min, sampling.logsnr_max)
+    lo, hi = interval or guidance.interval or (-np.inf, np.inf)
+    return sampling.num_steps + int(((logsnr >= lo) & (logsnr <= hi)).sum()) * (w != 0 or guidance.always)
 
 
 def evaluation_flops(network: Network, params: Any) -> float:

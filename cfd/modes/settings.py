@@ -5,7 +5,7 @@ A string becomes a function here, and the name of a sampler in `cfd.loading`.
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -22,12 +22,14 @@ from cfd.data.sources import Dataset, check_classes, open_dataset
 from cfd.errors import UserError
 from cfd.fields import BEFORE, DEFAULTS, NETWORK
 from cfd.guidance import NULL_LABEL
-from cfd.loading import STEP_RULES, Loaded, load, load_classifier
+from cfd.loading import STEP_RULES, WITH_V, Loaded, load, load_classifier, schedule_of
+from cfd.modes import rules
 from cfd.modes.fit import Training
 from cfd.modes.sampler import Network, Sampling
 from cfd.modes.train_step import make_optimizer
 from cfd.networks.classifier import ClassifierFn
 from cfd.networks.unet import UNet
+from cfd.process import Schedule
 from cfd.runs import access, files, workdir
 from cfd.sampling import EpsFn, schedule
 
@@ -84,7 +86,9 @@ def network_of(config: Config) -> Network:
     """The diffusion network of `config.model`."""
     net: Any = UNet(image_size=config.data.image_size, **config.model)
     return Network(
-        lambda params: lambda z, logsnr, labels: net.apply({"params": params}, z, logsnr, labels), image_shape(config)
+        lambda params: lambda z, logsnr, labels: net.apply({"params": params}, z, logsnr, labels),
+        image_shape(config),
+        config.model.num_classes,
     )
 
 
@@ -97,12 +101,13 @@ def network_of_run(model: Loaded) -> Network:
 
         return functools.partial(model.eps_fn.func, params) if model.num_classes else unconditional
 
-    return Network(eps_of_params, model.image_shape)
+    return Network(eps_of_params, model.image_shape, model.num_classes)
 
 
 def sampling_of(config: Config) -> Sampling:
     """The sampler of `config.sample` over the λ range of `config.process`."""
-    sample = config.sample
+    sample, process = config.sample, config.process
+    name = sample.schedule or process.schedule
     return Sampling(
         step_rule=STEP_RULES[sample.sampler],
         num_steps=sample.num_steps,
@@ -111,9 +116,23 @@ def sampling_of(config: Config) -> Sampling:
         clip=sample.clip,
         doubled=sample.doubled,
         batch_size=sample.batch_size,
-        logsnr_min=config.process.logsnr_min,
-        logsnr_max=config.process.logsnr_max,
+        logsnr_min=process.logsnr_min,
+        logsnr_max=process.logsnr_max,
+        guidance=rules.guidance_of(sample.rule),
+        schedule=None if name == "cosine" else schedule_of(name, process.logsnr_min, process.logsnr_max),
     )
+
+
+def training_schedule(config: Config) -> Schedule:
+    """The schedule of λ in training. Raises ValueError if it does not fit the ends of the process."""
+    process = config.process
+    return schedule_of(process.schedule, process.logsnr_min, process.logsnr_max)
+
+
+def check_schedules(config: Config) -> None:
+    """Raises ValueError if process.schedule or sample.schedule does not fit the ends of the process."""
+    training_schedule(config)
+    sampling_of(config)
 
 
 def training_of(config: Config, train: Config) -> Training:
@@ -259,13 +278,17 @@ def check_classifier(config: Config, folder: str) -> None:
     data, ours = config.data, config.process
     workdir.check_images(place, image_size=data.image_size, channels=data.channels, num_classes=data.num_classes)
     theirs = workdir.read_config(place)["config"]["process"]
-    rounding = 1e-3 * (ours.logsnr_max - ours.logsnr_min)
-    below, above = theirs["logsnr_min"] - ours.logsnr_min, ours.logsnr_max - theirs["logsnr_max"]
+    check_range(place, theirs, ours.to_dict(), "move it away, and train another one with --mode=train_classifier")
+
+
+def check_range(whose: str, theirs: Mapping[str, float], ours: Mapping[str, float], remedy: str) -> None:
+    """Raises ValueError unless a network, `whose`, was trained on a range of λ that covers the run's."""
+    rounding = 1e-3 * (ours["logsnr_max"] - ours["logsnr_min"])
+    below, above = theirs["logsnr_min"] - ours["logsnr_min"], ours["logsnr_max"] - theirs["logsnr_max"]
     if max(below, above) > rounding:
         raise UserError(
-            f"{place} was trained on λ in [{theirs['logsnr_min']:g}, {theirs['logsnr_max']:g}], which does not cover "
-            f"the run's [{ours.logsnr_min:g}, {ours.logsnr_max:g}]: move it away, and train another one with "
-            "--mode=train_classifier"
+            f"{whose} was trained on λ in [{theirs['logsnr_min']:g}, {theirs['logsnr_max']:g}], which does not cover "
+            f"the run's [{ours['logsnr_min']:g}, {ours['logsnr_max']:g}]: {remedy}"
         )
 
 
@@ -299,15 +322,22 @@ def check_class_names(folder: str, names: Sequence[str], split: str) -> None:
         )
 
 
-def check_weights(config: Config, weights: Sequence[int | float]) -> None:
-    """Raises ValueError if a weight needs a score, conditional or unconditional, that the run does not train."""
+def check_weights(
+    config: Config, weights: Sequence[int | float], guidance: rules.Guidance = rules.PLAIN, guide: str = ""
+) -> None:
+    """Raises ValueError if a weight needs a score, conditional or unconditional, that the run does not train.
+
+    A guide, and another class in place of ∅, take the place of the unconditional score.
+    """
     p_uncond, free = config.train.p_uncond, config.sample.guidance == "classifier-free"
-    if p_uncond == 0 and any(weights) and free:
+    if p_uncond == 0 and free and not guide and not guidance.other_labels and (any(weights) or guidance.always):
+        needs = f"the rule {guidance.text!r}" if guidance.always else f"w = {next(filter(None, weights)):g}"
+        remedy = "leave the rule out" if guidance.always else "sample.w and eval.weights can only be (0.0,)"
         raise UserError(
-            f"w = {next(filter(None, weights)):g} needs the unconditional score, which train.p_uncond = 0 does not "
-            "train: sample.w and eval.weights can only be (0.0,)"
+            f"{needs} needs the unconditional score, which train.p_uncond = 0 does not train: {remedy}, unless "
+            "sample.guide or eval.guides name a guide to take its place"
         )
-    if p_uncond == 1 and not (free and set(weights) == {-1}):
+    if p_uncond == 1 and not (free and set(weights) == {-1} and not guidance.text and not guide):
         raise UserError(
             f"w in {tuple(weights)} needs the conditional score, which train.p_uncond = 1 does not train: sample.w and "
             "eval.weights can only be (-1.0,), with sample.guidance 'classifier-free'"
@@ -319,11 +349,12 @@ def check_sampling(config: Config, num_steps: Sequence[int], intervals: Sequence
 
     Prints a line, once, if config.sample has a v that its sampler does not use.
     """
-    sample, process = config.sample, config.process
-    if sample.sampler != "ancestral" and sample.v != DEFAULTS["sample.v"]:
+    sample, sampling = config.sample, sampling_of(config)
+    if sample.sampler not in WITH_V and sample.v != DEFAULTS["sample.v"]:
         print_once((f"sample.v = {sample.v} is not used: sample.sampler {sample.sampler!r} has no v.",))
     for steps, (lo, hi) in product(num_steps, filter(None, intervals)):
-        logsnr = np.asarray(schedule(steps, process.logsnr_min, process.logsnr_max))
+        levels = sampling._replace(num_steps=steps).levels
+        logsnr = np.asarray(schedule(levels, sampling.logsnr_min, sampling.logsnr_max))
         distance = np.maximum(lo - logsnr, logsnr - hi)
         if distance.min() > 0:
             raise UserError(

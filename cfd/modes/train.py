@@ -14,7 +14,7 @@ from cfd.config import Config, with_classes
 from cfd.devices import parallel, preemption
 from cfd.errors import UserError
 from cfd.losses import eps_loss
-from cfd.modes import figures, finetune, settings
+from cfd.modes import figures, finetune, guides, rules, settings
 from cfd.modes.fit import fit
 from cfd.modes.grid import grid_of, picture_of, spec_of
 from cfd.modes.sampler import compile_sampler
@@ -58,7 +58,9 @@ def train(config: Config, folder: str, *, init_from: str | None = None, allow_fr
 
 def check_steps(config: Config, folder: str) -> None:
     """Raises ValueError if a step that `eval.steps` or `sample.step` names will not be there when training ends."""
+    own = [guides.split(guide) for guide in (config.sample.guide, *config.eval.guides)]
     wanted = [step for step in config.eval.steps or (config.sample.step,) if step >= 0]
+    wanted += [step for place, step in own if not place and step is not None]
     train = config.train
     saved, snapshots = (steps_of(files.place(folder, name)) for name in (workdir.CHECKPOINTS, workdir.SNAPSHOTS))
 
@@ -72,8 +74,9 @@ def check_steps(config: Config, folder: str) -> None:
     there |= {*sorted(will_be)[-train.keep_checkpoints :], *snapshots, *to_come(train.snapshot_every_steps)}
     if missing := [step for step in wanted if step not in there]:
         raise UserError(
-            f"config.eval.steps or sample.step has {missing[0]}, which will not be there when training ends at step "
-            f"{train.num_steps}; then there are {workdir.abbreviate(list(map(str, sorted(there))), separator=', ')}. "
+            f"config.eval.steps, sample.step or a guide has {missing[0]}, which will not be there when training ends "
+            f"at step {train.num_steps}; then there are "
+            f"{workdir.abbreviate(list(map(str, sorted(there))), separator=', ')}. "
             f"For steps to come, set train.snapshot_every_steps to {missing[0]} or to a divisor of it"
         )
 
@@ -82,7 +85,7 @@ def diffusion(config: Config) -> tuple[Callable[[Array], Any], LossFn]:
     """(key -> initial parameters, loss) of the diffusion model: the joint training of Algorithm 1."""
     net = UNet(image_size=config.data.image_size, **config.model)
     shape = (1, *settings.image_shape(config))
-    p_uncond, logsnr_range = config.train.p_uncond, config.process.to_dict()
+    p_uncond, schedule = config.train.p_uncond, settings.training_schedule(config)
 
     def init(key: Array) -> Any:
         return net.init(key, jnp.zeros(shape), jnp.zeros(1), jnp.zeros(1, jnp.int32))["params"]
@@ -93,7 +96,7 @@ def diffusion(config: Config) -> tuple[Callable[[Array], Any], LossFn]:
         def eps_fn(z: Array, logsnr: Array, labels: Array) -> Any:
             return net.apply({"params": params}, z, logsnr, labels, train=True, rngs={"dropout": key_dropout})
 
-        return eps_loss(key_loss, eps_fn, x, labels, p_uncond=p_uncond, **logsnr_range)
+        return eps_loss(key_loss, eps_fn, x, labels, p_uncond=p_uncond, schedule=schedule)
 
     return init, loss_fn
 
@@ -107,14 +110,22 @@ def preview(
     grid has one column, w = 0, because the noisy classifier is trained separately.
     """
     weights = config.sample.w if config.sample.guidance == "classifier-free" else (0.0,)
-    settings.check_weights(config, weights)
-    settings.check_sampling(config, (config.sample.num_steps,), (config.sample.interval,))
+    sampling = settings.sampling_of(config)
+    if config.sample.guide:
+        raise UserError(
+            f"config.sample.guide is {config.sample.guide!r}, and sample grids are drawn during training, when a guide "
+            "may not be there yet: set train.sample_every_steps to 0 and draw them with --mode=sample, or name the "
+            "guide in eval.guides alone, with sample.guide ''"
+        )
+    rules.check(config)
+    settings.check_weights(config, weights, sampling.guidance)
+    intervals = (config.sample.interval, sampling.guidance.interval)
+    settings.check_sampling(config, (config.sample.num_steps,), intervals)
     grid = grid_of(config, class_names, weights)
     spec = spec_of(grid)
     # A batch has no more rows than the grid has images, because a running program cannot be stopped.
     rows = min(config.sample.batch_size, -(-len(spec.index) // mesh.size) * mesh.size)
-    sampling = settings.sampling_of(config)._replace(batch_size=rows)
-    sampler = compile_sampler(settings.network_of(config), sampling, mesh)
+    sampler = compile_sampler(settings.network_of(config), sampling._replace(batch_size=rows), mesh)
 
     def draw(step: int, params: Any) -> np.ndarray | None:
         batches = []

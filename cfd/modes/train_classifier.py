@@ -29,7 +29,7 @@ def train_classifier(config: Config, folder: str, *, allow_fresh_start: bool = F
     net = Classifier(image_size=config.data.image_size, **config.classifier)
     shape = (1, *settings.image_shape(config))
     train = ConfigDict({**config.train.to_dict(), **config.classifier_train.to_dict()})
-    logsnr_range = config.process.to_dict()
+    schedule = settings.training_schedule(config)
 
     def init(key: Array) -> Any:
         return net.init(key, jnp.zeros(shape), jnp.zeros(1))["params"]
@@ -40,7 +40,7 @@ def train_classifier(config: Config, folder: str, *, allow_fresh_start: bool = F
         def classifier_fn(z: Array, logsnr: Array) -> Any:
             return net.apply({"params": params}, z, logsnr, train=True, rngs={"dropout": key_dropout})
 
-        return classifier_loss(key_loss, classifier_fn, x, labels, **logsnr_range)
+        return classifier_loss(key_loss, classifier_fn, x, labels, schedule=schedule)
 
     fit(
         settings.training_of(config, train),

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_rgb
 from PIL import Image
 
@@ -63,6 +64,57 @@ def test_published_curves_are_grey_and_all_others_are_not() -> None:
         assert {line.get_linestyle() for line in theirs} == {"--"} and ours.get_linestyle() == "-"
     names = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert names == ["ours", *(f"paper, p_uncond = {p_uncond}" for p_uncond in paper.TABLE_1.columns)]
+
+
+def with_intervals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with FID ± 0.5, except for the first, which has no interval."""
+    first, *rest = rows
+    return [first, *(row | {"fid_low": row["fid"] - 0.5, "fid_high": row["fid"] + 0.5} for row in rest)]
+
+
+def test_intervals_are_bars_and_bands_where_rows_have_them() -> None:
+    rows = with_intervals(curve())  # none at w = 3
+    left, middle, right = figures.curve_figure({"a": rows}, {}).axes
+    for axes, x in ((left, "is"), (middle, "w")):
+        bars = [tuple(map(tuple, path)) for collection in axes.collections for path in bars_of(collection)]
+        assert sorted(bars) == sorted(
+            ((row[x], row["fid"] - 0.5), (row[x], row["fid"] + 0.5)) for row in rows if "fid_low" in row
+        )
+    (band,) = [collection for collection in middle.collections if isinstance(collection, PolyCollection)]
+    heights = {(x, y) for path in band.get_paths() for x, y in np.asarray(path.vertices)}
+    assert heights == {(w, 3 + w + sign * 0.5) for w in (0.0, 1.0) for sign in (-1, 1)}
+    assert not right.collections  # no intervals of IS
+    plain = figures.curve_figure({"a": curve()}, {})
+    assert not any(axes.collections for axes in plain.axes)
+
+
+def bars_of(collection: Any) -> list[Any]:
+    return [] if isinstance(collection, PolyCollection) else [path.vertices for path in collection.get_paths()]
+
+
+def test_real_images_are_a_band_on_the_axes_of_fid() -> None:
+    figure = figures.curve_figure({"a": curve()}, {}, real=(1.75, 2.25))
+    for axes, there in zip(figure.axes, (True, True, False), strict=True):
+        bands = [patch.get_bbox().intervaly.tolist() for patch in axes.patches]
+        assert bands == ([[1.75, 2.25]] if there else [])
+        assert not there or axes.get_ylim()[0] < 1.75
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["a", "real images"]
+
+
+def test_without_inception_scores_there_is_fid_against_w_alone() -> None:
+    (axes,) = figures.curve_figure({"a": [row | {"is": None} for row in curve()]}, {}).axes
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("w", "FID-20")
+    assert lines_of(axes) == [[(x, 3 + x) for x in sorted(WEIGHTS)]]
+
+
+def test_many_curves_look_different_and_have_their_names_below() -> None:
+    curves = {f"rule {i}": curve(float(i)) for i in range(40)}
+    figure = figures.curve_figure(curves, {})
+    looks = {(to_rgb(line.get_color()), line.get_linestyle()) for line in figure.axes[0].get_lines()}
+    assert len(looks) == 40 and all(len(set(colour)) > 1 for colour, _ in looks)  # none is grey
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == list(curves)
+    assert not figure.axes[0].texts
 
 
 @pytest.mark.parametrize("count", [1, 399, 400, 401, 1000, 123_457])

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from adm_formula import printed
+from dinov2_formula import SMALL, dinov2_state
 from inception_formula import inception_state
 from meshes import mesh_of
 from mixing import assert_same_images
@@ -19,11 +20,12 @@ from tiny import QUICK, ROOT
 from cfd.config import complete
 from cfd.convert.adm import _write_run
 from cfd.convert.adm_network import Network
+from cfd.convert.dinov2 import dinov2_params_from_torch
 from cfd.convert.inception import inception_params_from_torch
 from cfd.devices import parallel, xla
 from cfd.errors import UserError
-from cfd.evaluation import inception
-from cfd.evaluation.features import FeatureNetwork, Outputs
+from cfd.evaluation import dinov2, inception
+from cfd.evaluation.features import FeatureNetwork, Outputs, open_dinov2
 from cfd.guidance import classifier_guidance
 from cfd.loading import load, load_classifier
 from cfd.modes import settings, sweep
@@ -118,6 +120,38 @@ def test_an_imported_network_is_swept_without_data(tmp_path: Path, without_data:
         sweep.sweep(config_of(folder, **without_data, eval__weights=(1.0,)), folder, folder)
     with pytest.raises(UserError, match=r"has no step 5; its steps are \[0\]"):
         sweep.sweep(config_of(folder, **without_data, eval__steps=(0, 5)), folder, folder)
+
+
+def test_a_sweep_with_dinov2(
+    tmp_path: Path, without_data: dict[str, Any], monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """The distance is that of the features of the images that it leaves. There is no Inception Score and no sFID."""
+    monkeypatch.setattr(dinov2, "VIT_L", SMALL)
+    folder, weights, statistics = imported(tmp_path / "run"), tmp_path / "dinov2.npz", tmp_path / "statistics.npz"
+    evaluate = without_data | {"eval__features": "dinov2", "eval__dinov2_path": str(weights)}
+    with pytest.raises(UserError, match=r"eval.dinov2_path is .*, which is no file; make it with `python -m cfd.conv"):
+        sweep.check(config_of(folder, **evaluate), folder)
+    npz.write_npz(weights, {"pos_embed": np.zeros((26, 128), np.float32)})
+    with pytest.raises(UserError, match=r"does not hold DINOv2's ViT-L/14.*`python -m cfd.convert dinov2 FILE OUT`"):
+        sweep.check(config_of(folder, **evaluate), folder)
+    dinov2.save_params(weights, dinov2_params_from_torch(dinov2_state()))
+    npz.write_npz(statistics, {"mu": np.zeros(2048), "sigma": np.eye(2048)})
+    with pytest.raises(UserError, match=r"holds statistics of InceptionV3, but eval.features is 'dinov2'"):
+        sweep.check(config_of(folder, **evaluate | {"eval__reference": str(statistics)}), folder)
+    npz.write_npz(statistics, {"mu": np.zeros(1024), "sigma": np.eye(1024)})
+    sweep.check(config_of(folder, **evaluate | {"eval__reference": str(statistics)}), folder)
+
+    (row,) = sweep.sweep(config_of(folder, **evaluate), folder, folder)
+    assert (row["features"], row["fid_name"], row["is"], row["sfid"]) == ("dinov2", "FD-DINOv2-8", None, None)
+    extract = open_dinov2(str(weights), mesh_of(1)).extract
+    paths = (results.samples_path(folder, row), evaluate["eval__reference"])
+    ours, theirs = (extract(npz.read_npz(path)["arr_0"]).pool.astype(np.float64) for path in paths)
+    roots = [(x - x.mean(axis=0)) / np.sqrt(len(x) - 1) for x in (ours, theirs)]
+    overlap = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()  # tr (S T)^{1/2}, of S = A'A and T = B'B
+    expected = ((ours.mean(axis=0) - theirs.mean(axis=0)) ** 2).sum() + sum((x**2).sum() for x in roots) - 2 * overlap
+    assert expected > 1e-3
+    np.testing.assert_allclose(row["fid"], expected, rtol=1e-4)
+    assert not [w for w in recwarn if "Inception Score" in str(w.message)]
 
 
 def test_what_needs_the_images_of_the_training_says_where_to_give_them(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from tiny import ROOT, read_config, tiny_config
 
 from cfd.config import complete, with_classes
 from cfd.evaluation import paper
+from cfd.evaluation.nearest import nearest_path
 from cfd.modes import figures, tables
-from cfd.modes.report import report
+from cfd.modes.report import FRONTS_BYTES, report
 from cfd.modes.sweep import rows_of_grid
 from cfd.runs import log, npz, results, workdir
 from cfd.runs.results import samples_path
@@ -39,7 +41,11 @@ def run_folder(folder: Path, config: Any, class_names: list[str], count: int = 2
     shape = (size or config.data.image_size, size or config.data.image_size, config.data.channels)
     for cell in rows_of_grid(config, 1000):
         numbers = np.random.default_rng([int(10 * cell["w"]), cell["num_steps"]])
-        row = cell | {"num_samples": count, "fid_name": results.fid_name(count), "manifest": f"{cell['w']}"}
+        row = cell | {
+            "num_samples": count,
+            "fid_name": results.fid_name(count, "classifier"),
+            "manifest": f"{cell['w']}",
+        }
         measured = {"fid": 3 + cell["w"], "sfid": None, "is": 5 + cell["w"], "precision": 0.5, "recall": 0.25}
         with npz.sample_writer(samples_path(str(folder), row), count, shape) as write:
             write(numbers.integers(0, 256, (count, *shape), np.uint8), np.arange(count) % config.data.num_classes)
@@ -161,15 +167,6 @@ def test_the_papers_curves_are_shown_if_the_config_is_the_papers(tmp_path: Path)
     assert "1.55 / 1.62 / 1.91" in text
 
 
-def test_a_large_run_stays_below_ten_megabytes(tmp_path: Path) -> None:
-    """41 weights at 128x128, with images of noise, which PNG cannot compress."""
-    config = config_of("imagenet128", tuple(i / 10 for i in range(41)))
-    folder = run_folder(tmp_path / "run", config, [f"class {i}" for i in range(1000)], count=4)
-    path = Path(report(str(folder), str(folder)))
-    assert len(states_of(path.read_text())[0]["images"]) == 2
-    assert path.stat().st_size < 10_000_000
-
-
 def test_another_folder_can_be_written_to(tmp_path: Path) -> None:
     """The page is the same, and nothing is added to the run. A sweep in the other folder takes the run's place."""
     folder = run_folder(tmp_path / "run", tiny_config(eval__weights=WEIGHTS), list("0123456789"))
@@ -239,3 +236,120 @@ def test_the_slider_changes_the_images_in_a_browser(page: tuple[Path, str], tmp_
         assert f"w = {states[chosen]['w']:g}: {states[chosen]['text']}</output>" in shown
         assert "<title>a run &amp; &lt;b&gt;more</title>" in shown, "the name of a class is never run as a script"
         assert ('data-plots="2"' in shown) == (path == moved), "the browser can draw both plots"
+
+
+def tables_of(text: str) -> list[list[list[str]]]:
+    """The cells of every table of a page, row by row."""
+    return [
+        [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", table)]
+        for table in re.findall(r"<table>(.*?)</table>", text, re.DOTALL)
+    ]
+
+
+def write_nearest(folder: Path, manifests: list[str], images: np.ndarray) -> None:
+    """nearest.npz, in which the nearest image of each is its negative, at the distance of its number."""
+    shape = images.shape[:2]
+    arrays = {
+        "manifests": np.stack([np.frombuffer(name.encode().ljust(16), np.uint8) for name in manifests]),
+        "w": np.arange(len(manifests)).astype(float),
+        "labels": np.zeros(shape, np.int64),
+        "samples": images,
+        "nearest": 255 - images,
+        "nearest_labels": np.ones(shape, np.int64),
+        "index": np.full(shape, 77),
+        "distance": np.arange(images.shape[0] * images.shape[1]).reshape(shape) + 0.25,
+        "typical": np.array([1.5, 2.5, 3.5]),
+        "searched": np.array([1000, 50_000]),
+    }
+    npz.write_npz(nearest_path(str(folder)), arrays)
+
+
+def test_the_sections_that_a_sweep_and_a_comparison_add(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Intervals, real images, classes, nearest images, and the text of compare; names are never read as HTML."""
+    names = ["<b>zero</b>", *"123456789"]
+    folder = run_folder(tmp_path / "run", tiny_config(), names)
+    rows = results.read_rows(str(folder))
+    (folder / "sweep.csv").unlink()
+    for row in rows:
+        results.append_row(str(folder), row | {"fid_low": row["fid"] - 1, "fid_high": row["fid"] + 1})
+    for row, accuracy in ((rows[0], 0.25), (rows[-1], 0.75)):
+        lines = [{"class": c, "images": 2, "class_accuracy": accuracy, "precision": None} for c in (0, 9)]
+        results.write_classes(str(folder), row["manifest"], lines)
+    images = np.random.default_rng(0).integers(0, 256, (2, 3, 8, 8, 1), np.uint8)
+    write_nearest(folder, ["0.0", "gone"], images)
+    head, body = ["rule", "w"], [["apg(eta=0.5) | <x>", "0.3"]]
+    (folder / "matched.md").write_text(f"### At w = 1 & more\n\n{tables.markdown(head, body)}\n\nRead so.\n")
+    figures.save(str(folder / "fronts.png"), np.zeros((4, 6, 3), np.uint8))
+    of_real = {"mean": 2.0, "sd": 0.1, "low": 1.8, "high": 2.2}
+    floor = dict(num_samples=20, draws=7, fid=of_real, kid=None, held_out=None, saturation=0.125)
+    monkeypatch.setattr(tables, "floor_of", lambda *_: floor)
+    text = Path(report(str(folder), str(folder))).read_text()
+
+    matched, measured, classes = tables_of(text)
+    assert matched == [["rule", "w"], ["apg(eta=0.5) | &lt;x&gt;", "0.3"]]
+    assert "<h3>At w = 1 &amp; more</h3>" in text and "<p>Read so.</p>" in text
+    assert [row[1] for row in measured] == ["FID-20", "3.00 ± 1.00", "4.00 ± 1.00", "6.00 ± 1.00"]
+    assert "FID-20 2.00 ± 0.20" in text and "Saturation of the reference: 0.125" in text and "7 draws" in text
+    assert classes[0] == ["class", "images", "asked class, w = 0", "asked class, w = 3"]
+    assert classes[1:] == [["&lt;b&gt;zero&lt;/b&gt;", "2", "0.250", "0.750"], ["9", "2", "0.250", "0.750"]]
+    assert "<b>zero" not in text.replace(json.dumps(names), "")
+
+    pairs = re.findall(r"<figure><div>(.*?)</div><figcaption>(.*?)</figcaption>", text)
+    assert [caption for _, caption in pairs] == ["0.25", "1.25", "2.25"], "a row that is gone is not shown"
+    for (pair, _), image in zip(pairs, images[0], strict=True):
+        sample, near = (pixels(uri) for uri in re.findall('src="([^"]*)"', pair))
+        np.testing.assert_array_equal(sample, image[..., 0])
+        np.testing.assert_array_equal(near, 255 - image[..., 0])
+        assert "training image 77, 1" in pair
+    assert "1,000 of 50,000 training images" in text and "2.5 in the median" in text
+    assert "between 1.5 and 3.5" in text
+    assert [description for _, description in re.findall(r'<img class="plot" src="([^"]*)" alt="([^"]*)">', text)] == [
+        "FID against Inception score, and both against w",
+        "what each rule and guide trades for what, as w grows",
+        "loss, images per second and gradient norm against step",
+    ]
+    assert balanced(text), "every element is closed, in order"
+
+    (folder / "classes" / "0.0.csv").write_text("class,images\nzero,2\n")
+    with pytest.raises(ValueError, match=r"classes/0\.0\.csv cannot be used .*: delete it") as caught:
+        report(str(folder), str(folder))
+    Path(re.findall(r"^(\S*) cannot", str(caught.value))[0]).unlink()
+    assert "asked class, w = 3" in Path(report(str(folder), str(folder))).read_text()
+
+
+def balanced(text: str) -> bool:
+    """Whether all elements of a page are closed in the order in which they were opened."""
+    void, opened = {"meta", "link", "img", "input", "br"}, []
+
+    class Parser(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: Any) -> None:
+            if tag not in void:
+                opened.append(tag)
+
+        def handle_endtag(self, tag: str) -> None:
+            assert opened.pop() == tag
+
+    Parser().feed(text)
+    return not opened
+
+
+def test_many_pictures_and_classes_stay_below_ten_megabytes(tmp_path: Path) -> None:
+    """41 weights, the pairs and fronts.png, all of noise, which PNG cannot compress, and a table of 1,000 classes."""
+    config = config_of("imagenet128", tuple(i / 10 for i in range(41)))
+    folder = run_folder(tmp_path / "run", config, [f"class {i}" for i in range(1000)], count=4)
+    rows, numbers = results.read_rows(str(folder)), np.random.default_rng(0)
+    for row in (rows[0], rows[-1]):
+        lines = [{"class": c, "images": 50, "class_accuracy": None, "precision": 0.5} for c in range(1000)]
+        results.write_classes(str(folder), row["manifest"], lines)
+    write_nearest(folder, ["0.0", "4.0"], numbers.integers(0, 256, (2, 10, 128, 128, 3), np.uint8))
+    side = int((FRONTS_BYTES / 3) ** 0.5) - 2
+    figures.save(str(folder / "fronts.png"), numbers.integers(0, 256, (side, side, 3), np.uint8))
+    assert FRONTS_BYTES * 0.98 < (folder / "fronts.png").stat().st_size <= FRONTS_BYTES
+    path = Path(report(str(folder), str(folder)))
+    text = path.read_text()
+    assert len(states_of(text)[0]["images"]) == 2
+    assert text.count('class="plot"') == 3 and "<details><summary>1000 classes" in text
+    assert len(re.findall("training image 77", text)) >= 10
+    assert path.stat().st_size < 10_000_000
+    figures.save(str(folder / "fronts.png"), np.concatenate([np.asarray(Image.open(folder / "fronts.png"))] * 2))
+    assert "bytes and is not on this page" in Path(report(str(folder), str(folder))).read_text()

@@ -15,9 +15,10 @@ from tiny import tiny_config
 
 from cfd.devices import parallel
 from cfd.guidance import Interval, classifier_guidance
-from cfd.modes.sampler import SampleSpec, compile_sampler, evaluation_flops, evaluations, to_uint8
+from cfd.modes.sampler import Network, SampleSpec, compile_sampler, evaluation_flops, evaluations, to_uint8
 from cfd.modes.settings import sampling_of
-from cfd.sampling import ancestral, ddim, dpm_solver, guided_sample
+from cfd.process import linear
+from cfd.sampling import ancestral, ddim, dpm_solver, grid, guided_sample, schedule, sde_dpm_solver
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 
@@ -100,12 +101,19 @@ def test_a_setting_that_changes_the_meaning_of_seeds_is_refused(params: Any) -> 
 
 @pytest.mark.parametrize(
     ("sampler", "rule", "guided"),
-    [("ancestral", ancestral(0.9), False), ("ddim", ddim(), False), ("dpm_solver", dpm_solver(), True)],
-    ids=("ancestral", "ddim", "dpm_solver by a classifier"),
+    [
+        ("ancestral", ancestral(0.9), False),
+        ("ddim", ddim(), False),
+        ("dpm_solver", dpm_solver(), True),
+        ("sde_dpm_solver", sde_dpm_solver(0.9), False),
+    ],
+    ids=("ancestral", "ddim", "dpm_solver by a classifier", "sde_dpm_solver"),
 )
 def test_images_are_those_of_guided_sample(params: Any, sampler: str, rule: Any, guided: bool) -> None:
     ends: dict[str, Any] = dict(logsnr_min=-8.0, logsnr_max=9.0)
+    linear_grid = sampler == "ddim"
     config = tiny_config(
+        sample__schedule="linear" if linear_grid else "",
         sample__sampler=sampler,
         sample__v=0.9,
         sample__interval=(-3.0, 5.0),
@@ -120,7 +128,8 @@ def test_images_are_those_of_guided_sample(params: Any, sampler: str, rule: Any,
     eps_fn, w = NETWORK.eps_of_params(params), Interval(jnp.asarray(spec.w), -3.0, 5.0)
     if classifier is not None:
         eps_fn, w = classifier_guidance(eps_fn, classifier, w), 0.0
-    x = guided_sample(keys, eps_fn, jnp.asarray(spec.label), (8, 8, 1), w=w, num_steps=4, sampler=rule, **ends)
+    levels = grid(4, linear(**ends)) if linear_grid else 4
+    x = guided_sample(keys, eps_fn, jnp.asarray(spec.label), (8, 8, 1), w=w, num_steps=levels, sampler=rule, **ends)
     assert_same_images(images, np.asarray(to_uint8(x)))
 
 
@@ -145,6 +154,50 @@ def test_rounding_is_to_the_nearest_level_and_is_undone_by_scaling() -> None:
     np.testing.assert_array_equal(to_uint8(ends), [0, 0, 255, 255, 0, 255])
 
 
+@pytest.mark.parametrize("w", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("rule", "interval"),
+    [("", (-2.0, 5.0)), ("interval(-2, 5)", ()), ("ramp(-4, 2)", ()), ("rescale(0.5)", (-2.0, 5.0)), ("cfgpp()", ())],
+)
+def test_a_guide_is_evaluated_as_often_as_is_counted(w: float, rule: str, interval: tuple[float, ...]) -> None:
+    """Not outside the interval, and at w = 0 only for a rule that needs both scores."""
+    calls: list[str] = []
+
+    def counting(name: str) -> Network:
+        def eps_fn(z: jax.Array, logsnr: jax.Array, labels: jax.Array) -> jax.Array:
+            jax.debug.callback(lambda: calls.append(name))
+            return z
+
+        return Network(lambda params: eps_fn, (2, 2, 1))
+
+    sampling = sampling_of(tiny_config(sample__num_steps=9, sample__rule=rule, sample__batch_size=1))
+    zero = np.zeros(1, np.int32)
+    spec = SampleSpec(zero.astype(np.uint32), zero, zero, np.full(1, w, np.float32))
+    list(compile_sampler(counting("network"), sampling, mesh_of(1), counting("guide"))({}, spec, interval=interval))
+    jax.effects_barrier()
+    inside = sum(-2.0 <= logsnr <= 5.0 for logsnr in np.asarray(schedule(9, -20.0, 20.0)))
+    expected = inside if interval or rule == "interval(-2, 5)" else 9
+    expected *= w != 0.0 or rule in ("rescale(0.5)", "cfgpp()")
+    assert (calls.count("network"), calls.count("guide")) == (9, expected)
+    assert evaluations(sampling, w, interval) == 9 + expected
+
+
+def test_the_other_class_of_an_image_does_not_depend_on_the_batch(params: Any, forty: np.ndarray) -> None:
+    sampling = sampling_of(tiny_config(sample__rule="other_labels()"))
+    on_mesh = parallel.replicate(mesh_of(1), params)
+    sampler = compile_sampler(NETWORK._replace(num_classes=10), sampling, mesh_of(1))
+    images = np.concatenate(list(sampler(on_mesh, some(40))))
+    mixed = np.random.default_rng(1).permutation(40)[:21]
+    assert_same_images(np.concatenate(list(sampler(on_mesh, rows(some(40), mixed)))), images[mixed])
+    guided = some(40).w != 0
+    assert_same_images(images[~guided], forty[~guided])
+    assert (images[guided] != forty[guided]).any(axis=(1, 2, 3)).all()
+    with pytest.raises(
+        ValueError, match=r"the rule 'other_labels\(\)' needs another class .* the network has 0 classes"
+    ):
+        compile_sampler(NETWORK, sampling, mesh_of(1))
+
+
 @pytest.mark.parametrize(("w", "interval"), [(0.0, ()), (1.0, ()), (1.0, (-2.0, 5.0)), (0.0, (-2.0, 5.0))])
 def test_evaluations_are_counted_as_the_sampler_makes_them(w: float, interval: tuple[float, ...]) -> None:
     config, calls = tiny_config(sample__num_steps=9), []
@@ -155,7 +208,7 @@ def test_evaluations_are_counted_as_the_sampler_makes_them(w: float, interval: t
 
     ends = interval if interval and w else (-jnp.inf, jnp.inf)
     weight = Interval(w, *ends) if w else 0.0
-    guided_sample(jax.random.key(0), eps_fn, jnp.zeros(2, jnp.int32), (4,), w=weight, num_steps=9, **config.process)
+    guided_sample(jax.random.key(0), eps_fn, jnp.zeros(2, jnp.int32), (4,), w=weight, num_steps=9)
     jax.effects_barrier()
     assert evaluations(sampling_of(config), w, interval) == len(calls)
 

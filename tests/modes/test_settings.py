@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from meshes import mesh_of
 from mixing import DIGITS
@@ -75,3 +76,21 @@ def test_such_an_interval_is_refused_before_training(tmp_path: Path) -> None:
 def test_a_v_that_the_sampler_does_not_use_is_said(sampler: str, v: float, said: bool, capsys) -> None:
     settings.check_sampling(tiny_config(sample__sampler=sampler, sample__v=v), (4,), ((),))
     assert ("sample.v = 0.41 is not used: sample.sampler 'ddim' has no v." in capsys.readouterr().out) == said
+
+
+def test_a_schedule_is_that_of_training_unless_sampling_has_its_own() -> None:
+    """DDPM's table has its own ends, which the message gives; with them it is accepted."""
+    ends = dict(process__logsnr_min=-6.0, process__logsnr_max=6.0)
+    assert settings.sampling_of(tiny_config(**ends)).levels == 4
+    trained = tiny_config(process__schedule="linear", **ends)
+    np.testing.assert_allclose(settings.training_schedule(trained)(np.float32(0.25)), 3.0)
+    np.testing.assert_allclose(settings.sampling_of(trained).levels, [-6.0, -2.0, 2.0, 6.0], rtol=1e-6)
+    cosine = tiny_config(process__schedule="linear", sample__schedule="cosine", **ends)
+    assert settings.sampling_of(cosine).levels == 4
+    with pytest.raises(UserError, match=r"'adm_linear' goes from .*logsnr_min to -10\.1177 and .* 9\.21024"):
+        settings.check_schedules(tiny_config(process__schedule="adm_linear"))
+    with pytest.raises(UserError, match=r"'adm_cosine' goes from"):
+        settings.check_schedules(tiny_config(sample__schedule="adm_cosine"))
+    table = tiny_config(process__schedule="adm_linear", process__logsnr_min=-10.1177, process__logsnr_max=9.21024)
+    settings.check_schedules(table)
+    assert settings.training_schedule(table)(np.float32(0.0)) == pytest.approx(9.21024, abs=1e-4)

@@ -19,7 +19,8 @@ from cfd.data.sources import Dataset
 from cfd.devices import parallel, preemption
 from cfd.evaluation import inception, reference
 from cfd.evaluation.features import FeatureNetwork, Outputs
-from cfd.modes import sampler, settings, sweep
+from cfd.modes import cells as cells_of
+from cfd.modes import measuring, sampler, settings, sweep
 from cfd.modes.sampler import evaluation_flops
 from cfd.runs import manifest, npz, results, workdir
 from cfd.runs.digest import weights_hash
@@ -153,7 +154,7 @@ def test_everything_that_a_row_is_made_from_is_in_the_name_of_its_manifest() -> 
     def name(network: FeatureNetwork = network, changes: Any = (), **hashes: str) -> str:
         config = tiny_config(**dict(changes))
         row = sweep.rows_of_grid(config, 5)[0]
-        hashes = dict(weights="w", classifier="", reference="r", data="d") | hashes
+        hashes = dict(weights="w", classifier="", reference="r", data="d", held_out="h") | hashes
         return manifest.manifest_name(sweep.manifest_of(config, row, hashes, network))
 
     names = {name(), name(weights="x"), name(classifier="g"), name(reference="s"), name(data="e")}
@@ -166,7 +167,7 @@ def test_everything_that_a_row_is_made_from_is_in_the_name_of_its_manifest() -> 
 
 def test_the_ends_of_intervals_are_exact_in_the_rows() -> None:
     config = tiny_config(eval__intervals=((-1.23456789, 2.0), (-1.23457, 2.0), (-30.0, 0.0), ()))
-    cells = {row["interval"]: sweep.interval_of(row) for row in sweep.rows_of_grid(config, 1)}
+    cells = {row["interval"]: cells_of.interval_of(row) for row in sweep.rows_of_grid(config, 1)}
     assert cells == {
         "-1.23456789:2": (-1.23456789, 2.0),
         "-1.23457:2": (-1.23457, 2.0),
@@ -198,6 +199,7 @@ def test_a_sweep_leaves_rows_images_and_pictures(run: Path, capsys: pytest.Captu
         arrays = npz.read_npz(results.samples_path(str(run), row))
         assert arrays["arr_0"].shape == (20, 8, 8, 1) and arrays["arr_1"].tolist() == list(range(10)) * 2
         outputs = brightness(arrays["arr_0"])
+        assert outputs.probs is not None
         assert row["class_accuracy"] == np.mean(outputs.probs.argmax(1) == arrays["arr_1"])
         images.append(arrays["arr_0"])
     assert not (images[0] == images[1]).all() and not (images[1] == images[2]).all()
@@ -226,7 +228,7 @@ def test_a_lost_row_is_measured_again_to_the_same_numbers(
         capsys.readouterr()
         assert swept(config, str(run)) == rows
         assert "2 of 3 cells are in" in capsys.readouterr().out and path.read_text() == whole
-    monkeypatch.setattr(sweep, "compile_sampler", lambda *_: pytest.fail("nothing is left to sample"))
+    monkeypatch.setattr(measuring, "compile_sampler", lambda *_: pytest.fail("nothing is left to sample"))
     assert swept(config, str(run)) == rows and path.read_text() == whole
 
 

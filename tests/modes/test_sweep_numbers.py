@@ -15,7 +15,7 @@ from cfd.devices import parallel
 from cfd.evaluation import reference
 from cfd.evaluation.features import ImageClassifier, open_classifier
 from cfd.evaluation.scores import score
-from cfd.modes import settings, sweep
+from cfd.modes import measuring, settings, sweep
 from cfd.modes.sampler import Network, compile_sampler
 from cfd.networks.unet import UNet
 from cfd.runs import npz
@@ -80,10 +80,10 @@ def test_neither_batches_nor_devices_change_the_numbers(whole: bool, tmp_path: P
         )
         sampling = settings.sampling_of(tiny_config(sample__batch_size=batch_size))
         replicated = parallel.replicate(mesh, params)
-        model = sweep.Model(network, sampling, lambda step, params=replicated: params, None, mesh)
-        batches = sweep.sampled(model, compile_sampler(network, sampling, mesh), row, folder, 10)
+        model = measuring.Model(network, sampling, lambda step, params=replicated: params, None, mesh)
+        batches = measuring.sampled(model, compile_sampler(network, sampling, mesh), row, folder, 10)
         measured.append(score(batches, 150, features, base))
-    one, eight = measured
+    one, eight = (scores.values for scores in measured)
     assert one["fid"] and one["fid"] > 0.1
     for key in ("fid", "is", "precision", "recall", "class_accuracy"):
         assert abs(one[key] - eight[key]) < 0.005, key

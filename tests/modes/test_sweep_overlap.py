@@ -14,10 +14,10 @@ from swept import pixels
 from tiny import tiny_config
 
 from cfd.devices import parallel, preemption
-from cfd.evaluation import metrics, scores
+from cfd.evaluation import scores
 from cfd.evaluation.features import FeatureNetwork
 from cfd.evaluation.reference import Reference
-from cfd.modes import settings, sweep
+from cfd.modes import measuring, settings, sweep
 from cfd.runs import results
 
 pytestmark = [
@@ -31,6 +31,7 @@ def run(mixing_run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of a run at step 7 that is swept on one device, with the features `pixels`."""
     monkeypatch.setattr(parallel, "make_mesh", lambda **_: mesh_of(1))
     monkeypatch.setattr(sweep, "open_features", lambda *_: FeatureNetwork("classifier", "f" * 64, pixels))
+    monkeypatch.setattr(sweep, "measure_real", lambda *_: None)  # which scores real images, not cells
     return mixing_run
 
 
@@ -48,21 +49,21 @@ def test_a_cell_is_sampled_while_the_one_before_is_measured(
     """The metrics of each cell but the last wait until the next cell is being sampled; the rows are the same."""
     folder = tmp_path_factory.mktemp("other")
     expected, ours = swept(folder), threading.get_ident()
-    sampling, distance, sampled = [threading.Event() for _ in range(4)], metrics.frechet_distance, sweep.sampled
+    sampling, distance, sampled = [threading.Event() for _ in range(4)], scores.groups, measuring.sampled
     cells, measured = iter(sampling), iter([*sampling[1:3], None])
 
     def announced(*arguments: Any) -> Any:
         next(cells).set()
         return sampled(*arguments)
 
-    def waiting(*arguments: Any) -> float:
+    def waiting(*arguments: Any) -> Any:
         assert threading.get_ident() != ours
         event = next(measured)
         assert event is None or event.wait(100), "the next cell is not sampled meanwhile"
         return distance(*arguments)
 
-    monkeypatch.setattr(sweep, "sampled", announced)
-    monkeypatch.setattr(metrics, "frechet_distance", waiting)
+    monkeypatch.setattr(measuring, "sampled", announced)
+    monkeypatch.setattr(scores, "groups", waiting)
     assert swept(run) == expected
     assert (run / "sweep.csv").read_bytes() == (folder / "sweep.csv").read_bytes()
     assert "metrics" not in names_of_threads()
@@ -78,19 +79,19 @@ def test_images_that_a_killed_sweep_left_unfinished_are_removed(run: Path) -> No
 
 
 def test_an_error_of_the_metrics_ends_the_sweep_with_its_traceback(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    distance, calls = metrics.frechet_distance, iter(range(9))
+    distance, calls = scores.groups, iter(range(9))
 
-    def broken(*arguments: Any) -> float:
+    def broken(*arguments: Any) -> Any:
         if next(calls) == 1:
             raise ZeroDivisionError("in the second cell")
         return distance(*arguments)
 
-    monkeypatch.setattr(metrics, "frechet_distance", broken)
+    monkeypatch.setattr(scores, "groups", broken)
     with pytest.raises(ZeroDivisionError, match="in the second cell") as caught:
         swept(run)
     assert {"broken", "score_outputs", "measure_cells"} <= {entry.name for entry in caught.traceback}
     assert [row["w"] for row in results.read_rows(str(run))] == [0.0]
-    monkeypatch.setattr(metrics, "frechet_distance", distance)
+    monkeypatch.setattr(scores, "groups", distance)
     assert [row["w"] for row in swept(run)] == [0.0, 1.0, 3.0]
     assert "metrics" not in names_of_threads()
 
@@ -100,10 +101,10 @@ def test_a_cell_that_is_sampled_is_written_before_the_sweep_ends(
     what: str, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the second cell, when the first one is still being measured. A job that has lost its lock writes nothing."""
-    ended, begun, distance, sampled = threading.Event(), [], metrics.frechet_distance, sweep.sampled
+    ended, begun, distance, sampled = threading.Event(), [], scores.groups, measuring.sampled
     errors = dict(lost=preemption.Lost("taken over"), error=ValueError("NaN"))
 
-    def waiting(*arguments: Any) -> float:
+    def waiting(*arguments: Any) -> Any:
         assert ended.wait(100)
         return distance(*arguments)
 
@@ -115,8 +116,8 @@ def test_a_cell_that_is_sampled_is_written_before_the_sweep_ends(
             raise errors[what]
         return True
 
-    monkeypatch.setattr(metrics, "frechet_distance", waiting)
-    monkeypatch.setattr(sweep, "sampled", lambda *arguments: begun.append(1) or sampled(*arguments))
+    monkeypatch.setattr(scores, "groups", waiting)
+    monkeypatch.setattr(measuring, "sampled", lambda *arguments: begun.append(1) or sampled(*arguments))
     with monkeypatch.context() as patch:
         patch.setattr(preemption, "requested", requested)
         with pytest.raises(errors.get(what, preemption.Stopped("")).__class__):
@@ -138,9 +139,9 @@ def failing(folder: str) -> str:
     features = FeatureNetwork("classifier", "f" * 64, pixels)
     mesh = parallel.make_mesh(-1, 1)
     params, config = parallel.replicate(mesh, mixing.params()), tiny_config()
-    model = sweep.Model(mixing.NETWORK, settings.sampling_of(config), lambda _: params, None, mesh)
+    model = measuring.Model(mixing.NETWORK, settings.sampling_of(config), lambda _: params, None, mesh)
     with pytest.raises(ValueError) as caught:
-        sweep.measure_cells(model, folder, [cell], 10, features, Reference(np.zeros(2), np.eye(2)))
+        measuring.measure_cells(model, folder, [cell], 10, features, Reference(np.zeros(2), np.eye(2)))
     return f"{jax.process_index()}: {caught.value}"
 
 

@@ -120,7 +120,8 @@ def test_the_loss_has_the_settings_of_the_config_and_dropout_its_own_key(monkeyp
 
     def eps_loss(key: Any, eps_fn: Any, x: Any, labels: Any, **options: Any) -> Any:
         seen.update(loss=key, out=eps_fn(x, jnp.zeros(2), labels))
-        assert options == dict(p_uncond=0.7, logsnr_min=-7.0, logsnr_max=9.0)
+        seen["schedule"] = options.pop("schedule")
+        assert options == dict(p_uncond=0.7)
         return jnp.zeros(())
 
     monkeypatch.setattr(UNet, "apply", seen_apply)
@@ -137,6 +138,7 @@ def test_the_loss_has_the_settings_of_the_config_and_dropout_its_own_key(monkeyp
     jitted = jax.jit(keys_and_output, compiler_options=QUICK)
     (keys, one), (_, other) = jitted(jax.random.key(1)), jitted(jax.random.key(2))
     assert len(np.unique(keys, axis=0)) == 3
+    np.testing.assert_allclose(seen["schedule"](jnp.array([0.0, 1.0])), [9.0, -7.0], rtol=1e-6)
     assert (one != other).any()
 
 

@@ -1,0 +1,221 @@
+"""`--mode=likelihood`: the variational bound of a run in bits per dimension, on the training and the held-out split.
+
+likelihood.csv has a row per split, kind of labels and weight, and a manifest says how each was made. likelihood.png is
+the progressive code of the held-out split: distortion and rate at each level, and one against the other, as in Fig. 5
+of Ho, Jain and Abbeel (arXiv:2006.11239).
+"""
+
+import csv
+import io
+import math
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+from jaxtyping import Float, Int, UInt8
+from tqdm import tqdm
+
+import cfd
+from cfd.config import Config
+from cfd.data.batches import load_arrays
+from cfd.data.sources import Dataset
+from cfd.devices import parallel, preemption, seeds, watchdog, xla
+from cfd.errors import UserError
+from cfd.evaluation.reference import evenly_spaced
+from cfd.guidance import NULL_LABEL
+from cfd.likelihood import bound, decoder_costs
+from cfd.loading import Loaded
+from cfd.modes import figures, settings
+from cfd.process import linear
+from cfd.runs import files, manifest, results
+from cfd.sampling import grid
+
+COLUMNS = ("step", "split", "labels", "w", "num_steps", "logsnr_max", "v", "prior", "diffusion", "reconstruction")
+COLUMNS += ("total", "standard_error", "num_images", "manifest")
+FIRST = 4.0
+"""The smallest λ at which the chain may end. Before it, the decoder would have to code whole digits of a pixel."""
+
+
+class Terms(NamedTuple):
+    """The bound of n images: bits per dimension, with the decoder at each of the last levels; see `Bound`."""
+
+    prior: Float[np.ndarray, " n"]
+    kl: Float[np.ndarray, "s n"]
+    decoder: Float[np.ndarray, "c n"]
+    squared_error: Float[np.ndarray, "t n"]
+
+    def totals(self) -> Float[np.ndarray, "c n"]:
+        """The bound of the chains that end at each of the last levels."""
+        spent = self.prior + np.cumsum(self.kl, axis=0)
+        return spent[len(spent) - len(self.decoder) :] + self.decoder
+
+
+def likelihood(config: Config, folder: str, out: str) -> str:
+    """Compute the bound of the run in `folder` as the config's `likelihood` says, and write likelihood.csv to `out`.
+
+    All chains end at the level that is best for the training split with its labels. Returns the table. Raises
+    ValueError if the config asks for a score that the run does not train, and `preemption.Stopped` on request; the
+    next start computes everything again.
+    """
+    run = settings.open_run(config, folder)
+    config, mesh, asked = run.config, parallel.make_mesh(**run.config.mesh), run.config.likelihood
+    parallel.check_batch("sample.batch_size", config.sample.batch_size, mesh)
+    levels = levels_of(config)
+    splits = {name: settings.open_split(config, name) for name in (config.data.split, config.eval.test_split)}
+    model = run.model_at(config.sample.step)
+    compute = compile_bound(model, config, mesh, levels)
+    kinds = [("class", float(w)) for w in asked.weights] if run.class_names and config.train.p_uncond < 1 else []
+    settings.check_weights(config, [w for _, w in kinds] or (-1.0,))
+    if config.train.p_uncond > 0 or not run.class_names:
+        kinds.append(("none", 0.0))
+    found: dict[tuple[str, str, float], Terms] = {}
+    total = len(kinds) * sum(min(len(split), asked.num_images or len(split)) for split in splits.values())
+    with tqdm(total=total, desc="likelihood", unit="image", disable=None) as bar:
+        for name, dataset in splits.items():
+            images, labels, index = chosen(dataset, asked.num_images, config.data.num_workers)
+            for kind, w in kinds:
+                given = labels if kind == "class" else np.full_like(labels, NULL_LABEL)
+                found[name, kind, w] = compute(images, given, index, w, bar.update)
+    first = (config.data.split, *kinds[0])
+    last = int(found[first].totals().mean(axis=1).argmin())
+    end = len(levels) - len(found[first].decoder) + last  # the index of the last level
+    rows = []
+    for (split, kind, w), terms in found.items():
+        made = manifest_of(config, model, splits[split], levels, kind, w)
+        rows.append(row_of(terms, last, end) | dict(step=model.step, split=split, labels=kind, w=w))
+        rows[-1] |= dict(num_steps=end + 1, logsnr_max=float(levels[end]), v=float(asked.v))
+        rows[-1]["manifest"] = manifest.manifest_name(made)
+        if jax.process_index() == 0:
+            manifest.write_manifest(out, made)
+    text = table(rows)
+    if jax.process_index() == 0:
+        write_rows(out, rows)
+        held_out = found[config.eval.test_split, *kinds[0]]
+        figures.save_figure(
+            os.path.join(out, "likelihood.png"), figures.rate_figure(*rate_distortion(held_out), levels)
+        )
+    return text
+
+
+def levels_of(config: Config) -> Float[np.ndarray, " t"]:
+    """The grid, uniform in λ, from the first λ of the process to likelihood.logsnr_max or the last of the process."""
+    asked, process = config.likelihood, config.process
+    last = min(asked.logsnr_max, process.logsnr_max)
+    if last <= max(FIRST, process.logsnr_min):
+        raise UserError(
+            f"likelihood.logsnr_max is {asked.logsnr_max:g} and process.logsnr_max {process.logsnr_max:g}: give a "
+            f"chain that may end above λ = {FIRST:g}"
+        )
+    return np.asarray(grid(asked.num_steps, linear(process.logsnr_min, last)))
+
+
+def chosen(
+    dataset: Dataset, count: int, num_workers: int
+) -> tuple[UInt8[np.ndarray, "n h w c"], Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+    """(images, labels, numbers) of `count` images of a split, evenly spaced, or of all for 0. Bad ones are left out."""
+    index = np.flatnonzero(evenly_spaced(len(dataset), count or len(dataset)))
+    images, labels = load_arrays(dataset, index, num_workers=num_workers)
+    return images, labels.astype(np.int32), np.arange(len(images), dtype=np.int32)
+
+
+def compile_bound(model: Loaded, config: Config, mesh: Mesh, levels: Float[np.ndarray, " t"]) -> Callable[..., Terms]:
+    """A function (images, labels, numbers, w, done) -> Terms. Image i has the noise of the key fold_in(key(seed), i).
+
+    `done(count)` is called after each batch.
+    """
+    network, asked = settings.network_of_run(model), config.likelihood
+    size = max(config.sample.batch_size, mesh.size)
+    first = int(np.argmax(levels > FIRST))
+
+    def program(params: Any, x: Array, labels: Array, index: Array, w: Array) -> tuple[Array, ...]:
+        keys = jax.vmap(lambda i: jax.random.fold_in(seeds.key(config.eval.seed), i))(index)
+        x = x.astype(jnp.float32) / 127.5 - 1.0
+        eps_fn = network.eps_of_params(params)
+        terms = bound(keys, eps_fn, x, labels, logsnr=levels, v=asked.v, w=w if any(asked.weights) else 0.0)
+        costs = decoder_costs(keys, x, logsnr=levels, first=first)
+        return terms.prior, terms.kl.T, costs.T, terms.squared_error.T
+
+    compiled, params = xla.jit(program), parallel.replicate(mesh, model.params)
+
+    def compute(images: Any, labels: Any, index: Any, w: float, done: Callable[[int], Any]) -> Terms:
+        parts = []
+        for start in range(0, len(images), size):
+            watchdog.alive(slow=True)
+            rows = [np.resize(a[start : start + size], (size, *a.shape[1:])) for a in (images, labels, index)]
+            outputs = compiled(params, *(parallel.shard_rows(mesh, a) for a in rows), np.float32(w))
+            count = min(size, len(images) - start)
+            parts.append([parallel.gather(output)[:count] for output in outputs])
+            done(count)
+            if preemption.requested():
+                raise preemption.Stopped("Stopped while computing the likelihood")
+        prior, kl, decoder, error = (np.concatenate(column).astype(np.float64) for column in zip(*parts, strict=True))
+        return Terms(prior, kl.T, decoder.T, error.T)
+
+    return compute
+
+
+def row_of(terms: Terms, last: int, end: int) -> dict[str, Any]:
+    """The means over images of the chain that ends at level `end`, the number `last` of the last levels."""
+    total = terms.totals()[last]
+    return dict(
+        prior=float(terms.prior.mean()),
+        diffusion=float(terms.kl[:end].sum(0).mean()),
+        reconstruction=float(terms.decoder[last].mean()),
+        total=float(total.mean()),
+        standard_error=float(total.std(ddof=1) / math.sqrt(len(total))),
+        num_images=len(total),
+    )
+
+
+def rate_distortion(terms: Terms) -> tuple[Float[np.ndarray, " t"], Float[np.ndarray, " t"]]:
+    """(bits per dimension spent before each level, root mean squared error of x̂ there, on the scale of 0 to 255)."""
+    spent = np.concatenate([[0.0], np.cumsum(terms.kl.mean(1))])
+    return terms.prior.mean() + spent, 127.5 * np.sqrt(terms.squared_error.mean(1))
+
+
+def manifest_of(
+    config: Config, model: Loaded, split: Dataset, levels: Float[np.ndarray, " t"], kind: str, w: float
+) -> dict[str, Any]:
+    """How a row is made: weights, data, and every setting."""
+    return {
+        "weights": {"sha256": model.weights_hash, "step": model.step},
+        "data": {"identity": split.identity},
+        "likelihood": config.likelihood.to_dict() | {"labels": kind, "w": w},
+        "levels": [float(levels[0]), float(levels[-1]), len(levels)],
+        "process": config.process.to_dict(),
+        "seeds": "image i has the noise of the key fold_in(key(seed), i)",
+        "seed": config.eval.seed,
+        "prng": seeds.PRNG,
+        "cfd": cfd.__version__,
+    }
+
+
+def write_rows(out: str, rows: list[dict[str, Any]]) -> None:
+    """Add rows to likelihood.csv. Rows of the same manifest are replaced."""
+    path = os.path.join(out, "likelihood.csv")
+    names = {row["manifest"] for row in rows}
+    before = [row for row in csv.DictReader(results.whole_lines(path)) if row.get("manifest") not in names]
+    text = io.StringIO()
+    writer: Any = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows([*before, *rows])
+    files.write_atomically(path, text.getvalue())
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        "| split | labels | w | prior | diffusion | reconstruction | bits/dim | images |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        parts = " | ".join(f"{row[name]:.4f}" for name in ("prior", "diffusion", "reconstruction"))
+        total = f"{row['total']:.4f} ± {1.96 * row['standard_error']:.4f}"
+        lines.append(f"| {row['split']} | {row['labels']} | {row['w']:g} | {parts} | {total} | {row['num_images']:,} |")
+    ends = f"The chain ends at λ = {rows[0]['logsnr_max']:.2f} after {rows[0]['num_steps']} levels, "
+    return "\n".join([*lines, "", ends + "the best for the training split. ± is 1.96 standard errors over images."])

@@ -1,0 +1,93 @@
+"""The files that `--mode=likelihood` writes, against a direct evaluation of the bound."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from mixing import eps_of_params, params
+from PIL import Image
+from tiny import tiny_config
+
+from cfd.data.batches import load_arrays
+from cfd.likelihood import bound, decoder_costs
+from cfd.modes import settings
+from cfd.modes.likelihood import levels_of, likelihood
+from cfd.process import linear
+from cfd.runs import manifest
+from cfd.sampling import grid
+
+EPS = eps_of_params(jax.tree.map(jnp.asarray, params()))
+pytestmark = pytest.mark.usefixtures("compile_once")
+
+
+def config_of(**changes: Any) -> Any:
+    asked = dict(likelihood__num_steps=8, likelihood__num_images=20, likelihood__weights=(0.0, 1.0))
+    return tiny_config(**asked | changes)
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "likelihood.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def test_each_row_is_the_bound_of_the_chain_that_is_best_for_the_training_split(mixing_run: Path) -> None:
+    config, folder = config_of(), str(mixing_run)
+    text = likelihood(config, folder, folder)
+    rows = rows_of(mixing_run)
+    names = [(row["split"], row["labels"], float(row["w"])) for row in rows]
+    assert names == [(s, *kind) for s in ("train", "test") for kind in (("class", 0.0), ("class", 1.0), ("none", 0.0))]
+    levels = np.asarray(grid(8, linear(-20.0, 13.3)))
+    np.testing.assert_array_equal(levels_of(config), levels)
+    end = int(rows[0]["num_steps"])
+    totals = {}
+    for name, row in zip(names, rows, strict=True):
+        split, kind, w = name
+        dataset = settings.open_split(config, split)
+        index = np.arange(20) * len(dataset) // 20
+        images, labels = load_arrays(dataset, index)
+        x = jnp.asarray(images, jnp.float32) / 127.5 - 1.0
+        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(1000), i))(jnp.arange(20))
+        given = jnp.asarray(labels) if kind == "class" else jnp.full(20, -1)
+        run = jax.jit(lambda x, keys, given, w=w: bound(keys, EPS, x, given, logsnr=levels[:end], w=w))
+        terms = run(x, keys, given)
+        for column, expected in (
+            ("prior", terms.prior),
+            ("diffusion", terms.kl.sum(0)),
+            ("reconstruction", terms.decoder),
+            ("total", terms.total),
+        ):
+            assert float(row[column]) == pytest.approx(float(np.mean(expected)), rel=1e-4)
+        error = np.std(terms.total, ddof=1) / np.sqrt(20)
+        assert float(row["standard_error"]) == pytest.approx(float(error), rel=1e-3)
+        assert float(row["logsnr_max"]) == levels[end - 1] and int(row["num_images"]) == 20
+        assert manifest.read_manifest(folder, row["manifest"]) is not None
+        if name == names[0]:
+            whole = jax.jit(lambda x, keys, given: bound(keys, EPS, x, given, logsnr=levels))(x, keys, given)
+            costs = jax.jit(lambda x, keys: decoder_costs(keys, x, logsnr=levels))(x, keys)
+            spent = np.concatenate([np.zeros((1, 20)), np.cumsum(whole.kl, axis=0)])
+            totals = np.mean(np.asarray(whole.prior) + spent + np.asarray(costs), axis=1)
+            np.testing.assert_allclose(costs[-1], whole.decoder, rtol=1e-5, atol=1e-6)
+            allowed = levels > 4.0
+            assert levels[allowed][totals[allowed].argmin()] == levels[end - 1]
+    assert "| test | none | 0 | " in text and f"after {end} levels" in text
+    with Image.open(mixing_run / "likelihood.png") as image:
+        image.load()
+
+
+def test_a_second_start_replaces_rows_of_the_same_settings_and_keeps_others(mixing_run: Path) -> None:
+    folder = str(mixing_run)
+    likelihood(config_of(likelihood__weights=(0.0,)), folder, folder)
+    before = rows_of(mixing_run)
+    likelihood(config_of(likelihood__weights=(0.0,)), folder, folder)
+    assert rows_of(mixing_run) == before and len(before) == 4
+    likelihood(config_of(likelihood__weights=(0.0,), likelihood__v=1.0), folder, folder)
+    assert rows_of(mixing_run)[:4] == before and len(rows_of(mixing_run)) == 8
+
+
+def test_a_chain_that_ends_in_noise_is_refused(mixing_run: Path) -> None:
+    with pytest.raises(ValueError, match=r"likelihood\.logsnr_max is 3 and process\.logsnr_max 20: give a chain that"):
+        likelihood(config_of(likelihood__logsnr_max=3.0), str(mixing_run), str(mixing_run))
