@@ -49,9 +49,9 @@ run = run._replace(eps_fn=jax.tree.map(add_noise, run.eps_fn))
 """After a few steps, classes differ by less than a byte of a picture. With random weights they differ."""
 
 
-def cells() -> dict[str, Any]:
+def cells(notebook: Path = NOTEBOOK) -> dict[str, Any]:
     """The code cells by their titles, in order."""
-    found = [cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code"]
+    found = [cell for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
     return {cell.source.splitlines()[0].removeprefix("# @title "): cell for cell in found}
 
 
