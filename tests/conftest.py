@@ -18,7 +18,9 @@ from gcs import FakeGcs
 from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import install_import_hook
 
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, also in the processes that tests start
+# Under nohup, and in the background of a script, these are ignored, also in the processes that tests start.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 install_import_hook("cfd", "beartype.beartype")
