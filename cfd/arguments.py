@@ -147,6 +147,19 @@ def threefry(key: Key[Array, "*b"] | UInt32[Array, "*b 2"] | UInt32[Array, "*b 4
     return jax.random.wrap_key_data(data[..., :2], impl="threefry2x32")
 
 
+def image_keys(key: Key[Array, "*b"] | UInt32[Array, "*b 2"] | UInt32[Array, "*b 4"], batch: int) -> Key[Array, "b"]:
+    """Keys [B], one per image. From a single key, image i takes `fold_in(key, i)`. Keys are as in `threefry`.
+
+    Raises ValueError as `threefry` does, and if there is another number of keys.
+    """
+    keys = threefry(key)
+    if keys.shape == ():
+        return jax.vmap(jax.random.fold_in, (None, 0))(keys, jnp.arange(batch))
+    if keys.shape != (batch,):
+        raise ValueError(f"key has batch shape {keys.shape} for {batch} images; give one key, or one per image")
+    return keys
+
+
 def warn_of_wrong_rows(rows: int) -> None:
     """Warns the caller's caller if XLA:CPU, by default, computes wrong sums over 3 values for this number of rows."""
     if rows > 2**15 and jax.default_backend() == "cpu" and not _sums_are_right(rows):

@@ -17,7 +17,7 @@ from jax.nn import log_sigmoid
 from jax.typing import ArrayLike
 from jaxtyping import Float, Key, PyTree, Real, UInt32
 
-from cfd.arguments import check_count, check_data, check_numbers, threefry
+from cfd.arguments import check_count, check_data, check_numbers, image_keys
 from cfd.guidance import NULL_LABEL, batch_size, check_trained, guided
 from cfd.process import alpha_sigma, check_ends, per_example
 
@@ -88,11 +88,7 @@ def log_likelihood(
     count = check_count("num_steps", num_steps)
     check_ends(logsnr_min, logsnr_max)
     check_trained(eps_fn, logsnr_min, logsnr_max)
-    keys = threefry(key)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(keys, jnp.arange(batch)) if keys.shape == () else keys
-    if keys.shape != (batch,):
-        raise ValueError(f"key has batch shape {keys.shape} for {batch} images; give one key, or one per image")
-    probe = jax.vmap(lambda key: jax.random.rademacher(key, x.shape[1:], jnp.float32))(keys)
+    probe = jax.vmap(lambda key: jax.random.rademacher(key, x.shape[1:], jnp.float32))(image_keys(key, batch))
     field = velocity(eps_fn, labels, w, null)
     axes = tuple(range(1, x.ndim))
 

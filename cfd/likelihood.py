@@ -25,7 +25,7 @@ from jax.scipy.special import log_ndtr
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int, Key, PyTree, Real, UInt32
 
-from cfd.arguments import check_count, check_data, check_numbers, threefry
+from cfd.arguments import check_count, check_data, check_numbers, image_keys
 from cfd.guidance import NULL_LABEL, batch_size, check_trained, guided
 from cfd.process import alpha_sigma, check_grid, check_v, diffuse, step_divergence, x_from_eps
 
@@ -139,7 +139,7 @@ def bound(
     check_v(v)
     check_trained(eps_fn, logsnr[0], logsnr[-1])
     levels, v = jnp.asarray(logsnr, jnp.float32), jnp.asarray(v, jnp.float32)
-    keys = _image_keys(key, batch)
+    keys = image_keys(key, batch)
     eps_of = guided(eps_fn, labels, w, null)
     d = math.prod(x.shape[1:])
 
@@ -183,7 +183,7 @@ def decoder_costs(
     all these chains, from one evaluation of `bound`. Raises ValueError as `bound` does.
     """
     check_grid(logsnr, "logsnr")
-    levels, d, keys = jnp.asarray(logsnr, jnp.float32), math.prod(x.shape[1:]), _image_keys(key, len(x))
+    levels, d, keys = jnp.asarray(logsnr, jnp.float32), math.prod(x.shape[1:]), image_keys(key, len(x))
 
     def cost(at: tuple[Array, Array]) -> Array:
         t, logsnr = at
@@ -191,15 +191,6 @@ def decoder_costs(
         return softmax_decoder(x, z, x, logsnr).reshape(len(x), d).mean(1) / math.log(2.0)
 
     return jax.lax.map(cost, (jnp.arange(first + 1, len(levels) + 1), levels[first:]))
-
-
-def _image_keys(key: Array, batch: int) -> Array:
-    """Keys [B], one per image; from a single key, image i takes `fold_in(key, i)`."""
-    keys = threefry(key)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(keys, jnp.arange(batch)) if keys.shape == () else keys
-    if keys.shape != (batch,):
-        raise ValueError(f"key has batch shape {keys.shape} for {batch} images; give one key, or one per image")
-    return keys
 
 
 def _noise(keys: Array, t: Array, shape: tuple[int, ...]) -> Array:

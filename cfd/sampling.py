@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Key, PyTree, Real, UInt32
 
 from cfd import steps
-from cfd.arguments import concrete, is_zero, threefry, warn_of_wrong_rows
+from cfd.arguments import concrete, image_keys, is_zero, warn_of_wrong_rows
 from cfd.guidance import NULL_LABEL, Interval, batch_size, check_output, check_trained, check_weight, nulls_like
 from cfd.guidance import guide as linear_mix
 from cfd.process import alpha_sigma, x_from_eps
@@ -137,7 +137,7 @@ def guided_sample(
     if isinstance(w, Interval):
         _check_interval(w, num_steps, logsnr_min, logsnr_max)
     labels = jax.tree.map(jnp.asarray, labels)
-    keys = _image_keys(key, batch)
+    keys = image_keys(key, batch)
     guided_eps = _guided(eps_fn, guide, rule, labels, null, w, batch, doubled)
     if corrector is not None:
         steps.check_corrector(corrector)
@@ -306,13 +306,3 @@ def _varying_like(z: Array, *inputs: PyTree) -> Array:
     for x in jax.tree.leaves(inputs):
         z = z if callable(x) else jnp.where(True, z, jnp.sum(jnp.ravel(x)[:1]).astype(z.dtype))
     return z
-
-
-def _image_keys(key: Array, batch: int) -> Array:
-    """Keys [B], one per image. From a single key, image i takes `fold_in(key, i)`."""
-    key = threefry(key)
-    if key.shape == ():
-        return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
-    if key.shape != (batch,):
-        raise ValueError(f"key has batch shape {key.shape} for {batch} labels; give one key, or one per label")
-    return key

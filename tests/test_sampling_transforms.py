@@ -166,7 +166,7 @@ def test_a_bfloat16_network_gives_float32_images():
         ({"labels": 3}, "labels have leading shapes"),
         ({"labels": {}}, "labels have leading shapes"),
         ({"labels": {"a": jnp.zeros(2), "b": jnp.zeros(3)}}, r"labels have leading shapes \[\(2,\), \(3,\)\]"),
-        ({"key": jax.random.split(KEY, 3)}, r"key has batch shape \(3,\) for 8 labels"),
+        ({"key": jax.random.split(KEY, 3)}, r"key has batch shape \(3,\) for 8 images"),
         ({"key": 0}, r"key is 0.*jax\.random\.key\(0\)"),
         ({"sampler": "ddim"}, r"sampler is 'ddim'.*such as the result of ancestral\(v\) or ddim\(\)"),
         ({"sampler": ddim}, r"sampler is <function ddim.*give a step rule, such as the result of"),

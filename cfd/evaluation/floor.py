@@ -14,6 +14,7 @@ from jaxtyping import Int
 
 from cfd.data.batches import load_arrays
 from cfd.data.dataset import Dataset
+from cfd.errors import UserError
 from cfd.evaluation import kid, metrics
 from cfd.evaluation.features import FeatureNetwork
 from cfd.evaluation.reference import Reference, block_rows, evenly_spaced, with_progress
@@ -29,19 +30,23 @@ def floor_path(folder: str) -> str:
 
 
 def read_floor(folder: str) -> dict[str, Any] | None:
-    """The content of floor.json; None if the file is missing or damaged. The next sweep then writes it again.
+    """The content of floor.json; None if the file is missing or damaged, and the next sweep then writes it again.
 
     "reference" names the reference, "num_samples" is the number of images of a draw, and "draws" that of draws. "fid"
     and "kid" are {"mean", "sd", "low", "high"} over the draws, the last two mean ± 1.96 sd; both are None if there are
     too few features, and "reason" says so. "balanced" is whether the draws have equally many images of each class.
     "saturation" is that of the reference. "held_out" has the "split", the "identity" of its data, the number of
     "images", and a value per metric, such as "precision", "recall", "is" and "class_accuracy". It is None if no split
-    is held out.
+    is held out. Raises ValueError if this job may not read the file.
     """
+    path = floor_path(folder)
     try:
-        content = files.read_bytes(floor_path(folder))
-        found = json.loads(content) if content is not None else None
-    except (OSError, ValueError):
+        content = files.read_bytes(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): {files.how_to_allow(path)}") from error
+    try:
+        found = None if content is None else json.loads(content)
+    except ValueError:
         return None
     return (
         found if isinstance(found, dict) and {"reference", "num_samples", "fid", "held_out"} <= found.keys() else None
