@@ -227,7 +227,7 @@ def check_classes(labels: Int32[np.ndarray, " n"], num_classes: int, samples: st
 
 
 def words_for(samples: str, features: str) -> Words:
-    """What messages about the two files call the flags of this command."""
+    """The names of this command's flags in messages about the two files."""
     return Words(
         features="--features",
         use="give --features={}, or a REFERENCE with images arr_0 alone",

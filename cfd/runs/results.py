@@ -3,7 +3,7 @@
 sweep.csv                 SETTINGS, MEASURED with their intervals, the name to give FID, and the row's manifest
 samples/<...>.npz         the images of a row, in the layout of OpenAI's evaluator
 intervals/<manifest>.json the measures of a row, computed again without each group of its images
-classes/<manifest>.csv    what was measured of each class of a row
+classes/<manifest>.csv    the measures of each class of a row
 """
 
 import csv
@@ -32,7 +32,7 @@ MEASURED: tuple[str, ...] = (
     "class_accuracy",
     "saturation",
 )
-"""What is measured of a row. Each may be None, where the feature network or the reference does not give it."""
+"""The measures of a row. Each may be None, where the feature network or the reference does not give it."""
 INTERVALS = tuple(f"{key}_{end}" for key in MEASURED for end in ("low", "high"))
 """The ends of the 95 % interval of each measure, or None."""
 COLUMNS: tuple[str, ...] = (*SETTINGS, *MEASURED, *INTERVALS, "kid_se", "fid_name", "manifest")
