@@ -281,7 +281,10 @@ def _ends(config: dict[str, Any]) -> dict[str, float]:
 
 
 def _sampling(config: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `guided_sample` that a config's group `sample` means."""
+    """The arguments of `guided_sample` that a config's group `sample` means.
+
+    A run that is older than the fields of the schedule has the cosine.
+    """
     sample = config.get("sample", {})
     found = {name: sample[name] for name in ("num_steps", "clip") if name in sample}
     name = sample.get("schedule") or config.get("process", {}).get("schedule", "cosine")

@@ -227,7 +227,7 @@ def _correction(corrector: Langevin, eps_of: Any, noise: Any) -> Callable[[Array
         sigma = alpha_sigma(logsnr)[1]
 
         def langevin(k: Array, z: Array) -> Array:
-            # Of a rule that moves z, the score is that of the x̃ which its z and ε imply: σ ε = z − α x̃.
+            # If a rule moves z, the score follows from the x̃ that its z and ε imply: σ ε = z − α x̃.
             moved, eps, _, _ = eps_of(z, logsnr, state)
             return z - c * (z - moved + sigma * eps) + sigma * jnp.sqrt(2.0 * c) * noise(t, 1 + k)
 

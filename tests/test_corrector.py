@@ -201,7 +201,7 @@ def test_the_grid_of_the_ornstein_uhlenbeck_process() -> None:
     np.testing.assert_allclose((logsnr_before - logsnr) * sigma**2, 2 * gamma, rtol=2e-3)
 
 
-# What a correction costs, and what it depends on
+# The cost of a correction, and its randomness
 
 
 def scans(jaxpr, depth: int = 0) -> list[int]:

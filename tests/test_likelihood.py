@@ -165,7 +165,7 @@ def test_the_cost_of_a_value_in_the_middle(logsnr: float, bits: float) -> None:
     assert abs(cost.mean() - bits) < 0.005 + 4 * cost.std() / math.sqrt(len(cost))
 
 
-# What follows from the bound
+# Consequences of the bound
 
 
 def test_rate_and_distortion_add_up() -> None:

@@ -102,7 +102,7 @@ def covering_groups(
 ) -> Bool[np.ndarray, "n g"]:
     """Whether each row of x lies in the ball of some centre of each group.
 
-    Of a row that lies in balls of several groups, at least two of these groups are found.
+    If a row lies in balls of several groups, at least two of these groups are found.
     """
     frame, number = frame_of(x, centres), int(group.max()) + 1
     found, unsure = np.zeros((len(x), number), bool), np.zeros(len(x), bool)

@@ -6,10 +6,11 @@ of Ho, Jain and Abbeel (arXiv:2006.11239).
 """
 
 import csv
+import functools
 import io
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +29,7 @@ from cfd.devices import parallel, preemption, seeds, watchdog, xla
 from cfd.errors import UserError
 from cfd.evaluation.reference import evenly_spaced
 from cfd.guidance import NULL_LABEL
-from cfd.likelihood import bound, decoder_costs
+from cfd.likelihood import Bound, bound, decoder_costs, rate_distortion
 from cfd.loading import Loaded
 from cfd.modes import figures, settings
 from cfd.process import linear
@@ -68,7 +69,7 @@ def likelihood(config: Config, folder: str, out: str) -> str:
     levels = levels_of(config)
     splits = {name: settings.open_split(config, name) for name in (config.data.split, config.eval.test_split)}
     model = run.model_at(config.sample.step)
-    compute = compile_bound(model, config, mesh, levels)
+    costs_of, compute = compile_bound(model, config, mesh, levels)
     kinds = [("class", float(w)) for w in asked.weights] if run.class_names and config.train.p_uncond < 1 else []
     settings.check_weights(config, [w for _, w in kinds] or (-1.0,))
     if config.train.p_uncond > 0 or not run.class_names:
@@ -78,9 +79,10 @@ def likelihood(config: Config, folder: str, out: str) -> str:
     with tqdm(total=total, desc="likelihood", unit="image", disable=None) as bar:
         for name, dataset in splits.items():
             images, labels, index = chosen(dataset, asked.num_images, config.data.num_workers)
+            costs = costs_of(images, index)
             for kind, w in kinds:
                 given = labels if kind == "class" else np.full_like(labels, NULL_LABEL)
-                found[name, kind, w] = compute(images, given, index, w, bar.update)
+                found[name, kind, w] = compute(images, index, given, w, costs, bar.update)
     first = (config.data.split, *kinds[0])
     last = int(found[first].totals().mean(axis=1).argmin())
     end = len(levels) - len(found[first].decoder) + last  # the index of the last level
@@ -96,9 +98,9 @@ def likelihood(config: Config, folder: str, out: str) -> str:
     if jax.process_index() == 0:
         write_rows(out, rows)
         held_out = found[config.eval.test_split, *kinds[0]]
-        figures.save_figure(
-            os.path.join(out, "likelihood.png"), figures.rate_figure(*rate_distortion(held_out), levels)
-        )
+        terms = held_out.prior, held_out.kl, held_out.decoder[-1], held_out.squared_error
+        rate, rmse = map(np.asarray, rate_distortion(Bound(*(jnp.asarray(term, jnp.float32) for term in terms))))
+        figures.save_figure(os.path.join(out, "likelihood.png"), figures.rate_figure(rate, rmse, levels))
     return text
 
 
@@ -123,40 +125,55 @@ def chosen(
     return images, labels.astype(np.int32), np.arange(len(images), dtype=np.int32)
 
 
-def compile_bound(model: Loaded, config: Config, mesh: Mesh, levels: Float[np.ndarray, " t"]) -> Callable[..., Terms]:
-    """A function (images, labels, numbers, w, done) -> Terms. Image i has the noise of the key fold_in(key(seed), i).
+def compile_bound(model: Loaded, config: Config, mesh: Mesh, levels: Float[np.ndarray, " t"]) -> tuple[Any, Any]:
+    """Two functions: (images, numbers) -> costs of the decoder, and (images, numbers, labels, w, costs, done) -> Terms.
 
-    `done(count)` is called after each batch.
+    The costs depend on the images alone, so that those of a split serve all labels and weights. Image i has the noise
+    of the key fold_in(key(seed), i). `done(count)` is called after each batch.
     """
     network, asked = settings.network_of_run(model), config.likelihood
     size = max(config.sample.batch_size, mesh.size)
     first = int(np.argmax(levels > FIRST))
 
-    def program(params: Any, x: Array, labels: Array, index: Array, w: Array) -> tuple[Array, ...]:
+    def keys_and_data(x: Array, index: Array) -> tuple[Array, Array]:
         keys = jax.vmap(lambda i: jax.random.fold_in(seeds.key(config.eval.seed), i))(index)
-        x = x.astype(jnp.float32) / 127.5 - 1.0
-        eps_fn = network.eps_of_params(params)
-        terms = bound(keys, eps_fn, x, labels, logsnr=levels, v=asked.v, w=w if any(asked.weights) else 0.0)
-        costs = decoder_costs(keys, x, logsnr=levels, first=first)
-        return terms.prior, terms.kl.T, costs.T, terms.squared_error.T
+        return keys, x.astype(jnp.float32) / 127.5 - 1.0
 
-    compiled, params = xla.jit(program), parallel.replicate(mesh, model.params)
+    def decoder(x: Array, index: Array) -> tuple[Array, ...]:
+        keys, x = keys_and_data(x, index)
+        return (decoder_costs(keys, x, logsnr=levels, first=first).T,)
 
-    def compute(images: Any, labels: Any, index: Any, w: float, done: Callable[[int], Any]) -> Terms:
+    def chain(x: Array, index: Array, labels: Array, params: Any, w: Any) -> tuple[Array, ...]:
+        keys, x = keys_and_data(x, index)
+        terms = bound(keys, network.eps_of_params(params), x, labels, logsnr=levels, v=asked.v, w=w)
+        return terms.prior, terms.kl.T, terms.squared_error.T
+
+    compiled_decoder, guided = xla.jit(decoder), xla.jit(chain)
+    unguided = xla.jit(functools.partial(chain, w=0.0))  # one evaluation of the network per level
+    params = parallel.replicate(mesh, model.params)
+
+    def in_batches(program: Callable[..., Any], columns: Sequence[Any], *others: Any, done: Any) -> list[np.ndarray]:
         parts = []
-        for start in range(0, len(images), size):
+        for start in range(0, len(columns[0]), size):
             watchdog.alive(slow=True)
-            rows = [np.resize(a[start : start + size], (size, *a.shape[1:])) for a in (images, labels, index)]
-            outputs = compiled(params, *(parallel.shard_rows(mesh, a) for a in rows), np.float32(w))
-            count = min(size, len(images) - start)
+            rows = [np.resize(a[start : start + size], (size, *a.shape[1:])) for a in columns]
+            outputs = program(*(parallel.shard_rows(mesh, a) for a in rows), *others)
+            count = min(size, len(columns[0]) - start)
             parts.append([parallel.gather(output)[:count] for output in outputs])
             done(count)
             if preemption.requested():
                 raise preemption.Stopped("Stopped while computing the likelihood")
-        prior, kl, decoder, error = (np.concatenate(column).astype(np.float64) for column in zip(*parts, strict=True))
-        return Terms(prior, kl.T, decoder.T, error.T)
+        return [np.concatenate(column).astype(np.float64).T for column in zip(*parts, strict=True)]
 
-    return compute
+    def costs_of(images: Any, index: Any) -> np.ndarray:
+        return in_batches(compiled_decoder, (images, index), done=lambda _: None)[0]
+
+    def compute(images: Any, index: Any, labels: Any, w: float, costs: np.ndarray, done: Any) -> Terms:
+        program, weight = (guided, (np.float32(w),)) if w else (unguided, ())
+        prior, kl, error = in_batches(program, (images, index, labels), params, *weight, done=done)
+        return Terms(prior, kl, costs, error)
+
+    return costs_of, compute
 
 
 def row_of(terms: Terms, last: int, end: int) -> dict[str, Any]:
@@ -170,12 +187,6 @@ def row_of(terms: Terms, last: int, end: int) -> dict[str, Any]:
         standard_error=float(total.std(ddof=1) / math.sqrt(len(total))),
         num_images=len(total),
     )
-
-
-def rate_distortion(terms: Terms) -> tuple[Float[np.ndarray, " t"], Float[np.ndarray, " t"]]:
-    """(bits per dimension spent before each level, root mean squared error of x̂ there, on the scale of 0 to 255)."""
-    spent = np.concatenate([[0.0], np.cumsum(terms.kl.mean(1))])
-    return terms.prior.mean() + spent, 127.5 * np.sqrt(terms.squared_error.mean(1))
 
 
 def manifest_of(
