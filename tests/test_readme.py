@@ -10,14 +10,14 @@ import pytest
 from checkpoints import State, opened
 from tiny import QUICK, ROOT, tiny_config
 
-from cfd.networks.unet import UNet
+from cfd.networks.model import module
 from cfd.runs import checkpoint, workdir
 
 
 def tiny_run(folder: Path) -> None:
     """Makes a run's folder with an untrained model of the digits."""
     config = tiny_config()
-    net = UNet(image_size=8, **config.model)
+    net = module(dict(config.model), 8)
     inputs = jnp.zeros((1, 8, 8, 1)), jnp.zeros(1), jnp.zeros(1, jnp.int32)
     ema = jax.jit(net.init, compiler_options=QUICK)(jax.random.key(0), *inputs)["params"]
     config_json = workdir.describe("diffusion", config.to_dict(), list("0123456789"))

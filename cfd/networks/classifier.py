@@ -13,7 +13,7 @@ from jax import Array
 from jaxtyping import Float, Int, Key, UInt32
 
 from cfd.arguments import check_data, check_returned, known_labels, threefry
-from cfd.networks.unet import ConditionEmbedding, Norm, blocks, check_shapes, encode
+from cfd.networks.unet import ConditionEmbedding, Norm, blocks, check_shapes, encode, input_channels
 from cfd.process import Schedule, cosine, diffuse
 
 ClassifierFn = Callable[[Array, Array], Array]
@@ -48,7 +48,7 @@ class Classifier(nn.Module):
 
         Raises ValueError as `UNet` does, and for z of another size than `image_size`.
         """
-        check_shapes(self, z, logsnr=logsnr)
+        check_shapes(input_channels(self), z, logsnr=logsnr)
         if z.shape[1:3] != (self.image_size, self.image_size):
             raise ValueError(
                 f"z is {z.shape[1]}x{z.shape[2]}, but this classifier takes {self.image_size}x{self.image_size} images "

@@ -7,6 +7,7 @@ hand-written gradients, which JAX can use in reverse mode only: `jax.jvp`, `jax.
 of the time to trace a training step.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from cfd.kernels import cpu, gpu, winograd
+from cfd.kernels import cpu, gpu, tpu, winograd
 from cfd.kernels import group_norm as group_norm_kernel
 
 GROUPS = 32
@@ -39,12 +40,12 @@ class Conv(nn.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 k"]:
         init = nn.initializers.zeros if self.zero else nn.initializers.lecun_normal()
         window = (self.size, self.size) if self.size > 1 else ()
-        kernel = self.param("kernel", init, (*window, x.shape[-1], self.channels), jnp.float32).astype(self.dtype)
+        kernel = self.param("kernel", init, (*window, x.shape[-1], self.channels), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.channels,), jnp.float32)
         x = x.astype(self.dtype)
         if not self.fast:
-            y = convolve(x, kernel, self.stride, fast=False).astype(jnp.float32) + bias[None, None, None]
-            return y.astype(self.dtype)
+            y = convolve(x, kernel.astype(self.dtype), self.stride, fast=False).astype(jnp.float32)
+            return (y + bias[None, None, None]).astype(self.dtype)
         x, kernel, bias = cpu.barrier_gradients(cast_varying(x, kernel, bias))
         return add_bias(convolve(x, kernel, self.stride), bias)
 
@@ -54,18 +55,33 @@ def convolve(
 ) -> Float[Array, "b h2 w2 k"]:
     """y[i, j, k] = Σ_{u, v, c} x[s·i + u − 1, s·j + v − 1, c] · kernel[u, v, c, k], with stride s and padding 1.
 
-    A kernel of shape [c, k] is 1x1, without padding and stride: y[i, j, k] = Σ_c x[i, j, c] · kernel[c, k].
+    A kernel of shape [c, k] is 1x1, without padding and stride: y[i, j, k] = Σ_c x[i, j, c] · kernel[c, k]. A kernel of
+    another dtype than x is rounded to that of x.
     """
-    if kernel.ndim == 2:
-        # The product has two axes, because XLA:CPU would copy the transpose of a 4-axis x for the kernel's gradient.
-        return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
     strides, padding = (stride, stride), ((1, 1), (1, 1))
     plain = partial(
         jax.lax.conv_general_dilated, window_strides=strides, padding=padding, dimension_numbers=winograd.LAYOUT
     )
-    if not fast or stride > 1 or not winograd.pays(x, kernel):
+    if kernel.ndim == 2:
+        plain = product
+    if kernel.dtype != x.dtype:
+        rounded = partial(_rounded, plain)
+        if not fast:
+            return rounded(x, kernel)
+        return jax.lax.platform_dependent(x, kernel, tpu=partial(tpu.convolve, plain), default=rounded)
+    if kernel.ndim == 2 or not fast or stride > 1 or not winograd.pays(x, kernel):
         return plain(x, kernel)
     return jax.lax.platform_dependent(x, kernel, cpu=winograd.convolve, default=plain)
+
+
+def product(x: Float[Array, "b h w c"], kernel: Float[Array, "c k"]) -> Float[Array, "b h w k"]:
+    """The 1x1 convolution: Σ_c x[i, j, c] · kernel[c, k]."""
+    # The product has two axes, because XLA:CPU would copy the transpose of a 4-axis x for the kernel's gradient.
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
+
+
+def _rounded(plain: Callable[[Array, Array], Array], x: Array, kernel: Array) -> Array:
+    return plain(x, kernel.astype(x.dtype))
 
 
 @jax.custom_vjp
@@ -86,9 +102,10 @@ def attention(
     if not fast:
         return plain(*(x.astype(jnp.float32) for x in (q, k, v))).astype(q.dtype)
     cudnn = {"cuda": gpu.attention} if gpu.cudnn_takes(q) else {}
+    on_tpu = tpu.attention if tpu.pays(q, k) else plain
     # JAX's attention itself promotes 16 bits to float32, which `jax_numpy_dtype_promotion="strict"` would refuse.
     with jax.numpy_dtype_promotion("standard"):
-        return jax.lax.platform_dependent(q, k, v, cpu=cpu.attention, default=plain, **cudnn)
+        return jax.lax.platform_dependent(q, k, v, cpu=cpu.attention, tpu=on_tpu, default=plain, **cudnn)
 
 
 def group_norm(

@@ -1,4 +1,4 @@
-"""The time that a network embeds: λ as the time of the cosine schedule, or as ADM's discrete time t, and back.
+"""The time that a network embeds: λ itself, the time of the cosine schedule, or ADM's discrete time t, and back.
 
 Dhariwal and Nichol (arXiv:2105.05233) train on 1000 steps with ᾱ_t = Π_{s≤t} (1 − β_s): at 64x64 with the cosine
 schedule of Nichol and Dhariwal (arXiv:2102.09672), Eq. 17, and at every other size with the linear schedule of Ho et
@@ -16,15 +16,18 @@ NUM_STEPS = 1000
 
 
 def network_time(logsnr: Float[Array, "b"], time: str) -> Float[Array, "b"]:
-    """The time in [0, 1000], from data to noise, for the network's field `time`: "cosine", "adm_cosine", "adm_linear".
+    """The time in [0, 1000], from data to noise: `time` is "cosine", "logsnr", "adm_cosine" or "adm_linear".
 
-    Raises ValueError for another `time`.
+    "logsnr" is 25 (20 − λ), in which all λ are equally far apart, as in Kingma et al. (arXiv:2107.00630). "cosine"
+    hardly tells those beyond 13 apart, which matters to the bound, and not to images. Raises ValueError for another.
     """
+    if time == "logsnr":
+        return 25.0 * (20.0 - logsnr)
     if time == "cosine":
         return cosine_time(logsnr)
     if time in ("adm_cosine", "adm_linear"):
         return adm_time(logsnr, time.removeprefix("adm_"))
-    raise ValueError(f'time is {time!r}: choose "cosine", "adm_cosine" or "adm_linear"')
+    raise ValueError(f'time is {time!r}: choose "cosine", "logsnr", "adm_cosine" or "adm_linear"')
 
 
 def cosine_time(logsnr: Float[Array, "b"]) -> Float[Array, "b"]:

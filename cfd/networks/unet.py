@@ -4,7 +4,7 @@ Bind the parameters to use a network as an `eps_fn`:
 `lambda z, logsnr, labels: net.apply({"params": params}, z, logsnr, labels)`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, PyTree, Shaped
 
 from cfd.arguments import concrete
 from cfd.networks.layers import Conv, attention, concatenate, group_norm
 from cfd.networks.times import network_time, sinusoidal
+from cfd.networks.weight import weight_embedding
 
 
 class UNet(nn.Module):
@@ -33,6 +34,10 @@ class UNet(nn.Module):
     recomputes the activations of each block instead of keeping them. `fast` uses the forms of the layers that are fast
     on the platform. They have no forward mode: `jax.jvp`, `jax.jacfwd` and `jax.linearize` need `fast=False`, which is
     the same function up to rounding.
+
+    `label_from` is the level of the upward half, as numbered by `channel_mult`, from which the class is seen; −1 means
+    everywhere. The blocks before it, the trunk, see λ alone, and `scores` evaluates them once for two labels. The paper
+    of classifier-free guidance (arXiv:2207.12598, Section 5) suggests to "inject conditioning late in the network".
     """
 
     image_size: int
@@ -51,43 +56,82 @@ class UNet(nn.Module):
     dtype: str = "float32"
     remat: bool = False
     fast: bool = True
+    label_from: int = -1
+    weight_range: tuple[float, ...] = ()
 
     @nn.compact
     def __call__(
-        self, z: Float[Array, "..."], logsnr: Float[Array, "..."], labels: Shaped[Array, "..."], train: bool = False
-    ) -> Float[Array, "b h w k"]:
+        self,
+        z: Float[Array, "..."],
+        logsnr: Float[Array, "..."],
+        labels: Shaped[Array, "..."],
+        train: bool = False,
+        nulls: Shaped[Array, "..."] | None = None,
+        w: Float[Array, "..."] | None = None,
+    ) -> PyTree[Float[Array, "b h w k"]]:
         """ε, with the height and width of z and `out_channels` channels. Label NULL_LABEL (any label below 0) is ∅.
 
         z is [B, H, W, C], of any height and width that the levels can halve; logsnr and labels are [B]. `train` turns
         dropout on. Raises ValueError for shapes or fields that do not fit together, for labels that are no integers,
         and for a label that is not below `num_classes`. Under `jit`, labels are not known, and such a row is NaN.
+
+        `nulls` are other labels for the same z and λ. With them, the result is a pair; see `scores`. A network with
+        `weight_range` needs w [B], the guidance weights, and ε is then the guided score.
         """
-        check_shapes(self, z, logsnr=logsnr, labels=labels)
-        emb = ConditionEmbedding(self.num_classes, self.base_channels, self.time, name="embed")(logsnr, labels)
-        res, attend = blocks(self, emb.astype(self.dtype), train)
+        check_shapes(input_channels(self), z, logsnr=logsnr, labels=labels)
+        if not -1 <= self.label_from < len(self.channel_mult):
+            raise ValueError(
+                f"label_from is {self.label_from}: give the number of a level, 0 to {len(self.channel_mult) - 1}, or "
+                "-1 for a class that the whole network sees"
+            )
+        embedding = ConditionEmbedding(self.num_classes, self.base_channels, self.time, name="embed")
+        of_weight = weight_embedding(self, w, len(z))
+
+        def embed(logsnr: Array, labels: Array | None) -> Array:
+            emb = embedding(logsnr, labels)
+            return emb if of_weight is None else emb + of_weight
+
+        emb = embed(logsnr, labels).astype(self.dtype)
+        trunk = emb if self.label_from < 0 else embed(logsnr, None).astype(self.dtype)
+        if nulls is not None:
+            check_shapes(input_channels(self), z, nulls=nulls)
+            if self.label_from < 0:
+                raise ValueError("label_from is -1, so the network has no trunk to share: evaluate it for each label")
+            emb = emb, embed(logsnr, nulls).astype(self.dtype)
+        res, attend = blocks(self, trunk, train)
         h, skips = encode(self, res, attend, z)
-        attended = levels_with_attention(self)
-        for level, mult in reversed(tuple(enumerate(self.channel_mult))):
-            for i in range(self.num_res_blocks + 1):
-                h = concatenate(h, skips.pop(), fast=self.fast)
-                h = res(f"up_{level}_{i}_res", h, round(mult * self.base_channels))
-                if level in attended:
-                    h = attend(f"up_{level}_{i}_attn", h)
-            if level > 0:
-                if self.resblock_updown:
-                    h = res(f"up_{level}_sample", h, h.shape[-1], "up")
-                else:
-                    h = Conv(h.shape[-1], self.dtype, fast=self.fast, name=f"up_{level}_sample")(upsample(h))
+        levels = range(len(self.channel_mult))[::-1]
+        shared = [level for level in levels if level > self.label_from >= 0]
+        h = decode(self, res, attend, h, skips, shared)
+        if self.label_from >= 0:
+            h = jax.tree.map(lambda _: h, emb)
+            res, attend = blocks(self, emb, train)
+        h = decode(self, res, attend, h, skips, levels[len(shared) :])
+        return output(self, h, self.out_channels or z.shape[-1])
 
-        h = Norm(silu=True, fast=self.fast, name="norm_out")(h.astype(jnp.float32))
-        return Conv(self.out_channels or z.shape[-1], "float32", zero=True, fast=self.fast, name="conv_out")(h)
+    def scores(
+        self,
+        z: Float[Array, "..."],
+        logsnr: Float[Array, "..."],
+        labels: Shaped[Array, "..."],
+        nulls: Shaped[Array, "..."],
+        train: bool = False,
+    ) -> tuple[Float[Array, "b h w k"], Float[Array, "b h w k"]]:
+        """The outputs for `labels` and for `nulls`, with one evaluation of the trunk. Raises ValueError without one.
+
+        They are those of two separate evaluations. Dropout in the trunk, with `train`, is the same for both.
+        """
+        return self(z, logsnr, labels, train, nulls)
 
 
-def check_shapes(net: Any, z: Array, **per_image: Array) -> None:
-    """Raises ValueError unless z is [B, H, W, C] with the channels of the parameters of `net`, and the others [B]."""
-    trained = net.has_variable("params", "conv_in")
-    channels = net.get_variable("params", "conv_in")["kernel"].shape[-2] if trained else None
-    if z.ndim != 4 or (trained and z.shape[3] != channels):
+def input_channels(net: Any, layer: str = "conv_in") -> int | None:
+    """The number of inputs of a layer in the parameters of `net`; None while they are being made."""
+    return net.get_variable("params", layer)["kernel"].shape[-2] if net.has_variable("params", layer) else None
+
+
+def check_shapes(channels: int | None, z: Array, **per_image: Array) -> None:
+    """Raises ValueError unless z is [B, H, W, C], with C = `channels` if that is known, and the others are [B]."""
+    if z.ndim != 4 or channels not in (None, z.shape[3]):
         raise ValueError(
             f"z has shape {z.shape}; this network takes [B, H, W, {channels or 'C'}]. `guided_sample` makes z as "
             "[B, *shape]: give its `shape` as (H, W, C)"
@@ -95,6 +139,17 @@ def check_shapes(net: Any, z: Array, **per_image: Array) -> None:
     for name, x in per_image.items():
         if x.shape != z.shape[:1]:
             raise ValueError(f"{name} has shape {x.shape}; give one value per image of z, shape {z.shape[:1]}")
+
+
+def check_sides(net: Any, z: Array) -> None:
+    """Raises ValueError if the levels of `net` cannot halve the sides of z [B, H, W, C] or `image_size`."""
+    levels = len(net.channel_mult)
+    for name, sides in (("image_size", [net.image_size] * 2), ("z", z.shape[1:3])):
+        if any(side % 2 ** (levels - 1) for side in sides):
+            raise ValueError(
+                f"{name} is {sides[0]}x{sides[1]}, but {levels} levels need sides divisible by {2 ** (levels - 1)}: "
+                "change the size or channel_mult"
+            )
 
 
 def levels_with_attention(net: Any) -> set[int]:
@@ -111,20 +166,21 @@ def levels_with_attention(net: Any) -> set[int]:
     return {level for level, height in enumerate(heights) if height in net.attention_resolutions}
 
 
-def blocks(net: Any, emb: Float[Array, "b d"], train: bool) -> tuple[Callable[..., Array], Callable[..., Array]]:
+def blocks(net: Any, emb: PyTree[Float[Array, "b d"]], train: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Two functions that create and apply a residual block, and an attention block, inside `net`.
 
-    `net` is a module with the fields of `UNet`.
+    `net` is a module with the fields of `UNet`. If `emb` is a tuple of embeddings, the functions take and return a
+    tuple of as many feature maps, and apply the same block to each pair.
     """
 
-    def res(name: str, h: Array, channels: int, resample: str = "none") -> Array:
+    def res(name: str, h: PyTree[Array], channels: int, resample: str = "none") -> PyTree[Array]:
         block = nn.remat(ResBlock, static_argnums=(3,)) if net.remat else ResBlock
         module = block(channels, resample, net.scale_shift_norm, net.dropout, net.dtype, net.fast, name=name)
-        return module(h, emb, train)
+        return jax.tree.map(lambda h, emb: module(h, emb, train), h, emb)
 
-    def attend(name: str, h: Array) -> Array:
+    def attend(name: str, h: PyTree[Array]) -> PyTree[Array]:
         block = nn.remat(AttentionBlock) if net.remat else AttentionBlock
-        return block(net.head_channels, net.num_heads, net.dtype, net.fast, name=name)(h)
+        return jax.tree.map(block(net.head_channels, net.num_heads, net.dtype, net.fast, name=name), h)
 
     return res, attend
 
@@ -134,15 +190,9 @@ def encode(
 ) -> tuple[Float[Array, "b h2 w2 k"], list[Array]]:
     """The downward half of `net` and its middle: the lowest feature map, and those of the skip connections.
 
-    Raises ValueError if the levels cannot halve the sides of z or `image_size`.
+    Raises ValueError as `check_sides` does.
     """
-    levels = len(net.channel_mult)
-    for name, sides in (("image_size", [net.image_size] * 2), ("z", z.shape[1:3])):
-        if any(side % 2 ** (levels - 1) for side in sides):
-            raise ValueError(
-                f"{name} is {sides[0]}x{sides[1]}, but {levels} levels need sides divisible by {2 ** (levels - 1)}: "
-                "change the size or channel_mult"
-            )
+    check_sides(net, z)
     attended = levels_with_attention(net)
     h = Conv(round(net.base_channels * net.channel_mult[0]), net.dtype, fast=net.fast, name="conv_in")(z)
     skips = [h]
@@ -152,7 +202,7 @@ def encode(
             if level in attended:
                 h = attend(f"down_{level}_{i}_attn", h)
             skips.append(h)
-        if level < levels - 1:
+        if level < len(net.channel_mult) - 1:
             if net.resblock_updown:
                 h = res(f"down_{level}_sample", h, h.shape[-1], "down")
             else:
@@ -162,6 +212,44 @@ def encode(
     h = res("mid_0_res", h, h.shape[-1])
     h = attend("mid_attn", h)
     return res("mid_1_res", h, h.shape[-1]), skips
+
+
+def decode(
+    net: Any,
+    res: Callable[..., Any],
+    attend: Callable[..., Any],
+    h: PyTree[Float[Array, "b _h _w _k"]],
+    skips: list[Array],
+    levels: Sequence[int],
+) -> PyTree[Float[Array, "b _h2 _w2 _k2"]]:
+    """Consecutive levels of the upward half of `net`, the lowest resolution first.
+
+    h is the feature map that they begin with, or several, as `blocks` takes them. `skips` are those of `encode`, from
+    whose end each residual block removes one.
+    """
+    attended = levels_with_attention(net)
+    for level in levels:
+        width = round(net.channel_mult[level] * net.base_channels)
+        for i in range(net.num_res_blocks + 1):
+            skip = skips.pop()
+            h = jax.tree.map(lambda h, skip=skip: concatenate(h, skip, fast=net.fast), h)
+            h = res(f"up_{level}_{i}_res", h, width)
+            if level in attended:
+                h = attend(f"up_{level}_{i}_attn", h)
+        if level > 0:
+            if net.resblock_updown:
+                h = res(f"up_{level}_sample", h, width, "up")
+            else:
+                conv = Conv(width, net.dtype, fast=net.fast, name=f"up_{level}_sample")
+                h = jax.tree.map(lambda h, conv=conv: conv(upsample(h)), h)
+    return h
+
+
+def output(net: Any, h: PyTree[Float[Array, "b h w _k"]], channels: int) -> PyTree[Float[Array, "b h w c"]]:
+    """The last norm and convolution of `net`, for each feature map, in float32. It is 0 at initialisation."""
+    norm = Norm(silu=True, fast=net.fast, name="norm_out")
+    conv = Conv(channels, "float32", zero=True, fast=net.fast, name="conv_out")
+    return jax.tree.map(lambda h: conv(norm(h.astype(jnp.float32))), h)
 
 
 class ConditionEmbedding(nn.Module):
@@ -244,17 +332,25 @@ class AttentionBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         b, height, width, channels = x.shape
-        unit = self.num_heads or self.head_channels
-        if not unit or channels % unit:
-            raise ValueError(
-                f"{channels} channels do not divide into heads with num_heads = {self.num_heads}, head_channels = "
-                f"{self.head_channels}: set one of them to a divisor of {channels}, and the other to 0"
-            )
-        heads = self.num_heads or channels // unit
+        heads = heads_of(self, channels)
         qkv = Conv(3 * channels, self.dtype, size=1, fast=self.fast, name="qkv")(Norm(fast=self.fast, name="norm")(x))
         qkv = qkv.reshape(b, height * width, 3, heads, channels // heads)
         h = attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], fast=self.fast).reshape(x.shape)
         return x + Conv(channels, self.dtype, size=1, zero=True, fast=self.fast, name="out")(h)
+
+
+def heads_of(net: Any, channels: int) -> int:
+    """The number of attention heads of a module with the fields `num_heads` and `head_channels`.
+
+    Raises ValueError if it states neither, or heads into which the channels do not divide.
+    """
+    divisor = net.num_heads or net.head_channels
+    if not divisor or channels % divisor:
+        raise ValueError(
+            f"{channels} channels do not divide into heads with num_heads = {net.num_heads}, head_channels = "
+            f"{net.head_channels}: set one of them to a divisor of {channels}, and the other to 0"
+        )
+    return net.num_heads or channels // divisor
 
 
 class Norm(nn.Module):

@@ -22,7 +22,7 @@ from cfd.networks.layers import Conv, add_bias, attention, group_norm
 Inputs = tuple[Array, Array, Array]
 
 
-@pytest.fixture(params=["cpu", "cuda", "default", "plain"], autouse=True)
+@pytest.fixture(params=["cpu", "cuda", "tpu", "default", "plain"], autouse=True)
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The platform whose forms `jax.lax.platform_dependent` selects, whatever the device is, or the plain forms."""
     if request.param == "plain":

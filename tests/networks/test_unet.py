@@ -15,6 +15,7 @@ from cfd.config import complete, with_classes
 from cfd.fields import FIELDS, NETWORK
 from cfd.guidance import NULL_LABEL
 from cfd.networks.classifier import Classifier
+from cfd.networks.model import module
 from cfd.networks.unet import UNet
 
 SMALL: dict[str, Any] = dict(
@@ -83,7 +84,7 @@ def test_the_configs_are_adms_models(config: str, size: int, parameters: int) ->
     """
     stated = importlib.import_module(f"configs.{config}").get_config()
     model = with_classes(complete(stated), 1000).model
-    net = UNet(image_size=size, **dict(model, out_channels=6))
+    net = module(dict(model, out_channels=6), size)
     inputs = (jnp.zeros((1, size, size, 3)), jnp.zeros(1), jnp.zeros(1, jnp.int32))
     shapes = jax.eval_shape(net.init, jax.random.key(0), *inputs)
     assert sum(x.size for x in jax.tree.leaves(shapes)) == parameters
@@ -150,10 +151,11 @@ def test_invalid_fields_are_refused_with_a_reason(fields: dict, size: int, messa
 def test_defaults_are_those_of_the_config(network: Any) -> None:
     """`out_channels` and `num_classes` are 0 in a config for a number that follows from the data."""
     defaults = {name: f.default for name, f in network.__dataclass_fields__.items() if name not in ("parent", "name")}
-    assert {name: defaults[name] for name in NETWORK if name != "num_classes"} == {
-        name: field.default for name, field in NETWORK.items() if name != "num_classes"
-    }
-    assert set(defaults) - set(NETWORK) - {"out_channels"} == {"image_size", "fast"} and defaults["fast"]
+    fields = {name.removeprefix("model."): field.default for name, field in FIELDS.items() if name.startswith("model.")}
+    own = (set(fields) & set(defaults)) - {"num_classes"}
+    assert {name: defaults[name] for name in own} == {name: fields[name] for name in own}
+    assert set(NETWORK) <= set(defaults)
+    assert set(defaults) - set(fields) == {"image_size", "fast"} and defaults["fast"]
     assert defaults.get("out_channels", 0) == FIELDS["model.out_channels"].default == 0
 
 
