@@ -3,10 +3,13 @@
     python -m cfd.benchmark --network=small
     python -m cfd.benchmark --network=adm64 --dtype=bfloat16 --batch_size=128 --in_flight=4 --json=h200.json
     python -m cfd.benchmark --network=small --peer=../guided-diffusion    # needs PyTorch
+    python -m cfd.benchmark --network=adm64 --dtype=bfloat16 --compile_for=v5e:2x2    # needs jax[tpu], and no TPU
 
 It prints a line per round, then a table, and writes the result as JSON to --json. If it is stopped by Ctrl-C,
 SIGTERM or a closed terminal, or if the process of a side dies, it prints and writes the results until then and exits
 with code 1.
+
+With --compile_for, it compiles for TPU chips and runs nothing: see `cfd.benchmark.ahead`.
 
 With --peer, both networks have the same weights, and nothing is timed unless their outputs agree. Each side runs in a
 process of its own. The sides take turns, and a ratio is the median over the rounds of time here / time there. Every
@@ -33,16 +36,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
+from cfd.benchmark import ahead
 from cfd.benchmark.ours import our_side
-from cfd.benchmark.side import NETWORKS, PEER_ROW, Died, Setting, Side
+from cfd.benchmark.side import NETWORKS, PASSES, PEER_ROW, Died, Setting, Side
 from cfd.devices import output
 from cfd.errors import UserError
 from cfd.runs.files import write_atomically
 
-BATCH_SIZE = {"small": 16, "adm64": 2}
-
-PASSES = {"forward": 1, "gradient": 3, "train": 3, "w0": 1, "guided": 2, "guided-doubled": 2, "calls": 2, "sampler": 2}
-"""{row: the number of forward passes of the model that its FLOPs are}, per step of the sampler."""
+BATCH_SIZE = {"small": 16, "adm64": 2, "mp_small": 16, "mp64": 2}
+AHEAD_BATCH_SIZE = 32  # per chip
 
 MEANS = {
     "forward": "forward",
@@ -67,11 +69,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     flags = parse(arguments)
     with output.lasting(lambda _: None):  # the JSON file is written although nobody reads the table
         try:
-            reason = benchmark(flags)
+            reason = compile_for_tpus(flags) if flags.compile_for else benchmark(flags)
         except UserError as error:
             reason = f"error: {error}"
     if reason:
         sys.exit(reason)
+
+
+def compile_for_tpus(flags: argparse.Namespace) -> str:
+    """Compiles the rows for the chips of --compile_for, and reports them. Returns why it ended early, or ""."""
+    setting = ahead.Setting(
+        compile_for=flags.compile_for,
+        slices=flags.slices,
+        fsdp=flags.fsdp,
+        network=flags.network,
+        batch_size=flags.batch_size or AHEAD_BATCH_SIZE,
+        dtype=flags.dtype,
+        remat=flags.remat,
+        rows=tuple(flags.rows.split(",")),
+    )
+    found, reason = [], ""
+    try:
+        for facts in ahead.compile_ahead(setting):
+            found.append(facts)
+            print(ahead.table(setting, found), flush=True)
+    except KeyboardInterrupt:
+        reason = f"error: stopped; {len(found)} of {len(setting.rows)} programs are compiled"
+    if found and flags.json:
+        result = {"setting": setting._asdict(), "programs": found}
+        write_atomically(Path(flags.json), json.dumps(result, indent=1) + "\n")
+    return reason
 
 
 def benchmark(flags: argparse.Namespace) -> str:
@@ -100,26 +127,36 @@ def benchmark(flags: argparse.Namespace) -> str:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m cfd.benchmark", description="Speed on this machine.")
     parser.add_argument("--network", choices=sorted(NETWORKS), default="small")
-    parser.add_argument("--batch_size", type=int, default=0, help="0: 16 for small, 2 for adm64")
+    parser.add_argument("--batch_size", type=int, default=0, help="0: 16 at 32x32, 2 at 64x64")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute dtype")
     parser.add_argument("--remat", action="store_true", help="recompute activations in the gradient")
     parser.add_argument("--sampler_steps", type=int, default=256, help="T of the sampler")
-    parser.add_argument("--rows", default=",".join(MEANS), help="what to time")
+    parser.add_argument("--rows", default="", help=f"what to time or compile: {','.join(MEANS)}")
+    parser.add_argument("--compile_for", default="", help="TPU chips to compile for, such as v5e:2x2; none is needed")
+    parser.add_argument("--slices", type=int, default=1, help="slices of TPU chips, with --compile_for")
+    parser.add_argument("--fsdp", type=int, default=1, help="chips that share the parameters, with --compile_for")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--in_flight", type=int, default=1, help="calls that the device gets before one is waited for")
     parser.add_argument("--profile", default="", help="a row whose operations are listed, the longest first")
     parser.add_argument("--peer", default="", help="a checkout of openai/guided-diffusion")
     parser.add_argument("--json", default="", help="a file for the result, in addition to the table")
     flags = parser.parse_args(arguments)
-    for name, least in (("rounds", 1), ("in_flight", 1), ("sampler_steps", 1), ("batch_size", 0)):
+    rows = ahead.PROGRAMS if flags.compile_for else tuple(MEANS)
+    flags.rows = flags.rows or ("train,guided" if flags.compile_for else ",".join(rows))
+    for name, least in dict(rounds=1, in_flight=1, sampler_steps=1, batch_size=0, slices=1, fsdp=1).items():
         if getattr(flags, name) < least:
             parser.error(f"--{name} is {getattr(flags, name)}: give an integer >= {least}")
-    if unknown := set(flags.rows.split(",")) - set(MEANS):
-        parser.error(f"--rows has {sorted(unknown)}: choose from {','.join(MEANS)}")
+    if unknown := set(flags.rows.split(",")) - set(rows):
+        parser.error(f"--rows has {sorted(unknown)}: choose from {','.join(rows)}")
+    for name in ("profile", "peer") if flags.compile_for else ():
+        if getattr(flags, name):
+            parser.error(f"--{name} is {getattr(flags, name)!r}: --compile_for runs nothing; leave one of them out")
     if flags.profile and flags.profile not in flags.rows.split(","):
         parser.error(f"--profile is {flags.profile!r}: choose one of --rows, {flags.rows}")
     if flags.peer and not Path(flags.peer, "guided_diffusion").is_dir():
         parser.error(f"--peer is {flags.peer!r}, which holds no guided_diffusion/: give a checkout of the repository")
+    if flags.peer and NETWORKS[flags.network].get("network", "adm") != "adm":
+        parser.error(f"--network={flags.network} is no network of --peer: give small or adm64, or leave --peer out")
     if flags.json and not os.access(Path(flags.json).absolute().parent, os.W_OK):
         parser.error(f"--json is {flags.json!r}, whose folder cannot be written: give a file in another")
     return flags

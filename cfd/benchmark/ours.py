@@ -6,12 +6,14 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import Array
 from PIL import Image
 
@@ -25,8 +27,8 @@ from cfd.guidance import NULL_LABEL
 from cfd.losses import eps_loss
 from cfd.modes.sampler import to_uint8
 from cfd.modes.train_step import LossFn, TrainState, initial_state, make_optimizer, train_step
+from cfd.networks.model import build, module
 from cfd.networks.times import adm_logsnr
-from cfd.networks.unet import UNet
 from cfd.sampling import guided_sample
 
 
@@ -35,7 +37,8 @@ def our_side(setting: Setting) -> Built:
     print(f"Building {setting.network}.", flush=True)
     xla.return_freed_memory()
     fields = NETWORKS[setting.network] | dict(dtype=setting.dtype, remat=setting.remat)
-    net = UNet(image_size=IMAGE_SIZE[setting.network], **fields)
+    size = IMAGE_SIZE[setting.network]
+    net, project = module(fields, size), build(fields, size, 3).project
     z, t, labels = map(jnp.asarray, common_input(setting))
     logsnr = adm_logsnr(t, "cosine")
     if setting.peer:
@@ -96,7 +99,7 @@ def our_side(setting: Setting) -> Built:
     if "forward" not in setting.rows:
         rows.pop("forward", None)  # and its program, which is not part of the memory that is measured
     if "train" in setting.rows:
-        rows["train"] = our_train_step(compiled, loss_fn, current, {"image": to_uint8(z), "label": labels})
+        rows["train"] = our_train_step(compiled, loss_fn, project, current, {"image": to_uint8(z), "label": labels})
     if "input" in setting.rows:
         rows["input"] = input_pipeline(setting)
 
@@ -120,30 +123,39 @@ def our_side(setting: Setting) -> Built:
     return Built(rows, jax.block_until_ready, output, facts, measure)
 
 
-def our_train_step(
-    compiled: Callable[..., Any], loss_fn: LossFn, current: list[Any], batch: dict[str, Array]
-) -> Callable[[], dict[str, Array]]:
-    """`train_step` on a state that each call replaces. It also replaces the parameters in `current`."""
+def training(
+    loss_fn: LossFn, project: Callable[[Any], Any] | None, *, replicated: bool, join_vectors: bool
+) -> tuple[optax.GradientTransformation, Callable[..., Any]]:
+    """The optimizer and the training step that the benchmark measures. The arguments are those of `train_step`."""
     optimizer = make_optimizer(
         learning_rate=1e-4, warmup_steps=0, adam_b1=0.9, adam_b2=0.999, weight_decay=0.0, grad_clip=1.0
     )
+    step = partial(
+        train_step,
+        loss_fn=loss_fn,
+        optimizer=optimizer,
+        ema_decay=0.9999,
+        ema_warmup=False,
+        num_microbatches=1,
+        replicated=replicated,
+        join_vectors=join_vectors,
+        project=project,
+    )
+    return optimizer, step
+
+
+def our_train_step(
+    compiled: Callable[..., Any],
+    loss_fn: LossFn,
+    project: Callable[[Any], Any] | None,
+    current: list[Any],
+    batch: dict[str, Array],
+) -> Callable[[], dict[str, Array]]:
+    """`train_step` on a state that each call replaces. It also replaces the parameters in `current`."""
+    on_cpu = jax.default_backend() == "cpu"
+    optimizer, step = training(loss_fn, project, replicated=True, join_vectors=on_cpu)
     build = jax.jit(lambda p: initial_state(lambda _: p, optimizer, seeds.key(0)), donate_argnums=0)
     key = seeds.key(1)
-
-    def step(state: TrainState, batch: dict[str, Array], key: Array) -> Any:
-        return train_step(
-            state,
-            batch,
-            key,
-            loss_fn=loss_fn,
-            optimizer=optimizer,
-            ema_decay=0.9999,
-            ema_warmup=False,
-            num_microbatches=1,
-            replicated=True,
-            join_vectors=jax.default_backend() == "cpu",
-        )
-
     program = compiled("train", step, jax.eval_shape(build, current[0]), batch, key, donate_argnums=0)
     state: TrainState = build(current[0])
     current[0] = state.params

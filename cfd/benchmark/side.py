@@ -24,7 +24,15 @@ NETWORKS = {
     | dict(num_classes=1000, out_channels=6, base_channels=192, channel_mult=(1, 2, 3, 4), num_res_blocks=3)
     | dict(attention_resolutions=(32, 16, 8)),
 }
-IMAGE_SIZE = {"small": 32, "adm64": 64}
+NETWORKS |= {
+    "mp_small": NETWORKS["small"] | dict(network="mp"),
+    "mp64": NETWORKS["adm64"]
+    | dict(network="mp", attention_resolutions=(16, 8)),  # the widths of EDM2-S, arXiv:2312.02696
+}
+IMAGE_SIZE = {"small": 32, "adm64": 64, "mp_small": 32, "mp64": 64}
+
+PASSES = {"forward": 1, "gradient": 3, "train": 3, "w0": 1, "guided": 2, "guided-doubled": 2, "calls": 2, "sampler": 2}
+"""{row: the number of forward passes of the model that its FLOPs are}, per step of the sampler."""
 
 # The peer has one guided step, on a doubled batch. Both guided steps of this package are compared with it.
 PEER_ROW = {"forward": "forward", "gradient": "gradient", "train": "train", "w0": "forward"} | dict.fromkeys(

@@ -78,9 +78,9 @@ def _rejection(name: str, value: str | bool) -> str:
 def flops(fun: Callable, *arguments: Any) -> float:
     """The floating-point operations of `fun(*arguments)`, as XLA counts them for the lowered program.
 
-    The arguments are arrays or their shapes. The program is lowered for an accelerator, where a convolution has all its
-    multiplications; on a CPU, `cfd.kernels.winograd` needs fewer. XLA:CPU does the counting: the result is NaN if
-    JAX_PLATFORMS excludes the CPU.
+    The arguments are arrays or their shapes. The program is lowered for a platform on which convolution and attention
+    have their plain forms: `cfd.kernels.winograd` needs fewer multiplications, and XLA counts a loop as one iteration.
+    XLA:CPU does the counting: the result is NaN if JAX_PLATFORMS excludes the CPU.
     """
     try:
         cpu = jax.local_devices(backend="cpu")[0]
@@ -88,7 +88,7 @@ def flops(fun: Callable, *arguments: Any) -> float:
         return math.nan
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
     with jax.default_device(cpu):
-        lowered: Any = jax.jit(fun).trace(*shapes).lower(lowering_platforms=("tpu",))
+        lowered: Any = jax.jit(fun).trace(*shapes).lower(lowering_platforms=("rocm",))
     return lowered.cost_analysis()["flops"]
 
 

@@ -13,12 +13,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from cfd.benchmark import __main__ as benchmark
 from cfd.benchmark.ours import operations, our_side
 from cfd.benchmark.side import COMMON, IMAGE_SIZE, NETWORKS, Setting, seconds
 from cfd.devices import xla
+from cfd.networks.model import module
 from cfd.networks.unet import UNet
 
 TINY: dict[str, Any] = COMMON | dict(
@@ -32,11 +34,13 @@ TINY: dict[str, Any] = COMMON | dict(
 )
 
 
-@pytest.mark.parametrize("network, parameters", [("small", 7_995_011), ("adm64", 295_904_454)])
+@pytest.mark.parametrize(
+    "network, parameters",
+    [("small", 7_995_011), ("adm64", 295_904_454), ("mp_small", 7_383_510), ("mp64", 280_214_437)],
+)
 def test_the_networks_have_their_documented_size(network: str, parameters: int) -> None:
-    fields: dict[str, Any] = NETWORKS[network] | dict(dtype="float32", remat=False)
     size = IMAGE_SIZE[network]
-    net = UNet(image_size=size, **fields)
+    net = module(NETWORKS[network], size)
     z, one = jnp.zeros((1, size, size, 3)), jnp.zeros(1)
     shapes = jax.eval_shape(net.init, jax.random.key(0), z, one, jnp.zeros(1, jnp.int32))
     assert sum(x.size for x in jax.tree.leaves(shapes)) == parameters
@@ -52,6 +56,18 @@ def test_rows_are_built_and_can_be_called_again(monkeypatch: pytest.MonkeyPatch,
     assert set(built.facts["compile_seconds"]) == set(rows) - {"input"}
     for call in (*built.rows.values(), *built.rows.values()):
         call()
+
+
+@pytest.mark.slow
+def test_the_other_network_has_the_same_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The row "forward" reads the parameters that a training step leaves."""
+    monkeypatch.setitem(NETWORKS, "mp_small", TINY | dict(network="mp"))
+    monkeypatch.setitem(IMAGE_SIZE, "mp_small", 8)
+    built = our_side(Setting("mp_small", 2, "float32", False, 2, ("forward", "train"), 1, "", "", str(tmp_path)))
+    before = np.asarray(built.rows["forward"]())
+    for _ in range(2):
+        metrics = built.rows["train"]()
+    assert np.isfinite(metrics["loss"]) and (np.asarray(built.rows["forward"]()) != before).any()
 
 
 def test_flops_are_those_of_the_products() -> None:

@@ -18,9 +18,9 @@ from permissions import obeyed
 from tiny import QUICK, tiny_config
 
 from cfd.devices import xla
-from cfd.modes import train
+from cfd.modes import settings
 from cfd.modes.train import diffusion
-from cfd.networks.unet import UNet
+from cfd.networks.model import build
 
 DIGITS = dict(model__attention_resolutions=(8,))
 WIDE = dict(
@@ -49,7 +49,7 @@ def test_gradients_under_the_options_are_those_of_plain_layers_without(
     arguments = jax.random.key(1), params, x, jnp.arange(batch_size) % 10
 
     loss, gradient = xla.jit(jax.value_and_grad(loss_fn, argnums=1))(*arguments)
-    monkeypatch.setattr(train, "UNet", partial(UNet, fast=False))
+    monkeypatch.setattr(settings, "build", partial(build, fast=False))
     _, plain_loss_fn = diffusion(config)
     reference = jax.value_and_grad(plain_loss_fn, argnums=1)
     expected_loss, expected = jax.jit(reference, compiler_options=QUICK)(*arguments)

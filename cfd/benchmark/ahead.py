@@ -1,0 +1,262 @@
+"""Programs compiled for a TPU that is not there, by its own compiler: `python -m cfd.benchmark --compile_for=v5e:2x2`.
+
+The compiler tells the FLOPs, the bytes, the temporary memory and the collectives of a training step and of a sampling
+step. With the published rates of a chip, they give the time that the step takes at least.
+"""
+
+import contextlib
+import importlib.util
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from cfd.benchmark import hlo
+from cfd.benchmark.ours import training
+from cfd.benchmark.side import IMAGE_SIZE, NETWORKS, PASSES
+from cfd.devices import parallel, seeds, xla
+from cfd.errors import UserError, reason_of
+from cfd.losses import eps_loss
+from cfd.modes.train_step import initial_state
+from cfd.networks.layers import Conv
+from cfd.networks.model import build, module
+from cfd.networks.unet import AttentionBlock, Norm, ResBlock, UNet
+from cfd.sampling import guided_sample
+
+PROGRAMS = ("forward", "train", "w0", "guided")
+"""The rows of the benchmark that can be compiled."""
+
+SHAPES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+"""The slices of v5e and v6e, in chips: docs.cloud.google.com/tpu/docs/v6e."""
+
+
+class Chip(NamedTuple):
+    """The published rates of a chip, per second: bfloat16 FLOPs, bytes of main memory, bytes to other chips."""
+
+    flops: float
+    memory: float
+    links: float
+
+
+CHIPS = {"v5e": Chip(197e12, 800e9, 200e9), "v6e": Chip(918e12, 1600e9, 400e9)}
+"""From docs.cloud.google.com/tpu/docs/v6e, which compares both. The links' 1,600 and 3,200 Gbps are all four ports."""
+
+
+class Setting(NamedTuple):
+    """The programs to compile, and the chips. `batch_size` is per chip."""
+
+    compile_for: str
+    slices: int
+    fsdp: int
+    network: str
+    batch_size: int
+    dtype: str
+    remat: bool
+    rows: tuple[str, ...]
+
+
+def compile_ahead(setting: Setting) -> Iterator[dict[str, Any]]:
+    """The facts of each program in `setting.rows`, as soon as it is compiled.
+
+    Raises UserError if the chips are unknown, if libtpu is missing, or if fsdp does not divide the chips.
+    """
+    mesh = mesh_of(setting)
+    size = IMAGE_SIZE[setting.network]
+    fields = NETWORKS[setting.network] | dict(dtype=setting.dtype, remat=setting.remat)
+    net, project = module(fields, size), build(fields, size, 3).project
+    for number, name in enumerate(setting.rows, 1):
+        fun, arguments, options = program(name, net, project, mesh, setting.batch_size * mesh.size)
+        with progress(f"Compiling {name} ({number} of {len(setting.rows)}) for {mesh.size} chips"):
+            start = time.perf_counter()
+            compiled = jax.jit(fun, **options).lower(*arguments).compile()
+            seconds = time.perf_counter() - start
+        yield facts(setting, net, name, compiled) | {"compile_seconds": seconds}
+
+
+def mesh_of(setting: Setting) -> Mesh:
+    """The mesh of the chips that `setting` names. It needs no TPU. Raises UserError as `compile_ahead` does."""
+    kind, _, shape = setting.compile_for.partition(":")
+    if kind not in CHIPS or shape not in SHAPES:
+        raise UserError(
+            f"--compile_for is {setting.compile_for!r}: give {' or '.join(CHIPS)}, a colon and a slice's shape among "
+            f"{', '.join(SHAPES)}, such as v5e:2x2"
+        )
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(f"--compile_for needs the compiler of TPUs: pip install 'jax[tpu]=={jax.__version__}'")
+    from jax.experimental import topologies
+
+    options: dict[str, Any] = {"chips_per_host_bounds": [1, 1, 1]} if shape == "1x1" else {}
+    options |= {"num_slices": setting.slices} if setting.slices > 1 else {}
+    try:
+        devices = topologies.get_topology_desc(setting.compile_for, "tpu", **options).devices
+    except (jax.errors.JaxRuntimeError, RuntimeError) as error:
+        raise UserError(
+            f"libtpu cannot be used ({reason_of(error)}): if another program uses it, wait until that one ends, or set "
+            "ALLOW_MULTIPLE_LIBTPU_LOAD=1"
+        ) from None
+    if len(devices) // setting.slices % setting.fsdp:
+        raise UserError(
+            f"--fsdp is {setting.fsdp}, which does not divide the {len(devices) // setting.slices} chips of a slice: "
+            "give a divisor"
+        )
+    devices = sorted(devices, key=lambda device: (getattr(device, "slice_index", None) or 0, device.id))
+    grid = np.array(devices).reshape(-1, setting.fsdp)
+    return Mesh(grid, ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def program(
+    name: str, net: Any, project: Callable[[Any], Any] | None, mesh: Mesh, batch_size: int
+) -> tuple[Callable[..., Any], tuple, dict[str, Any]]:
+    """A function, the shapes of its arguments on the mesh, and the options of its `jax.jit`."""
+    size, rows = net.image_size, NamedSharding(mesh, parallel.BATCH)
+
+    def image_rows(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=rows)
+
+    def init(key: Array) -> Any:
+        return net.init(key, jnp.zeros((1, size, size, 3)), jnp.zeros(1), jnp.zeros(1, jnp.int32))["params"]
+
+    def eps_fn(params: Any) -> Callable[[Array, Array, Array], Array]:
+        return lambda z, logsnr, labels: net.apply({"params": params}, z, logsnr, labels)[..., :3]  # pyright: ignore
+
+    key, labels = jax.eval_shape(lambda: seeds.key(0)), image_rows(jnp.int32)
+    if name == "train":
+        optimizer, step = training(
+            lambda key, params, x, labels: eps_loss(key, eps_fn(params), x, labels),
+            project,
+            replicated=mesh.shape["fsdp"] == 1,
+            join_vectors=False,
+        )
+        state = parallel.with_shardings(mesh, jax.eval_shape(lambda k: initial_state(init, optimizer, k), key))
+        batch = {"image": image_rows(jnp.uint8, size, size, 3), "label": labels}
+        shardings = jax.tree.map(lambda x: x.sharding, state)
+        return step, (state, batch, key), dict(donate_argnums=0, out_shardings=(shardings, None))
+    params = parallel.with_shardings(mesh, jax.eval_shape(init, key))
+    if name == "forward":
+        inputs = image_rows(jnp.float32, size, size, 3), image_rows(jnp.float32), labels
+        return lambda params, *inputs: eps_fn(params)(*inputs), (params, *inputs), dict(out_shardings=rows)
+
+    def sample(params: Any, keys: Array, labels: Array) -> Array:
+        w = 1.0 if name == "guided" else 0.0
+        return guided_sample(keys, eps_fn(params), labels, (size, size, 3), w=w, num_steps=1)
+
+    return sample, (params, image_rows(key.dtype), labels), dict(out_shardings=rows)
+
+
+@contextlib.contextmanager
+def progress(words: str) -> Iterator[None]:
+    """Within the block, prints `words` at once, and every 30 s how long it has taken."""
+    done, start = threading.Event(), time.perf_counter()
+    print(f"{words}: this takes minutes.", flush=True)
+
+    def speak() -> None:
+        while not done.wait(30.0):
+            print(f"{words}: {time.perf_counter() - start:.0f} s so far.", flush=True)
+
+    speaker = threading.Thread(target=speak, daemon=True)
+    speaker.start()
+    try:
+        yield
+    finally:
+        done.set()
+        speaker.join()
+
+
+def facts(setting: Setting, net: Any, name: str, compiled: Any) -> dict[str, Any]:
+    """The compiler's counts of a program, per chip. FLOPs are those of the model: 2 per multiply-add."""
+    computations = hlo.parse(compiled.as_text())
+    exchanged, chip = hlo.collectives(computations), CHIPS[setting.compile_for.partition(":")[0]]
+    memory, shape = compiled.memory_analysis(), (1, net.image_size, net.image_size, 3)
+    inputs = [jax.ShapeDtypeStruct(*x) for x in ((shape, jnp.float32), ((1,), jnp.float32), ((1,), jnp.int32))]
+    params = jax.eval_shape(net.init, jax.eval_shape(lambda: seeds.key(0)), *inputs)
+    forward = xla.flops(lambda params, *inputs: net.apply(params, *inputs), params, *inputs)
+    found = {
+        "program": name,
+        "flops": PASSES[name] * setting.batch_size * forward,
+        "bytes_accessed": compiled.cost_analysis()["bytes accessed"],
+        "main_memory_bytes": hlo.main_memory_bytes(computations),
+        "least_bytes": least_bytes(net, name, setting.batch_size),
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "collectives": hlo.summary(exchanged),
+        "collective_bytes": sum(one.bytes for one in exchanged),
+    }
+    # A ring sends and receives each byte of a sum twice.
+    sent = sum(one.bytes * (2 if one.kind == "all-reduce" else 1) for one in exchanged)
+    found["seconds"] = {
+        "FLOPs": found["flops"] / chip.flops,
+        "memory": found["main_memory_bytes"] / chip.memory,
+        "links": sent / chip.links,
+    }
+    return found
+
+
+def least_bytes(net: Any, name: str, batch_size: int) -> float:
+    """The least bytes of main memory, if each layer's output is written once and read once by each of its users.
+
+    Layers are convolutions with their biases, norms with their SiLU, and attention. A sum of two branches is written by
+    the last layer of one, which reads the other. In the gradient, a convolution reads its input and, twice, the
+    gradient of its output; a norm reads its input and that gradient; attention reads q, k, v, its output and that
+    gradient. Parameters are float32: each pass reads them once. AdamW and the EMA read the parameters, the EMA, two
+    moments and the gradient, and write all but the gradient. NaN for a network of other layers than ADM's.
+    """
+    if not isinstance(net, UNet):
+        return math.nan
+    width, sums = jnp.dtype(net.dtype).itemsize, [0, 0]  # elements that pass forward and backward
+
+    def note(call: Callable[..., Any], inputs: tuple, options: dict, context: nn.module.InterceptorContext) -> Any:
+        outputs = call(*inputs, **options)
+        if context.method_name == "__call__" and isinstance(context.module, Conv | Norm | AttentionBlock | ResBlock):
+            x, y = inputs[0].size, outputs.size
+            forward, backward = {
+                Conv: (x + y, 2 * x + 2 * y),
+                Norm: (x + y, 2 * x + y),
+                ResBlock: (y, y),
+                AttentionBlock: (y + 4 * y, y + 8 * y),
+            }[type(context.module)]
+            sums[0], sums[1] = sums[0] + forward, sums[1] + backward
+        return outputs
+
+    def apply(key: Array) -> Any:
+        z = jnp.zeros((1, net.image_size, net.image_size, 3))
+        return net.init(key, z, jnp.zeros(1), jnp.zeros(1, jnp.int32))["params"]
+
+    with nn.intercept_methods(note):
+        params = jax.eval_shape(apply, jax.eval_shape(lambda: seeds.key(0)))
+    size = 4 * sum(x.size for x in jax.tree.leaves(params))
+    forward, backward = (batch_size * width * elements for elements in sums)
+    if name == "train":
+        return float(forward + backward + (2 + 1 + 9) * size)
+    return float(PASSES[name] * (forward + size))
+
+
+def table(setting: Setting, found: list[dict[str, Any]]) -> str:
+    """The facts as text, per chip."""
+    kind, _, shape = setting.compile_for.partition(":")
+    chips, rates = setting.slices * math.prod(map(int, shape.split("x"))), CHIPS[kind]
+    lines = [
+        f"{setting.network}, {setting.batch_size} images per chip, {setting.dtype}, {chips} chips of {kind}"
+        + (f" in {setting.slices} slices" if setting.slices > 1 else "")
+        + f", fsdp = {setting.fsdp}; all figures are per chip and step, at {rates.flops / 1e12:.0f} TFLOP/s and "
+        f"{rates.memory / 1e9:.0f} GB/s",
+        f"{'program':10s}{'TFLOP':>8s}{'GB in all':>11s}{'GB in HBM':>11s}{'/ least':>9s}{'temporary GB':>14s}"
+        f"{'FLOPs ms':>10s}{'HBM ms':>9s}{'links ms':>10s}{'images/s <=':>13s}  collectives",
+    ]
+    for one in found:
+        times = one["seconds"]
+        lines.append(
+            f"{one['program']:10s}{one['flops'] / 1e12:8.3g}{one['bytes_accessed'] / 1e9:11.4g}"
+            f"{one['main_memory_bytes'] / 1e9:11.4g}{one['main_memory_bytes'] / one['least_bytes']:9.2f}"
+            f"{one['temporary_bytes'] / 1e9:14.4g}{times['FLOPs'] * 1e3:10.3g}{times['memory'] * 1e3:9.3g}"
+            f"{times['links'] * 1e3:10.3g}{setting.batch_size * chips / max(times.values()):13.4g}"
+            f"  {one['collectives']}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,103 @@
+"""Programs compiled for TPUs: what is refused, the least bytes, the table, and a compilation if libtpu is there."""
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from cfd.benchmark import __main__ as benchmark
+from cfd.benchmark import ahead
+from cfd.benchmark.side import COMMON, IMAGE_SIZE, NETWORKS
+from cfd.networks.mp_unet import MPUNet
+from cfd.networks.unet import UNet
+
+HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
+TINY: dict[str, Any] = COMMON | dict(
+    num_classes=10, out_channels=3, base_channels=32, channel_mult=(1,), num_res_blocks=1, attention_resolutions=()
+)
+SETTING = ahead.Setting("v5e:2x2", 1, 1, "small", 8, "bfloat16", False, ("train", "guided"))
+
+
+@pytest.mark.parametrize("chips", ["v5e", "v5e:", "v5e:3x3", "v9:2x2", "2x2", "v5e:2x2x2", "v5e=2x2", "V5E:2x2"])
+def test_chips_that_are_not_sold_are_refused_in_a_line(chips: str) -> None:
+    with pytest.raises(SystemExit) as end:
+        benchmark.main([f"--compile_for={chips}"])
+    assert isinstance(end.value.code, str) and "\n" not in end.value.code
+    assert end.value.code.startswith(f"error: --compile_for is '{chips}': give v5e or v6e, a colon and ")
+
+
+@pytest.mark.skipif(HAS_LIBTPU, reason="libtpu is installed")
+def test_without_libtpu_the_command_says_what_to_install() -> None:
+    with pytest.raises(SystemExit) as end:
+        benchmark.main(["--compile_for=v5e:2x2"])
+    remedy = f"pip install 'jax[tpu]=={jax.__version__}'"
+    assert end.value.code == f"error: --compile_for needs the compiler of TPUs: {remedy}"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--rows=input"], ["--rows=train,sampler"], ["--profile=train"], ["--slices=0"], ["--fsdp=0"]],
+)
+def test_flags_that_run_something_are_refused(flags: list[str], capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        benchmark.parse(["--compile_for=v5e:2x2", *flags])
+    assert f"error: {flags[0].partition('=')[0]} " in capsys.readouterr().err
+
+
+def test_the_least_bytes_of_a_network_can_be_counted_by_hand() -> None:
+    """A network of one level of 8x8 with 32 channels in bfloat16, and one image. Each array has 64 positions.
+
+    Convolutions, as (inputs, outputs): conv_in, two in each of five blocks, two 1x1 of the blocks up, conv_out, and
+    qkv and out of the attention. Norms: two in each block, the attention's and the last.
+    """
+    fields: dict[str, Any] = TINY | dict(head_channels=32, dtype="bfloat16")
+    net = UNet(image_size=8, **fields)
+    convolutions = [(3, 32), *[(32, 32)] * 6, *[(64, 32), (32, 32), (64, 32)] * 2, (32, 3), (32, 96), (32, 32)]
+    norms = [32] * 6 + [64, 32] * 2 + [32, 32]
+    forward = sum(x + y for x, y in convolutions) + sum(2 * x for x in norms) + 4 * 32  # attention: q, k, v, its output
+    backward = sum(2 * (x + y) for x, y in convolutions) + sum(3 * x for x in norms) + 8 * 32
+    added = 6 * 32  # a block's sum reads the other branch: five residual blocks and one of attention
+    parameters = sum(
+        x.size
+        for x in jax.tree.leaves(
+            jax.eval_shape(net.init, jax.random.key(0), *(jax.ShapeDtypeStruct(*s) for s in INPUTS))
+        )
+    )
+    size = 4 * parameters
+    assert ahead.least_bytes(net, "forward", 1) == 2 * 64 * (forward + added) + size
+    assert ahead.least_bytes(net, "guided", 3) == 2 * (3 * 2 * 64 * (forward + added) + size)
+    assert ahead.least_bytes(net, "train", 1) == 2 * 64 * (forward + backward + 2 * added) + 12 * size
+
+
+INPUTS = (((1, 8, 8, 3), "float32"), ((1,), "float32"), ((1,), "int32"))
+
+
+def test_networks_of_other_layers_have_no_least_bytes() -> None:
+    assert math.isnan(ahead.least_bytes(MPUNet(image_size=8, num_classes=10), "train", 1))
+
+
+def test_the_table_has_the_roofline_of_the_slowest_part() -> None:
+    """4 chips of 8 images in max(2, 4, 1) ms."""
+    one = dict(program="train", flops=2e12, bytes_accessed=4e9, main_memory_bytes=3e9, least_bytes=2e9)
+    one |= dict(temporary_bytes=1e9, collectives="none", seconds={"FLOPs": 0.002, "memory": 0.004, "links": 0.001})
+    lines = ahead.table(SETTING, [one]).splitlines()
+    assert lines[0].startswith("small, 8 images per chip, bfloat16, 4 chips of v5e, fsdp = 1; ")
+    assert lines[2].split() == ["train", "2", "4", "3", "1.50", "1", "2", "4", "1", "8000", "none"]
+
+
+@pytest.mark.skipif(not HAS_LIBTPU, reason="needs libtpu")
+@pytest.mark.slow
+@pytest.mark.parametrize("chips", ["v5e:1x1", "v6e:2x2"])
+def test_the_command_compiles_and_writes_its_json(chips: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A training step exchanges the gradient, and a sampling step nothing."""
+    monkeypatch.setitem(NETWORKS, "small", TINY)
+    monkeypatch.setitem(IMAGE_SIZE, "small", 8)
+    path = tmp_path / "result.json"
+    benchmark.main([f"--compile_for={chips}", "--batch_size=2", "--dtype=bfloat16", f"--json={path}"])
+    train, guided = json.loads(path.read_text())["programs"]
+    assert guided["collectives"] == "none" and ("all-reduce" in train["collectives"]) == (chips == "v6e:2x2")
+    assert train["main_memory_bytes"] > 0 and train["temporary_bytes"] > 0 and train["seconds"]["FLOPs"] > 0
