@@ -1,7 +1,7 @@
 """Training a conditional and an unconditional model jointly: Algorithm 1 of arXiv:2207.12598."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,17 @@ from jaxtyping import Float, Key, PyTree, Real, UInt32
 
 from cfd.arguments import check_data, check_numbers, check_returned, threefry
 from cfd.guidance import NULL_LABEL, batch_size, check_output, drop_labels, eps_and_v
-from cfd.process import Schedule, check_grid, cosine, diffuse, per_example, step_divergence, tabulated, x_from_eps
+from cfd.process import (
+    Schedule,
+    check_grid,
+    cosine,
+    diffuse,
+    mean_factors,
+    per_example,
+    step_divergence,
+    tabulated,
+    x_from_eps,
+)
 
 
 def eps_loss(
@@ -35,7 +45,8 @@ def eps_loss(
 
     `schedule` gives p(λ), as λ of uniform u: `cfd.process.cosine`, `linear`, or `tabulated`. `weight(logsnr) -> [B]`
     multiplies the squared error of each row. Without it, `linear` is the variational bound up to a constant, and
-    `tabulated` with DDPM's table is L_simple (arXiv:2006.11239, Eq. 14). The weight e^{−λ} makes the error that of x̃.
+    `tabulated` with DDPM's table is L_simple (arXiv:2006.11239, Eq. 14). `x_weight`, `v_weight` and `mean_weight` make
+    the error that of x̃, of v and of the mean of a step. `sigmoid_weight` has the same loss for every schedule.
 
     `low_discrepancy` draws one u_0 and gives row i of B the u = (u_0 + i / B) mod 1, which makes the loss vary less:
     Kingma et al. (arXiv:2107.00630). i counts the rows of x, under `jit` those of all devices.
@@ -48,22 +59,124 @@ def eps_loss(
     check_data(x, (batch_size(labels),))
     key_u, key_eps, key_drop = jax.random.split(threefry(key), 3)
     labels = drop_labels(key_drop, labels, p_uncond, null)
-    if low_discrepancy:
-        u = (jax.random.uniform(key_u, (), jnp.float32) + jnp.arange(len(x), dtype=jnp.float32) / len(x)) % 1.0
-    else:
-        u = jax.random.uniform(key_u, x.shape[:1], jnp.float32)
+    u = _times(key_u, len(x), low_discrepancy)
     logsnr = schedule(u)
     check_returned("schedule", logsnr, u.shape, "λ for each u")
-    eps = jax.random.normal(key_eps, x.shape, jnp.float32)
+    squared = _squared_error(key_eps, eps_fn, x, logsnr, labels)
+    if weight is not None:
+        squared = per_example(_weights(weight, logsnr), x) * squared
+    return jnp.mean(squared)
+
+
+def learned_loss(
+    key: Key[Array, ""] | UInt32[Array, "2"] | UInt32[Array, "4"],
+    eps_fn: Callable[[Array, Array, Any], Any],
+    x: Float[Array, "b ..."],
+    labels: PyTree,
+    *,
+    schedule: Schedule,
+    null: PyTree = NULL_LABEL,
+    p_uncond: Real[ArrayLike, "*b"] = 0.1,
+    weight: Callable[[Array], Array] | None = None,
+    low_discrepancy: bool = False,
+) -> Float[Array, ""]:
+    """The loss of `linear`, estimated by a schedule that learns to make the estimate vary less. Section 5 of VDM.
+
+    Kingma et al., Variational Diffusion Models (arXiv:2107.00630): the expectation of L̂ = −λ'(u) ‖ε_θ(z_λ, c) − ε‖²,
+    divided by λ(0) − λ(1) and by the number of dimensions, is the same for every schedule λ(u) between the same ends.
+    The gradient of the returned value is that of E L̂ in what eps_fn depends on, and that of E L̂² in what `schedule`
+    depends on, such as the parameters of `cfd.networks.monotone`. The best density is p(λ) ∝ sqrt(E‖ε_θ − ε‖⁴).
+
+    VDM's gradient is 2 L̂ ∂L̂/∂η, which goes back through the network to λ. This one is an estimate of the same
+    expectation that does not: with λ in place of u, E L̂² = ∫ −λ'(u) E‖ε_θ − ε‖⁴ dλ, where only λ'(u) depends on η.
+
+    `schedule` is strictly falling and differentiable. The other arguments, and what is raised, are as in `eps_loss`.
+    """
+    check_data(x, (batch_size(labels),))
+    key_u, key_eps, key_drop = jax.random.split(threefry(key), 3)
+    labels = drop_labels(key_drop, labels, p_uncond, null)
+    u = _times(key_u, len(x), low_discrepancy)
+
+    def slope_at(u: Array) -> Array:
+        return jax.jvp(schedule, (u,), (jnp.ones_like(u),))[1]
+
+    level = schedule(u)
+    check_returned("schedule", level, u.shape, "λ for each u")
+    logsnr, slope, ends = jax.lax.stop_gradient((level, slope_at(u), schedule(jnp.array([0.0, 1.0]))))
+    squared = _squared_error(key_eps, eps_fn, x, logsnr, labels)
+    rows = slope / (ends[1] - ends[0]) * jnp.mean(squared.reshape(len(x), -1), axis=1)
+    if weight is not None:
+        rows = rows * _weights(weight, logsnr)
+    loss = jnp.mean(rows)
+    # The value is u. The gradient is that of the time at which the schedule has this λ.
+    u_of_level = u - (level - logsnr) / slope
+    variance = jnp.mean(jax.lax.stop_gradient(jnp.square(rows)) * jnp.log(-slope_at(u_of_level)))
+    return loss + variance - jax.lax.stop_gradient(variance)
+
+
+def _times(key: Array, rows: int, low_discrepancy: bool) -> Float[Array, "b"]:
+    """u of each row, as `eps_loss` says."""
+    if low_discrepancy:
+        return (jax.random.uniform(key, (), jnp.float32) + jnp.arange(rows, dtype=jnp.float32) / rows) % 1.0
+    return jax.random.uniform(key, (rows,), jnp.float32)
+
+
+def _squared_error(
+    key: Array, eps_fn: Callable[[Array, Array, Any], Any], x: Float[Array, "b ..."], logsnr: Array, labels: PyTree
+) -> Float[Array, "b ..."]:
+    """(ε_θ(z_λ, c) − ε)² for one draw of ε."""
+    eps = jax.random.normal(key, x.shape, jnp.float32)
     z = diffuse(x, eps, logsnr)
     eps_hat, _ = eps_and_v(eps_fn(z, logsnr, labels))
     check_returned("eps_fn", eps_hat, eps.shape, "the noise of z")
-    squared = jnp.square(eps_hat - eps)
-    if weight is not None:
-        weights = weight(logsnr)
-        check_returned("weight", weights, logsnr.shape, "one weight per row")
-        squared = per_example(weights, x) * squared
-    return jnp.mean(squared)
+    return jnp.square(eps_hat - eps)
+
+
+def _weights(weight: Callable[[Array], Array], logsnr: Float[Array, "b"]) -> Float[Array, "b"]:
+    weights = weight(logsnr)
+    check_returned("weight", weights, logsnr.shape, "one weight per row")
+    return weights
+
+
+def x_weight(logsnr: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    """e^{−λ}: the squared error of ε times this is that of x, because ε̂ − ε = (α/σ) (x − x̂)."""
+    return jnp.exp(-logsnr)
+
+
+def v_weight(logsnr: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    """1 + e^{−λ} = 1/α²: the squared error of ε times this is that of v = α ε − σ x, because ε̂ − ε = α (v̂ − v).
+
+    Salimans and Ho (arXiv:2202.00512), who call it the weight "SNR + 1" of the error of x.
+    """
+    return 1.0 + jnp.exp(-logsnr)
+
+
+def mean_weight(levels: Sequence[float] | Real[ArrayLike, "..."]) -> Callable[[Array], Array]:
+    """((1 − e^{λ−λ'}) α')² e^{−λ}: the squared error of ε times this is that of the mean that `from_mean` converts.
+
+    `levels` are those of `from_mean`. Ho et al. (arXiv:2006.11239), Section 3.2, with an unweighted error of μ̃.
+    """
+    check_grid(levels, "levels")
+    return lambda logsnr: jnp.square(mean_factors(logsnr, levels)[1]) * jnp.exp(-logsnr)
+
+
+def sigmoid_weight(schedule: Schedule, bias: float = 0.0) -> Callable[[Array], Array]:
+    """sigmoid(bias − λ) / p(λ), with a mean of 1 under p(λ), the density of `schedule`.
+
+    The loss is then ∫ sigmoid(bias − λ) E‖ε̂ − ε‖² dλ, up to a constant, for every schedule: Kingma and Gao
+    (arXiv:2303.00848); Hoogeboom et al. (arXiv:2410.19324), in x: e^bias sigmoid(λ − bias) ‖x̂ − x‖². p is constant in
+    4096 cells of equal probability, which bounds the weights: the loss is approximate in the two outermost cells.
+    Weights are large where p is small, and equal to the sigmoid, up to a constant, for `linear`.
+    """
+    edges = schedule(jnp.linspace(0.0, 1.0, 4097, dtype=jnp.float32))[::-1]
+    widths = jnp.diff(edges)
+    total = jnp.sum(jax.nn.softplus(bias - edges[:-1]) - jax.nn.softplus(bias - edges[1:]))
+
+    def weight(logsnr: Array) -> Array:
+        cell = jnp.clip(jnp.searchsorted(edges, logsnr, side="right") - 1, 0, len(widths) - 1)
+        return jax.nn.sigmoid(bias - logsnr) * len(widths) * widths[cell] / total
+
+    return weight
 
 
 def variance_loss(

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.nn import log_sigmoid
+from jax.scipy.special import ndtr, ndtri
 from jax.typing import ArrayLike
 from jaxtyping import Float, Real
 
@@ -72,6 +73,35 @@ def linear(logsnr_min: Real[ArrayLike, ""], logsnr_max: Real[ArrayLike, ""]) -> 
         check_numbers("u", u, lambda x: (x >= 0.0) & (x <= 1.0), TIME)
         u = jnp.asarray(u, jnp.float32)
         return (1.0 - u) * jnp.asarray(logsnr_max, jnp.float32) + u * jnp.asarray(logsnr_min, jnp.float32)
+
+    return schedule
+
+
+def log_normal(
+    logsnr_min: Real[ArrayLike, ""], logsnr_max: Real[ArrayLike, ""], mean: float = -1.2, std: float = 1.2
+) -> Schedule:
+    """The schedule whose noise level ς = e^{−λ/2} is log-normal, ln ς ~ N(mean, std²), truncated to these ends.
+
+    Karras et al. (arXiv:2206.00364), Table 1, whose P_mean and P_std are the defaults. λ is then N(−2 mean, 4 std²).
+    Raises ValueError unless std > 0 and mean is finite, and as `check_ends` does.
+    """
+    check_ends(logsnr_min, logsnr_max)
+    if not (np.isfinite(mean) and 0.0 < std < np.inf):
+        raise ValueError(f"mean is {mean} and std {std}, those of ln ς: give a finite mean and a finite std > 0")
+    centre, width = -2.0 * mean, 2.0 * std
+
+    def schedule(u: Real[ArrayLike, "..."]) -> Array:
+        check_numbers("u", u, lambda x: (x >= 0.0) & (x <= 1.0), TIME)
+        u = jnp.asarray(u, jnp.float32)
+        low, high = jnp.asarray(logsnr_min, jnp.float32), jnp.asarray(logsnr_max, jnp.float32)
+        first, last = (low - centre) / width, (high - centre) / width
+        # The probabilities below and above λ. The smaller one keeps its relative precision in float32.
+        below = (1.0 - u) * ndtr(last) + u * ndtr(first)
+        above = (1.0 - u) * ndtr(-last) + u * ndtr(-first)
+        deviation = jnp.where(below < above, ndtri(jnp.minimum(below, 0.5)), -ndtri(jnp.minimum(above, 0.5)))
+        inside = jnp.clip(centre + width * deviation, low, high)
+        # The tails are steep. XLA may compute the u of an end as 6e-8 or as 1 − 6e-8, or even outside of [0, 1].
+        return jnp.where(u <= 2.0**-23, high, jnp.where(u >= 1.0 - 2.0**-23, low, inside))
 
     return schedule
 
@@ -169,6 +199,41 @@ def from_v(v_fn: Prediction) -> Prediction:
         return sigma * z + alpha * v
 
     return _adapted(v_fn, "v_fn", "v of z", eps)
+
+
+def from_mean(mean_fn: Prediction, levels: Sequence[float] | Real[ArrayLike, "..."]) -> Prediction:
+    """The eps_fn of a network that predicts the mean of the next step, DDPM's μ̃: Ho et al. (arXiv:2006.11239), Eq. 7.
+
+    `levels` [T] are the λ of its chain, rising. The factors of μ̃ = kept z + added x are those of `mean_factors`, and
+    ε = (z − α x̂) / σ with x̂ = (μ̃ − kept z) / added. Raises ValueError as `check_grid` does.
+    """
+    check_grid(levels, "levels")
+
+    def eps(z: Array, mean: Array, logsnr: Array) -> Array:
+        kept, added = (per_example(factor, z) for factor in mean_factors(logsnr, levels))
+        return eps_from_x(z, (mean - kept * z) / added, logsnr)
+
+    return _adapted(mean_fn, "mean_fn", "the mean of the next z", eps)
+
+
+def mean_factors(
+    logsnr: Real[ArrayLike, "*b"], levels: Sequence[float] | Real[ArrayLike, "..."]
+) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
+    """(kept, added) of the mean of an ancestral step from λ, kept z + added x: e^{λ−λ'} α'/α and (1 − e^{λ−λ'}) α'.
+
+    λ' is the level, of `levels` [T], rising, that follows the one nearest to λ. At the last level there is no step, and
+    the factors are 0 and 1: DDPM's chain ends with x̂.
+    """
+    levels = jnp.asarray(levels, jnp.float32)
+    logsnr = jnp.asarray(logsnr, jnp.float32)
+    # By the nearest level. Counted from λ, a level that is rounded to just above λ would be its own next one.
+    at = jnp.searchsorted(0.5 * (levels[1:] + levels[:-1]), logsnr, side="right")
+    logsnr_next = levels[jnp.minimum(at + 1, len(levels) - 1)]
+    log_alpha_next = 0.5 * log_sigmoid(logsnr_next)
+    kept = jnp.exp(logsnr - logsnr_next + log_alpha_next - 0.5 * log_sigmoid(logsnr))
+    added = -jnp.expm1(logsnr - logsnr_next) * jnp.exp(log_alpha_next)
+    last = at == len(levels) - 1
+    return jnp.where(last, 0.0, kept), jnp.where(last, 1.0, added)
 
 
 def from_score(score_fn: Prediction) -> Prediction:

@@ -37,9 +37,14 @@ def schedule(
     return cosine_logsnr(_uniform(count), first, last).at[-1].set(last).at[0].set(first)
 
 
-def grid(num_steps: SupportsIndex, schedule: Schedule) -> Float[Array, "t"]:
-    """The rising grid λ_1 … λ_T, [T], of a schedule at uniformly spaced u, for `guided_sample(num_steps=grid(...))`."""
-    return schedule(_uniform(check_count("num_steps", num_steps)))
+def grid(num_steps: SupportsIndex, schedule: Schedule, *, clean_end: bool = True) -> Float[Array, "t"]:
+    """The rising grid λ_1 … λ_T, [T], of a schedule at uniformly spaced u, for `guided_sample(num_steps=grid(...))`.
+
+    u falls from 1 to 0. Without `clean_end`, it falls to 1/T: the x̃ of that level is then the image, and no evaluation
+    is spent where z has hardly any noise. Every second level of such a grid is that of half as many steps.
+    """
+    count = check_count("num_steps", num_steps)
+    return schedule(_uniform(count) if clean_end else _uniform(count + 1)[:-1])
 
 
 def _uniform(count: int) -> Float[Array, "t"]:
