@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int, Key, PyTree, Real, UInt32
 
 from cfd.arguments import FLOAT32_MAX, check_numbers, check_returned, concrete, is_zero, known_labels, threefry
+from cfd.attributes import check_student, declared, is_student, trained_range
 from cfd.process import alpha_sigma, eps_from_x, per_example, x_from_eps
 from cfd.steps import LearnedVariance, StepRule
 
@@ -119,22 +120,27 @@ def guide(
 
 
 def guided(
-    eps_fn: Callable[[Array, Array, Any], Any], labels: PyTree, w: Any, null: PyTree = NULL_LABEL
+    eps_fn: Callable[..., Any], labels: PyTree, w: Any, null: PyTree = NULL_LABEL
 ) -> Callable[[Array, Array], Array]:
     """The field (z [B, ...], λ) -> ε̃ of Eq. 6 for these labels. The arguments are as in `guided_sample`.
 
-    A concrete scalar 0 as w costs one evaluation of eps_fn, and every other w two, outside of an `Interval` too.
+    A concrete scalar 0 as w costs one evaluation of eps_fn, and every other w two, outside of an `Interval` too. A
+    student always costs one.
     """
     batch = batch_size(labels)
     check_weight(w, batch)
+    student = is_student(eps_fn)
+    if student:
+        check_student_weight(eps_fn, w, null=null is not NULL_LABEL)
     labels = jax.tree.map(jnp.asarray, labels)
-    nulls = None if not isinstance(w, Interval) and is_zero(w) else nulls_like(labels, null, batched=True)
+    unguided = student or (not isinstance(w, Interval) and is_zero(w))
+    nulls = None if unguided else nulls_like(labels, null, batched=True)
 
-    def evaluate(z: Array, logsnr: Array, labels: PyTree) -> Array:
-        return check_output("eps_fn", eps_fn(z, jnp.broadcast_to(logsnr, z.shape[:1]), labels), z.shape)[0]
+    def evaluate(z: Array, logsnr: Array, *inputs: PyTree) -> Array:
+        return check_output("eps_fn", eps_fn(z, jnp.broadcast_to(logsnr, z.shape[:1]), *inputs), z.shape)[0]
 
     def field(z: Array, logsnr: Array) -> Array:
-        eps = evaluate(z, logsnr, labels)
+        eps = evaluate(z, logsnr, labels, *([weight_at(w, logsnr, batch)] if student else []))
         if nulls is None:
             return eps
         weight = w.w if isinstance(w, Interval) else w(logsnr) if callable(w) else w
@@ -190,18 +196,22 @@ def check_weight(w: Any, batch: int | None = None) -> None:
             raise ValueError(f"w is {w}, which contains no λ: {remedy}")
 
 
-def trained_range(*functions: Any) -> tuple[float, float] | None:
-    """The range of λ on which all these networks were trained, for those that say it; None if none does.
+def check_student_weight(eps_fn: Callable[..., Any], w: Any, **others: bool) -> None:
+    """`check_student` of a w as in `guided_sample`."""
+    interval = isinstance(w, Interval)
+    check_student(eps_fn, w.w if interval else w, often_zero=interval, **others)
 
-    A network says it by an attribute, `logsnr_range = (lo, hi)`, which is also looked for behind `functools.wraps`,
-    `functools.partial` and `jax.tree_util.Partial`.
+
+def weight_at(w: Any, logsnr: Float[Array, "*t"], batch: int) -> Float[Array, "b"]:
+    """The weight of each image at λ, a scalar or [B], of a w as in `guided_sample`. Outside of an `Interval`, it is 0.
+
+    Raises ValueError as `check_weight` does.
     """
-    ranges = []
-    for function in functions:
-        while function is not None and getattr(function, "logsnr_range", None) is None:
-            function = getattr(function, "func", getattr(function, "__wrapped__", None))
-        ranges += [] if function is None else [function.logsnr_range]
-    return (max(lo for lo, _ in ranges), min(hi for _, hi in ranges)) if ranges else None
+    if isinstance(w, Interval):
+        w = jnp.where(w.contains(logsnr), jnp.asarray(w.w, jnp.float32), 0.0)
+    w = w(logsnr) if callable(w) else w
+    check_weight(w, batch)
+    return jnp.broadcast_to(jnp.asarray(w, jnp.float32), (batch,))
 
 
 def check_trained(eps_fn: Callable[..., Any], logsnr_min: Any, logsnr_max: Any) -> None:
@@ -220,7 +230,7 @@ def check_trained(eps_fn: Callable[..., Any], logsnr_min: Any, logsnr_max: Any) 
 
 
 def classifier_guidance(
-    eps_fn: Callable[[Array, Array, Array], Any], classifier_fn: Callable[[Array, Array], Array], w: Any
+    eps_fn: Callable[..., Any], classifier_fn: Callable[[Array, Array], Array], w: Any
 ) -> Callable[[Array, Array, Array], Any]:
     """The eps_fn of ε̃ = ε(z, c) − w σ ∇_z log p(c | z): Section 3.1; with `ddim()`, Algorithm 2 of arXiv:2105.05233.
 
@@ -235,10 +245,16 @@ def classifier_guidance(
     With `guided_sample(clip=True)`, x̃ is clipped after the shift of ε. ADM's code clips before it, and not again:
     `guided_sample(key, classifier_guidance(clipped(eps_fn), classifier_fn, w), ..., clip=False)`.
 
-    Raises ValueError as `check_weight` does. The returned function raises ValueError if w has another shape, and as
-    `class_gradient` does. It has the `logsnr_range` of eps_fn, and of classifier_fn if w is the same for all λ.
+    Raises ValueError as `check_weight` does, and for a student. The returned function raises ValueError if w has
+    another shape, and as `class_gradient` does. It has the `logsnr_range` of eps_fn, and of classifier_fn if w is the
+    same for all λ.
     """
     check_weight(w)
+    if is_student(eps_fn):
+        raise ValueError(
+            "eps_fn is a student, which is guided by its input w without a classifier: give its w to guided_sample, or "
+            "give the network that the student learned from"
+        )
     if not isinstance(w, Interval) and is_zero(w):
         return eps_fn
 
@@ -253,18 +269,18 @@ def classifier_guidance(
     return guided
 
 
-def clipped(eps_fn: Callable[[Array, Array, Array], Any]) -> Callable[[Array, Array, Array], Any]:
+def clipped(eps_fn: Callable[..., Any]) -> Callable[..., Any]:
     """The eps_fn whose x̂ is that of `eps_fn`, clipped to [−1, 1]: ε = (z − α clip(x̂)) / σ. v stays as it is.
 
     A classifier's gradient is added to it after the clipping, as in ADM's code, if the sampler has clip=False.
     """
 
-    def of_clipped(z: Array, logsnr: Array, labels: Array) -> Any:
-        eps, v = eps_and_v(eps_fn(z, logsnr, labels))
+    def of_clipped(z: Array, logsnr: Array, labels: Array, *w: Array) -> Any:
+        eps, v = eps_and_v(eps_fn(z, logsnr, labels, *w))
         eps = eps_from_x(z, jnp.clip(x_from_eps(z, eps, logsnr), -1.0, 1.0), logsnr)
         return eps if v is None else (eps, v)
 
-    vars(of_clipped).update(logsnr_range=trained_range(eps_fn))
+    vars(of_clipped).update(logsnr_range=trained_range(eps_fn), weight_range=declared(eps_fn, "weight_range"))
     return of_clipped
 
 
@@ -333,29 +349,21 @@ def _weighted_gradient(
     labels: Int[Array, "b"],
 ) -> Float[Array, "b ..."]:
     """w ∇_z log p(c | z). The classifier is not evaluated if all weights are 0."""
-    weight = _weight_at(w, logsnr)
+    weight = weight_at(w, logsnr, len(logsnr))
     gradient = jax.lax.cond(
         jnp.any(weight != 0), lambda: class_gradient(classifier_fn, z, logsnr, labels), lambda: jnp.zeros_like(z)
     )
     return per_example(weight, z) * gradient
 
 
-def _weight_at(w: Any, logsnr: Float[Array, "b"]) -> Float[Array, "b"]:
-    if isinstance(w, Interval):
-        w = jnp.where(w.contains(logsnr), w.w, 0.0)
-    w = w(logsnr) if callable(w) else w
-    check_weight(w, len(logsnr))
-    return jnp.broadcast_to(jnp.asarray(w, jnp.float32), logsnr.shape)
-
-
-def without_null(eps_fn: Callable[[Array, Array, Array], Any]) -> Callable[[Array, Array, Array], Any]:
+def without_null(eps_fn: Callable[..., Any]) -> Callable[..., Any]:
     """`eps_fn`, guarded against the label ∅, for a model that was never trained without a label (p_uncond = 0).
 
     ADM's published models are of this kind. The guarded function raises ValueError if a concrete label is ∅. Under
     `jit`, labels are not known; rows of ∅ then come out as NaN instead of an image from an untrained embedding.
     """
 
-    def guarded(z: Array, logsnr: Array, labels: Array) -> Any:
+    def guarded(z: Array, logsnr: Array, labels: Array, *w: Array) -> Any:
         given = concrete(labels)
         if given is not None and np.any(given < 0):
             raise ValueError(
@@ -363,7 +371,7 @@ def without_null(eps_fn: Callable[[Array, Array, Array], Any]) -> Callable[[Arra
                 "with a plain w = 0, or use classifier_guidance"
             )
         known = (labels >= 0).reshape(-1, *[1] * (z.ndim - 1))
-        return jax.tree.map(lambda out: jnp.where(known, out, jnp.nan), eps_fn(z, logsnr, labels))
+        return jax.tree.map(lambda out: jnp.where(known, out, jnp.nan), eps_fn(z, logsnr, labels, *w))
 
-    vars(guarded).update(logsnr_range=trained_range(eps_fn))
+    vars(guarded).update(logsnr_range=trained_range(eps_fn), weight_range=declared(eps_fn, "weight_range"))
     return guarded

@@ -17,9 +17,21 @@ from jaxtyping import Key, PyTree, Real, UInt32
 
 from cfd import steps
 from cfd.arguments import concrete, image_keys, is_zero, warn_of_wrong_rows
-from cfd.guidance import NULL_LABEL, Interval, batch_size, check_output, check_trained, check_weight, nulls_like
+from cfd.attributes import is_student, joint_scores
+from cfd.guidance import (
+    NULL_LABEL,
+    Interval,
+    batch_size,
+    check_output,
+    check_student_weight,
+    check_trained,
+    check_weight,
+    nulls_like,
+    weight_at,
+)
 from cfd.guidance import guide as linear_mix
 from cfd.process import alpha_sigma, x_from_eps
+from cfd.reuse import Reuse, empty, evaluated, is_due, rested
 from cfd.steps import (
     Langevin,
     LearnedVariance,
@@ -36,11 +48,13 @@ from cfd.steps import (
     sde_dpm_solver,
 )
 
-EpsFn = Callable[[Array, Array, Any], Any]
+EpsFn = Callable[..., Any]
 """(z [B, ...], logsnr [B], labels [B]) -> eps [B, ...], or the pair (eps, v), both [B, ...], with a learned variance.
 
 It may say the range of λ on which it was trained, by an attribute `logsnr_range = (lo, hi)`. `guided_sample` then
-refuses to evaluate it outside.
+refuses to evaluate it outside. With an attribute `weight_range = (lo, hi)`, it is a student, which takes the guidance
+weight as a fourth input, float32 [B], and is evaluated once per step. An attribute `scores` gives the scores of two
+labels in one call (`cfd.attributes`); the sampler then asks for both at once.
 """
 
 __all__ = [
@@ -70,6 +84,7 @@ def guided_sample(
     null: PyTree = NULL_LABEL,
     guide: EpsFn | None = None,
     rule: Any = None,
+    reuse: Reuse | None = None,
     num_steps: SupportsIndex | Sequence[float] | Real[ArrayLike, "..."] = 256,
     sampler: StepRule | LearnedVariance | SecondOrder = ancestral(v=0.3),
     corrector: Langevin | None = None,
@@ -93,7 +108,8 @@ def guided_sample(
       w: the guidance weight of Eq. 6: a number, an array (scalar or [B]), a function of λ that returns either, or
         an `Interval`. It is traced: a new value never recompiles. A concrete scalar 0, such as 0.0 or np.float32(0),
         costs one network evaluation per step instead of two. The weights of a function are not checked: where they are
-        NaN, so are the images.
+        NaN, so are the images. A student (`EpsFn`) is evaluated once per step with its w, which is 0 outside of an
+        `Interval`; numbers outside of its range are refused.
       null: the label ∅ of the unconditional score, with the structure and shape of one label, or one for each label.
         Another class in its place guides away from that class.
       guide: the eps_fn that guidance leads away from, given the same labels: a smaller or less trained network, which
@@ -103,6 +119,8 @@ def guided_sample(
       rule: how the two scores become one, such as `cfd.rules.apg(...)`, or any value with the functions of
         `cfd.rules.Rule`; by default, Eq. 6. A rule gets both scores at every step, or at those inside an `Interval`,
         whatever w is.
+      reuse: the steps at which the guide's score is evaluated, such as `cfd.reuse.every(2)`; at the others, it follows
+        from the difference of the two scores at the last such step. By default, it is evaluated at every step.
       num_steps: T, the number of steps from λ_1 = logsnr_min to λ_T = logsnr_max; or the grid itself, [T], rising: the
         λ at which the network is evaluated. A grid may be traced. The ends below are then not used.
       sampler: the step rule: `ancestral(v)`, `ddim(eta)`, `dpm_solver()`, `sde_dpm_solver(v)`, or another of
@@ -123,7 +141,8 @@ def guided_sample(
     Returns: float32 [B, *shape]; with `trajectory`, the pair of that and x̃, float32 [T, B, *shape].
 
     Raises: ValueError on concrete numbers out of range, on λ outside the `logsnr_range` of eps_fn, on an Interval that
-    no step falls into, and on arguments whose shapes do not agree.
+    no step falls into, on arguments whose shapes do not agree, and on a student with a null, a guide, a rule, a
+    reuse or doubled.
     """
     batch = batch_size(labels)
     warn_of_wrong_rows(2 * batch if doubled else batch)
@@ -132,20 +151,23 @@ def guided_sample(
     ends = (num_steps[0], num_steps[-1]) if is_grid(num_steps) else (logsnr_min, logsnr_max)  # pyright: ignore
     for network in filter(None, (eps_fn, guide)):
         check_trained(network, *ends)
+    if guide is not None and is_student(guide):
+        raise ValueError("guide is a student, whose score depends on w: give the network that it learned from")
     if doubled and guide is not None:
         raise ValueError("doubled evaluates one network on both labels, and guide is another network: leave one out")
     if isinstance(w, Interval):
         _check_interval(w, num_steps, logsnr_min, logsnr_max)
     labels = jax.tree.map(jnp.asarray, labels)
     keys = image_keys(key, batch)
-    guided_eps = _guided(eps_fn, guide, rule, labels, null, w, batch, doubled)
+    reuse = None if reuse is not None and reuse.k == 1 else reuse
+    guided_eps = _guided(eps_fn, guide, rule, reuse, labels, null, w, batch, doubled)
     if corrector is not None:
         steps.check_corrector(corrector)
         own_w = w if corrector.w is None else corrector.w
         check_weight(own_w, batch)
         if isinstance(own_w, Interval):
             _check_interval(own_w, num_steps, logsnr_min, logsnr_max)
-        corrector_eps = _guided(eps_fn, guide, rule, labels, null, own_w, batch, doubled)
+        corrector_eps = _guided(eps_fn, guide, rule, reuse, labels, null, own_w, batch, doubled)
     if start is not None and (start.shape != (batch, *shape) or not jnp.issubdtype(start.dtype, jnp.floating)):
         raise ValueError(
             f"start has dtype {start.dtype} and shape {start.shape}; it is z at the first λ: give float32 of shape "
@@ -175,7 +197,7 @@ def guided_sample(
         return (jnp.where(t == len(levels), x, z_next), x, state), x if trajectory else None
 
     z = _varying_like(noise(0) if start is None else start.astype(jnp.float32), labels, w, corrector)
-    state = () if rule is None else rule.init(z)
+    state = () if rule is None else rule.init(z), () if reuse is None else empty(reuse, z)
     (z, *_), xs = jax.lax.scan(step, (z, z, state), (jnp.arange(1, len(levels) + 1), levels, levels_next, reach))
     return (z, xs) if trajectory else z
 
@@ -240,24 +262,38 @@ def _guided(
     eps_fn: EpsFn,
     guide: EpsFn | None,
     rule: Any,
+    reuse: Reuse | None,
     labels: PyTree,
     null: PyTree,
     w: Any,
     batch: int,
     doubled: bool,
 ) -> Callable[[Array, Array, Any], tuple[Array, Array, Array | None, Any]]:
-    """The function (z, λ, state) -> (z, ε̃, v, state) of one or two networks, with the state of the rule."""
-    unguided = rule is None and not isinstance(w, Interval) and is_zero(w)
-    guide_labels = labels if unguided or guide is not None else nulls_like(labels, null, batched=True)
+    """The function (z, λ, state) -> (z, ε̃, v, state) of one or two networks.
 
-    def evaluate(network: EpsFn, z: Array, logsnr: Array, labels: PyTree) -> tuple[Array, Array | None]:
-        output = network(z, jnp.broadcast_to(logsnr, z.shape[:1]), labels)
+    The state is that of the rule, and the memory of `reuse`.
+    """
+    student = is_student(eps_fn)
+    if student:
+        second = {"null": null is not NULL_LABEL, "guide": guide is not None, "rule": rule is not None}
+        check_student_weight(eps_fn, w, reuse=reuse is not None, doubled=doubled, **second)
+    unguided = rule is None and not isinstance(w, Interval) and is_zero(w)
+    joint = None if guide is not None or doubled else joint_scores(eps_fn)
+    one_score = student or unguided or guide is not None
+    guide_labels = labels if one_score else nulls_like(labels, null, batched=True)
+
+    def evaluate(network: EpsFn, z: Array, logsnr: Array, *inputs: PyTree) -> tuple[Array, Array | None]:
+        output = network(z, jnp.broadcast_to(logsnr, z.shape[:1]), *inputs)
         return check_output("eps_fn" if network is eps_fn else "guide", output, z.shape)
 
     def one(z: Array, logsnr: Array, state: Any) -> tuple[Array, Array, Array | None, Any]:
         return z, *evaluate(eps_fn, z, logsnr, labels), state
 
     def scores(z: Array, logsnr: Array) -> tuple[tuple[Array, Array | None], Array]:
+        if joint is not None:
+            pair = joint(z, jnp.broadcast_to(logsnr, z.shape[:1]), labels, guide_labels)
+            given, null_given = (check_output("scores of eps_fn", output, z.shape) for output in pair)
+            return given, null_given[0]
         if not doubled:
             return evaluate(eps_fn, z, logsnr, labels), evaluate(guide or eps_fn, z, logsnr, guide_labels)[0]
         # The two rows of a pair are adjacent, so that a sharded batch keeps both on one device.
@@ -266,15 +302,33 @@ def _guided(
         eps, v = jax.tree.map(lambda a: a.reshape(batch, 2, *z.shape[1:]), pairs)
         return (eps[:, 0], None if v is None else v[:, 0]), eps[:, 1]
 
+    def remembered(z: Array, logsnr: Array, memory: Any) -> tuple[tuple[Array, Array | None], Array, Any]:
+        if reuse is None:
+            return *scores(z, logsnr), memory
+        remember = functools.partial(evaluated, reuse)
+
+        def fresh(z: Array, memory: Any) -> Any:
+            (eps_cond, v), eps_guide = scores(z, logsnr)
+            return (eps_cond, v), *remember(memory, eps_cond, eps_guide, logsnr)
+
+        def resting(z: Array, memory: Any) -> Any:
+            eps_cond, v = evaluate(eps_fn, z, logsnr, labels)
+            return (eps_cond, v), *rested(memory, eps_cond, logsnr)
+
+        return jax.lax.cond(jnp.any(is_due(memory)), fresh, resting, z, memory)
+
     def both(z: Array, logsnr: Array, state: Any, weight: Any) -> tuple[Array, Array, Array | None, Any]:
         check_weight(weight, batch)
         weight = jnp.asarray(weight, jnp.float32)
-        (eps_cond, v), eps_guide = scores(z, logsnr)
+        mixing, memory = state
+        (eps_cond, v), eps_guide, memory = remembered(z, logsnr, memory)
         if rule is None:
-            return z, linear_mix(eps_cond, eps_guide, weight), v, state
-        z, eps, state = rule.mix(z, eps_cond, eps_guide, logsnr, weight, state)
-        return z, eps, v, state
+            return z, linear_mix(eps_cond, eps_guide, weight), v, (mixing, memory)
+        z, eps, mixing = rule.mix(z, eps_cond, eps_guide, logsnr, weight, mixing)
+        return z, eps, v, (mixing, memory)
 
+    if student:
+        return lambda z, logsnr, state: (z, *evaluate(eps_fn, z, logsnr, labels, weight_at(w, logsnr, batch)), state)
     if isinstance(w, Interval):
         return lambda z, logsnr, state: jax.lax.cond(
             w.contains(logsnr),
