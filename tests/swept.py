@@ -45,6 +45,7 @@ def cell(rule: str, guide: str, w: float, values: Mapping[str, Sequence[float]],
     """A row of a sweep over rules and guides. `values` maps a measure to its value and to that without each group."""
     row = dict.fromkeys(results.COLUMNS) | {
         "step": 5,
+        "ema": 0.0,
         "p_uncond": 0.1,
         "num_steps": 4,
         "sampler": "ancestral",
@@ -76,7 +77,7 @@ def write_cells(folder: Path, rows: Sequence[results.Row], reference: str = "ref
             "weights": {"sha256": row["weights"]},
             "reference": {"sha256": reference},
             "features": {"sha256": "features"},
-            "sampling": {key: row[key] for key in manifest.SAMPLING},
+            "sampling": {key: row[key] for key in manifest.SAMPLING} | row.get("unlisted", {}),
         }
         manifest.write_manifest(str(folder), made)
         name = manifest.manifest_name(made)

@@ -1,8 +1,8 @@
 """Checkpoints: one atomic Orbax step holds the state, the data position, the config and digests of every array.
 
-A snapshot is a step that holds the EMA alone. No step is trusted because it is listed: its digests are computed again
-from the arrays that were read. A checkpoint that fails this check is moved to checkpoints/quarantine/, and the one
-before it is used.
+A snapshot is a step that holds the EMA alone, or the averages of `cfd.runs.posthoc`. No step is trusted because it is
+listed: its digests are computed again from the arrays that were read. A checkpoint that fails this check is moved to
+checkpoints/quarantine/, and the one before it is used.
 
 A step on a disk becomes visible by a rename. For a step in a bucket, see `cfd.runs.steps`. There, the job that holds
 the lease of the run keeps the list of its steps itself, because Orbax's manager would ask every process for listings.
@@ -25,7 +25,7 @@ from cfd.runs.access import check_run_path, still_held
 from cfd.runs.digest import digests, leaves
 from cfd.runs.files import AnyPath
 from cfd.runs.reading import from_process_0, on_all, read_verified, seal, some
-from cfd.runs.workdir import CHECKPOINTS, SNAPSHOTS, abbreviate
+from cfd.runs.workdir import CHECKPOINTS, POSTHOC, SNAPSHOTS, abbreviate
 
 MAX_FAILED_SAVES = 3
 SAVE_SECONDS = 600
@@ -72,6 +72,11 @@ def open_manager(workdir: str | os.PathLike[str], *, keep: int, keep_every: int 
 def open_snapshots(workdir: str | os.PathLike[str]) -> Manager:
     """The snapshots of a run, which are all kept. For the rest, it is like `open_manager`."""
     return _open(workdir, SNAPSHOTS, None, 0)
+
+
+def open_posthoc(workdir: str | os.PathLike[str]) -> Manager:
+    """The stored averages of a run, from which `cfd.runs.posthoc` reconstructs others; like `open_snapshots`."""
+    return _open(workdir, POSTHOC, None, 0)
 
 
 def _open(workdir: str | os.PathLike[str], name: str, keep: int | None, keep_every: int) -> Manager:

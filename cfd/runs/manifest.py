@@ -120,23 +120,26 @@ def manifest_of(
     num_classes: int = 0,
     class_counts: Sequence[int] | None = None,
     guide: Mapping[str, Any] = {},
+    steps: Mapping[str, Any] = {},
 ) -> dict[str, Any]:
     """The manifest of a row: the hashes of everything that goes in, every setting, and the versions of the programs.
 
-    `row` has the columns SAMPLING, "step" and "p_uncond". `weights`, `guide_weights` ("" without a guiding classifier),
-    `reference` and `features_weights` are SHA-256 digests. `network`, `process` and `data` are the groups of the config
-    in full ("model", "process", "data"), and `clip` is sample.clip. `data_identity` is the identity of the training
-    split, and `held_out_identity` that of the held-out split; "" if nothing is measured with it. `reference_path` is
-    eval.reference, "" for the data set. `features` is the name of the feature network. `num_classes` and `class_counts`
-    are those that `labels_of` takes for the row. `guide` has the "sha256" of the weights of the row's guide, their
-    "step" and the name of their "run"; {} without a guide.
+    `row` has the columns SAMPLING, "step", "ema" and "p_uncond". `weights`, `guide_weights` ("" without a guiding
+    classifier), `reference` and `features_weights` are SHA-256 digests. `network`, `process` and `data` are groups of
+    the config ("model", "process", "data"), and `clip` is sample.clip. `data_identity` is the identity of
+    the training split, and `held_out_identity` that of the held-out split; "" if nothing is measured with it.
+    `reference_path` is eval.reference, "" for the data set. `features` is the name of the feature network.
+    `num_classes` and `class_counts` are those that `labels_of` takes for the row. `guide` has the "sha256" of the
+    weights of the row's guide, their "step", the name of their "run" and perhaps the "ema" of a guide's length; {}
+    without a guide. `steps` are settings of the sampler that no column has.
     """
+    ema = {"ema": row["ema"]} if row["ema"] else {"ema_decay": ema_decay}
     return {
-        "weights": {"sha256": weights, "step": row["step"], "ema_decay": ema_decay, "p_uncond": row["p_uncond"]},
+        "weights": {"sha256": weights, "step": row["step"], "p_uncond": row["p_uncond"], **ema},
         "classifier": {"sha256": guide_weights},
         "guide": dict(guide),
         "network": dict(network),
-        "sampling": {key: row[key] for key in SAMPLING} | {"clip": clip, "process": dict(process)},
+        "sampling": {key: row[key] for key in SAMPLING} | {"clip": clip, "process": dict(process), **steps},
         "label_policy": label_policy(row["labels"], row["num_samples"], num_classes),
         **({} if class_counts is None else {"class_counts": list(class_counts)}),
         "seeds": "image i is drawn with the key fold_in(key(seed), i)",

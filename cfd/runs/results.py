@@ -20,7 +20,7 @@ from cfd.runs.manifest import SAMPLING, measured_with
 
 Row = dict[str, Any]
 
-SETTINGS: tuple[str, ...] = ("step", "p_uncond", *SAMPLING, "features")
+SETTINGS: tuple[str, ...] = ("step", "ema", "p_uncond", *SAMPLING, "features")
 MEASURED: tuple[str, ...] = (
     "fid",
     "fid_test",
@@ -36,7 +36,7 @@ MEASURED: tuple[str, ...] = (
 INTERVALS = tuple(f"{key}_{end}" for key in MEASURED for end in ("low", "high"))
 """The ends of the 95 % interval of each measure, or None."""
 COLUMNS: tuple[str, ...] = (*SETTINGS, *MEASURED, *INTERVALS, "kid_se", "fid_name", "manifest")
-YOUNGER = ("rule", "guide", "fid_test", "kid", "saturation", *INTERVALS, "kid_se")
+YOUNGER = ("ema", "rule", "guide", "fid_test", "kid", "saturation", *INTERVALS, "kid_se")
 """Columns that a sweep.csv of an earlier version lacks."""
 WORDS = ("sampler", "guidance", "rule", "guide", "interval", "labels", "features", "fid_name", "manifest")
 COUNTS = ("step", "num_steps", "num_samples", "seed")
@@ -59,6 +59,8 @@ def samples_path(folder: str, row: Row) -> str:
     length of a name to 255 bytes.
     """
     keys = [key for key in SETTINGS if key not in ("p_uncond", "features") and row[key] != ""]
+    # The name for the run's own EMA is that of versions that had no other.
+    keys = [key for key in keys if key != "ema" or row[key]]
     parts = row | {"rule": _safe(row["rule"])[:16], "guide": _safe(row["guide"])[-16:]}
     earlier = f"{'_'.join(f'{key}-{parts[key]}' for key in keys)[:200]}_manifest-{row['manifest']}"
     path, old = (os.path.join(folder, "samples", f"{name}.npz") for name in (earlier.replace(":", "_"), earlier))
@@ -91,7 +93,7 @@ def read_rows(folder: str) -> list[Row]:
     header = next(reader)
     if not _is_header(header):
         raise UserError(f"{path} has other columns than this version writes: move it away to measure again")
-    missing = dict.fromkeys(COLUMNS) | {"rule": "", "guide": ""}
+    missing = dict.fromkeys(COLUMNS) | {"ema": 0.0, "rule": "", "guide": ""}
     rows = []
     for cells in filter(None, reader):
         try:
@@ -113,6 +115,8 @@ def _value(key: str, text: str) -> str | int | float | None:
         return text
     if key in COUNTS:
         return int(text)
+    if key == "ema":  # empty in the rows of an earlier version
+        return float(text or 0.0)
     return float(text) if text else None
 
 

@@ -3,6 +3,7 @@
     config.json             the whole config, the class names and the conventions
     checkpoints/<step>/     written by cfd.runs.checkpoint
     snapshots/<step>/       the EMA alone, likewise, kept for good
+    posthoc/<step>/         the averages of train.posthoc_ema, likewise
     metrics.jsonl           written by cfd.runs.log: one object per line, in the order of the steps
     tensorboard/            written by cfd.runs.log: the same scalars, and images
 
@@ -24,6 +25,7 @@ from cfd.runs.log import METRICS
 
 CHECKPOINTS = "checkpoints"
 SNAPSHOTS = "snapshots"
+POSTHOC = "posthoc"
 CONFIG = "config.json"
 
 CONVENTIONS = {
@@ -49,10 +51,13 @@ FREE_FIELDS = (
     "train.keep_checkpoints",
     "train.keep_every_steps",
     "train.snapshot_every_steps",
+    "train.posthoc_every_steps",
     "train.log_every_steps",
     "train.sample_every_steps",
     "train.watchdog_seconds",
     "classifier_train.num_steps",
+    "model_guide",
+    "guide_train",
     "mesh",
     "sample",
     "eval",
@@ -135,7 +140,7 @@ def has_begun(workdir: str | os.PathLike[str]) -> bool:
 def _has_steps(workdir: str | os.PathLike[str]) -> bool:
     from cfd.runs.steps import steps_of  # imported here because it imports this module
 
-    return any(steps_of(files.place(workdir, name)) for name in (CHECKPOINTS, SNAPSHOTS))
+    return any(steps_of(files.place(workdir, name)) for name in (CHECKPOINTS, SNAPSHOTS, POSTHOC))
 
 
 def check_config(

@@ -11,9 +11,9 @@ from cfd.runs.manifest import labels_of, manifest_name, manifest_of, measured_wi
 from cfd.runs.results import SETTINGS
 
 ROW: dict[str, Any] = {
-    "step": 7, "p_uncond": 0.1, "num_steps": 4, "sampler": "ancestral", "v": 0.3, "guidance": "classifier-free",
-    "rule": "", "guide": "", "interval": "", "w": 1.0, "num_samples": 20, "labels": "balanced",
-    "seed": 1000, "features": "classifier",
+    "step": 7, "ema": 0.0, "p_uncond": 0.1, "num_steps": 4, "sampler": "ancestral", "v": 0.3,
+    "guidance": "classifier-free", "rule": "", "guide": "", "interval": "", "w": 1.0,
+    "num_samples": 20, "labels": "balanced", "seed": 1000, "features": "classifier",
 }  # fmt: skip
 KEYWORDS: dict[str, Any] = {
     "weights": "a" * 64,
@@ -44,7 +44,7 @@ def test_the_name_depends_on_everything_that_a_row_depends_on() -> None:
     changes = [{key: others[type(value)]} for key, value in KEYWORDS.items() if key != "data"]
     data = [{"data": KEYWORDS["data"] | {key: "x"}} for key in ("source", "name", "split", "image_size")]
     names = [name(), *(name(row) for row in rows), *(name(**change) for change in (*changes, *data))]
-    assert len(set(names)) == len(names) == 1 + 13 + 13 + 4
+    assert len(set(names)) == len(names) == 1 + 14 + 13 + 4
 
 
 def test_the_name_does_not_depend_on_where_files_are_or_on_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:

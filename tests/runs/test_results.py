@@ -10,7 +10,8 @@ from swept import sweep_again, swept
 from cfd.runs import results
 
 ROW: dict[str, Any] = {
-    "step": 7, "p_uncond": 0.1, "num_steps": 4, "sampler": "ancestral", "v": 0.3, "guidance": "classifier-free",
+    "step": 7, "ema": 0.0, "p_uncond": 0.1, "num_steps": 4, "sampler": "ancestral", "v": 0.3,
+    "guidance": "classifier-free",
     "rule": "", "guide": "", "interval": "-30:0", "w": 1.0, "num_samples": 20, "labels": "balanced",
     "seed": 1000, "features": "classifier",
     "fid_name": "FID-20", "manifest": "00e1",

@@ -103,11 +103,13 @@ def test_no_other_field_may_change() -> None:
         "train.keep_checkpoints",
         "train.keep_every_steps",
         "train.snapshot_every_steps",
+        "train.posthoc_every_steps",
         "train.log_every_steps",
         "train.sample_every_steps",
         "train.watchdog_seconds",
         "classifier_train.num_steps",
         *(name for name in FIELDS if name.startswith(("mesh.", "sample.", "eval.", "likelihood.", "xla."))),
+        *(name for name in FIELDS if name.startswith(("model_guide.", "guide_train."))),  # of the run RUN/guide
     }
 
 
