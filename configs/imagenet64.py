@@ -22,7 +22,8 @@ The network and the optimizer are those of Dhariwal and Nichol's 64x64 model (AD
 README of openai/guided-diffusion): 192 channels, multipliers 1, 2, 3, 4, 3 residual blocks, attention at 32, 16 and 8,
 64 channels per head, residual blocks that resample, scale-shift norm, dropout 0.1, batch 2048, learning rate 3e-4, Adam
 with β = (0.9, 0.999) and no weight decay, EMA 0.9999, 16-bit activations. ADM trained it for 540,000 iterations;
-num_steps here is the paper's. The paper does not give T for this table; 256 is its recommendation at 128x128.
+num_steps here is the paper's. T = 256 for this table is in the earlier version of the paper, of the NeurIPS 2021
+Workshop on Deep Generative Models and Downstream Applications.
 
 Five things differ from ADM. The network learns ε alone and not the variance, so that it has 3 outputs and the plain
 loss. λ is continuous, follows the cosine schedule, and enters the network as that schedule's own time, whereas ADM

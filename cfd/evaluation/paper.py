@@ -1,9 +1,12 @@
-"""The published results with which ours are compared: Tables 1 and 2 of Ho and Salimans (arXiv:2207.12598).
+"""The published results with which ours are compared, each with its source.
 
-They are for ImageNet, with 50,000 samples per weight. Section 4 gives v = 0.3 and 400,000 training steps for 64x64, and
-v = 0.2 and 2.7 million training steps for 128x128. This module contains nothing that the tables do not state.
+Tables 1 and 2 of Ho and Salimans (arXiv:2207.12598) are for ImageNet, with 50,000 samples per weight. Section 4 gives
+v = 0.3 and 400,000 training steps for 64x64, and v = 0.2 and 2.7 million training steps for 128x128. The other methods
+are those of the same tables, of Tables 4 and 5 of Dhariwal and Nichol (ADM, arXiv:2105.05233), and of papers that the
+rows name. This module contains nothing that its sources do not state.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 NUM_SAMPLES = 50_000
@@ -98,6 +101,120 @@ TABLE_2 = Table(
         (422.29, 421.03, 419.06),
     ),
 )
+
+
+class Result(NamedTuple):
+    """Metrics of one method in one source, with Inception features; None is not stated. Bits are of the test split."""
+
+    method: str
+    source: str
+    fid: float | None = None
+    sfid: float | None = None
+    inception_score: float | None = None
+    precision: float | None = None
+    recall: float | None = None
+    bits_per_dim: float | None = None
+
+
+CFG, ADM, VDM = "arXiv:2207.12598, Table {}", "arXiv:2105.05233, Table {}", "arXiv:2107.00630"
+
+BASELINES: dict[tuple[str, int], tuple[Result, ...]] = {
+    ("imagenet", 64): (
+        Result("ADM", CFG.format(1), fid=2.07),
+        Result("CDM", CFG.format(1), fid=1.48, inception_score=67.95),
+    ),
+    ("imagenet", 128): (
+        Result("BigGAN-deep, max IS", CFG.format(2), fid=25.0, inception_score=253.0),
+        Result("BigGAN-deep", CFG.format(2), fid=5.7, inception_score=124.5),
+        Result("CDM", CFG.format(2), fid=3.52, inception_score=128.8),
+        Result("LOGAN", CFG.format(2), fid=3.36, inception_score=148.2),
+        Result("ADM-G", CFG.format(2), fid=2.97),
+    ),
+}
+"""The other methods in Tables 1 and 2, by data set and image size."""
+
+
+def _adm(
+    table: int, *rows: tuple[str, float, float | None, float | None, float | None, float | None]
+) -> tuple[Result, ...]:
+    """Rows of a table of ADM's: method, FID, sFID, IS, precision, recall."""
+    source = ADM.format(table)
+    return tuple(Result(name, source, fid, sfid, score, *rates) for name, fid, sfid, score, *rates in rows)
+
+
+OTHERS: dict[tuple[str, int], tuple[Result, ...]] = {
+    ("imagenet", 64): (
+        *_adm(
+            5,
+            ("BigGAN-deep, trained by ADM's authors", 4.06, 3.96, None, 0.79, 0.48),
+            ("IDDPM", 2.92, 3.79, None, 0.74, 0.62),
+            ("ADM", 2.61, 3.77, None, 0.73, 0.63),
+            ("ADM, dropout", 2.07, 4.29, None, 0.74, 0.63),
+        ),
+        Result("VDM", VDM, bits_per_dim=3.40),
+        Result("IDDPM", VDM, bits_per_dim=3.54),
+    ),
+    ("imagenet", 128): _adm(
+        5,
+        ("BigGAN-deep", 6.02, 7.18, None, 0.86, 0.35),
+        ("LOGAN", 3.36, None, None, None, None),
+        ("ADM", 5.91, 5.09, None, 0.70, 0.65),
+        ("ADM-G, 25 steps", 5.98, 7.04, None, 0.78, 0.51),
+        ("ADM-G", 2.97, 5.09, None, 0.78, 0.59),
+    ),
+    ("imagenet", 256): (
+        *_adm(
+            4,
+            ("ADM, no labels", 26.21, 6.35, 39.70, 0.61, 0.63),
+            ("ADM, no labels, classifier scale 1", 33.03, 6.99, 32.92, 0.56, 0.65),
+            ("ADM, no labels, classifier scale 10", 12.00, 10.40, 95.41, 0.76, 0.44),
+            ("ADM", 10.94, 6.02, 100.98, 0.69, 0.63),
+            ("ADM, classifier scale 1", 4.59, 5.25, 186.70, 0.82, 0.52),
+            ("ADM, classifier scale 10", 9.11, 10.93, 283.92, 0.88, 0.32),
+        ),
+        *_adm(
+            5,
+            ("DCTransformer", 36.51, 8.24, None, 0.36, 0.67),
+            ("VQ-VAE-2", 31.11, 17.38, None, 0.36, 0.57),
+            ("IDDPM", 12.26, 5.42, None, 0.70, 0.62),
+            ("SR3", 11.30, None, None, None, None),
+            ("BigGAN-deep", 6.95, 7.36, None, 0.87, 0.28),
+            ("ADM", 10.94, 6.02, None, 0.69, 0.63),
+            ("ADM-G, 25 steps", 5.44, 5.32, None, 0.81, 0.49),
+            ("ADM-G", 4.59, 5.25, None, 0.82, 0.52),
+        ),
+    ),
+    ("imagenet", 512): _adm(
+        5,
+        ("BigGAN-deep", 8.43, 8.13, None, 0.88, 0.29),
+        ("ADM", 23.24, 10.19, None, 0.73, 0.60),
+        ("ADM-G, 25 steps", 8.41, 9.67, None, 0.83, 0.47),
+        ("ADM-G", 7.72, 6.57, None, 0.87, 0.42),
+    ),
+    ("imagenet", 32): (Result("VDM", VDM, bits_per_dim=3.72),),
+    ("cifar10", 32): (
+        Result("DDPM, no labels", "arXiv:2006.11239, abstract", fid=3.17, inception_score=9.46),
+        Result("DDPM, no labels, augmented data", VDM, bits_per_dim=3.69),
+        Result("IDDPM, no labels", VDM, bits_per_dim=2.94),
+        Result("VDM, no labels", VDM, fid=4.00, bits_per_dim=2.65),
+        Result("VDM, no labels, augmented data", VDM, bits_per_dim=2.49),
+        Result("DDPM, no labels, T = 1000", "arXiv:2112.07804", fid=3.21, inception_score=9.46, recall=0.57),
+        Result("DDGAN, no labels, T = 4", "arXiv:2112.07804", fid=3.75, inception_score=9.63, recall=0.57),
+    ),
+}
+"""Other published results, by data set and image size."""
+
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def data_set(name: str, class_names: Sequence[str], *, imported: bool = False) -> str:
+    """The data set "imagenet", "cifar10", or "" for any other, by its name in TFDS, or for CIFAR-10 by its classes.
+
+    An imported model has no data. With ADM's 1000 classes, it is one of ImageNet.
+    """
+    if len(class_names) == 1000 and (imported or name.startswith("imagenet")):
+        return "imagenet"
+    return "cifar10" if name.split(":")[0] == "cifar10" or set(class_names) == set(CIFAR10) else ""
 
 
 def table_of(*, name: str, num_classes: int, image_size: int, features: str) -> Table | None:
