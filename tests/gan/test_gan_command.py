@@ -1,0 +1,119 @@
+"""The networks of the GAN and its two commands: shapes, a tiny run that stops and resumes, and errors in one line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import ROOT, tiny_config
+
+from cfd.devices import preemption
+from cfd.gan import gaussians, losses
+from cfd.gan.__main__ import check_generator, config_of, main, networks_of
+
+CONFIG = str(ROOT / "configs" / "digits.py")
+TINY = (
+    "train.num_steps=4",
+    "train.batch_size=16",
+    "train.checkpoint_every_steps=2",
+    "train.log_every_steps=1",
+    "model.channel_mult=(1,)",
+    "model.attention_resolutions=()",
+    "classifier.channel_mult=(1,)",
+    "classifier.attention_resolutions=()",
+    "eval.num_samples=40",
+    "eval.classifier_steps=5",
+)
+
+
+def of_config(classes: int, width: int) -> tuple[Any, Any, Any]:
+    """Parameters without values, and the loss and samples as functions of them."""
+    config = tiny_config().unlock()
+    config.model.num_classes = classes
+    init, networks = networks_of(config, 5, width)
+    x, labels = jnp.zeros((3, 8, 8, 1)), jnp.arange(3, dtype=jnp.int32) - (classes == 0)
+
+    def loss(params: Any) -> Any:
+        return losses.loss(jax.random.key(1), networks, params, x, labels, logsnr=losses.levels(4))
+
+    def sample(params: Any) -> Any:
+        return losses.sample(jax.random.key(2), networks, params["g"], labels, (8, 8, 1), logsnr=losses.levels(4))
+
+    return jax.eval_shape(init, jax.random.key(0)), loss, sample
+
+
+def test_the_networks_of_a_config_fit_the_losses() -> None:
+    """Abstractly: the loss is a scalar with a gradient for every parameter, through the gradient of the penalty."""
+    params, loss, _ = of_config(10, 0)
+    value, grads = jax.eval_shape(jax.value_and_grad(loss), params)
+    assert value.shape == () and jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, params)
+    assert params["d"]["conv_in"]["kernel"].shape[2] == 2  # z' and z
+    assert "label" in params["g"]["embed"] and params["d"]["pool"]["out"]["kernel"].shape[1] == 10
+    params = of_config(0, 0)[0]
+    assert "label" not in params["g"]["embed"] and params["d"]["pool"]["out"]["kernel"].shape[1] == 1
+
+
+@pytest.mark.parametrize("classes", [0, 10])
+def test_the_mlps_do_too_and_labels_matter_to_them(classes: int) -> None:
+    params, loss, sample = of_config(classes, 16)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda a: jnp.asarray(rng.normal(0, 0.3, a.shape), jnp.float32), params)
+    grads = jax.jit(jax.grad(loss))(params)
+    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(grads))
+    images = jax.jit(sample)(params)
+    assert images.shape == (3, 8, 8, 1) and np.abs(images).max() <= 1.0 + 1e-4
+
+
+def test_errors_are_one_line_and_say_what_to_do(tmp_path: Path) -> None:
+    for arguments, expected in (
+        (["nowhere.py", str(tmp_path)], "CONFIG is 'nowhere.py', which is no file with get_config"),
+        ([CONFIG, str(tmp_path), "train.num_step=3"], "train.num_step"),
+        ([CONFIG, str(tmp_path), "train.num_steps=0"], "config.train.num_steps is 0; expected an integer >= 1"),
+        (
+            [CONFIG, str(tmp_path), "model.label_from=0"],
+            r"model.label_from is 0, .* add model.label_from=-1, or --mlp=256",
+        ),
+    ):
+        with pytest.raises(SystemExit, match=expected) as found:
+            main(arguments)
+        assert "\n" not in str(found.value)
+    assert config_of(CONFIG, ["train.num_steps=3", "data.split=test"]).data.split == "test"
+    check_generator(config_of(CONFIG, ["model.label_from=-1"]))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.usefixtures("compile_once")
+@pytest.mark.parametrize("networks", [(), ("--mlp=32",)])
+def test_a_run_that_stops_resumes_to_the_same_images(
+    networks: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert main([CONFIG, str(whole), *networks, *TINY]) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(preemption, "requested", lambda: True)
+        assert main([CONFIG, str(stopped), *networks, *TINY]) == 75
+    assert "the same command resumes" in capfd.readouterr().out
+    assert main([CONFIG, str(stopped), *networks, *TINY]) == 0
+    assert "Resuming" in capfd.readouterr().out
+    images = [np.load(folder / "gan.npz")["arr_0"] for folder in (whole, stopped)]
+    np.testing.assert_array_equal(*images)
+    assert images[0].shape == (40, 8, 8, 1)
+    scores = json.loads((whole / "gan.json").read_text())
+    assert scores == json.loads((stopped / "gan.json").read_text())
+    assert scores["step"] == 4 and scores["fid"] > 0 and 0 <= scores["recall"] <= 1
+    content = json.loads((whole / "config.json").read_text())
+    assert content["kind"] == "gan" and len(content["gan"]["levels"]) == 4
+    np.testing.assert_array_equal(np.bincount(np.load(whole / "gan.npz")["arr_1"]), [4] * 10)
+
+
+@pytest.mark.slow
+def test_the_25_gaussians_are_learned_a_little(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of uniform points in the square of the grid, 25 π 0.15² / 8² = 2.8 % are good: training must double that."""
+    gaussians.main(["--steps", "6000"])
+    modes, good = capsys.readouterr().out.partition(": ")[2].split(" of 25 modes, ")
+    assert int(modes) > 18 and float(good.partition("%")[0]) > 5.5
