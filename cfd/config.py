@@ -9,8 +9,9 @@ from typing import Any, TypeAlias
 
 from ml_collections import ConfigDict
 
+from cfd.checks import PATH, TEXT, accepts
 from cfd.errors import UserError
-from cfd.fields import BEFORE, DEFAULTS, FIELDS, PATH, TEXT, accepts
+from cfd.fields import BEFORE, DEFAULTS, FIELDS, FOREIGN
 
 Config: TypeAlias = Any
 """A ConfigDict that holds every field of FIELDS, with the types given there, once `complete` has returned it."""
@@ -53,7 +54,8 @@ def with_classes(config: Config, num_classes: int) -> Config:
     filled: Config = ConfigDict(config.to_dict())
     for group in ("data", "model", "classifier"):
         filled[group].num_classes = config[group].num_classes or num_classes
-    filled.model.out_channels = config.model.out_channels or config.data.channels
+    outputs = config.data.channels * (2 if config.model.learn_variance else 1)
+    filled.model.out_channels = config.model.out_channels or outputs
     _check_classes(filled, num_classes, "the number of classes of the data")
     return filled.lock()
 
@@ -101,10 +103,29 @@ def _check_together(config: Config) -> None:
     data, sample, train = config.data, config.sample, config.train
     for group in ("model", "classifier"):
         _check_network(group, config[group], data.image_size)
-    if config.model.out_channels not in (0, data.channels, 2 * data.channels * config.model.time.startswith("adm_")):
+    for group in ("model", "model_guide"):
+        _check_foreign(group, config[group])
+    _check_outputs(config)
+    for name, value in (("model.predict", config.model.predict), ("train.weight", train.weight)):
+        if value == "mean" and not config.model.time.startswith("adm_"):
+            raise UserError(
+                f"config.{name} is 'mean', the mean of a step in a table of levels, and model.time is "
+                f"{config.model.time!r}, which has no table: set model.time to 'adm_linear', DDPM's, or to 'adm_cosine'"
+            )
+    if train.sigmoid_bias and train.weight != "sigmoid":
         raise UserError(
-            f"config.model.out_channels is {config.model.out_channels}, data.channels {data.channels}: "
-            "set both to the same number, or leave model.out_channels out"
+            f"config.train.sigmoid_bias is {train.sigmoid_bias:g}, and train.weight {train.weight!r} has no bias: set "
+            "train.weight to 'sigmoid', or train.sigmoid_bias to 0.0"
+        )
+    if config.model.label_from >= (levels := len(config.model.channel_mult)):
+        raise UserError(
+            f"config.model.label_from is {config.model.label_from}, and model.channel_mult has {levels} levels: give "
+            f"the number of one, from 0 to {levels - 1}, or -1 for a network that sees the class everywhere"
+        )
+    if sample.respacing and not sample.clean_end:
+        raise UserError(
+            f"config.sample.respacing is {sample.respacing!r}, a grid of its own, and sample.clean_end False: set "
+            "sample.respacing to '', or sample.clean_end to True"
         )
     if config.process.logsnr_min >= config.process.logsnr_max:
         raise UserError(
@@ -129,11 +150,14 @@ def _check_together(config: Config) -> None:
             f"config.sample.doubled is True, and the guide {guides[0]!r} is another network, which cannot be evaluated "
             "in one batch with the run's own: set sample.doubled to False, or sample.guide and eval.guides to '' and ()"
         )
-    if sample.guidance == "classifier" and (others := [*guides, *filter(None, (sample.rule, *config.eval.rules))]):
+    by_classifier = sample.guidance != "classifier-free"
+    if by_classifier and (others := [*guides, *filter(None, (sample.rule, *config.eval.rules))]):
         raise UserError(
-            f"config.sample.guidance is 'classifier', which has no second score for {others[0]!r}: set sample.guidance "
-            "to 'classifier-free', or sample.rule and sample.guide to '', and eval.rules and eval.guides to ()"
+            f"config.sample.guidance is {sample.guidance!r}, which has no second score for {others[0]!r}: set "
+            "sample.guidance to 'classifier-free', or sample.rule and sample.guide to '', and eval.rules and "
+            "eval.guides to ()"
         )
+    _check_steps(config)
     features = config.eval.features
     if features in ("inception", "dinov2"):
         if not config.eval[f"{features}_path"]:
@@ -148,6 +172,67 @@ def _check_together(config: Config) -> None:
             )
 
 
+def _check_outputs(config: Config) -> None:
+    """Raises ValueError if the outputs of the network, its variance and its training contradict each other."""
+    model, train, channels = config.model, config.train, config.data.channels
+    both = model.learn_variance or model.time.startswith("adm_")  # an imported network may have kept its variance
+    if model.out_channels not in (0, channels * (not model.learn_variance), 2 * channels * both):
+        expected = 2 * channels if model.learn_variance else channels
+        raise UserError(
+            f"config.model.out_channels is {model.out_channels}, data.channels {channels} and model.learn_variance "
+            f"{model.learn_variance}: set model.out_channels to {expected}, or leave it out"
+        )
+    contradicts = {
+        "train.weight": train.weight != "eps",
+        "train.low_discrepancy": train.low_discrepancy,
+        "process.schedule": config.process.schedule == "learned",
+    }
+    if model.learn_variance and (name := next(filter(contradicts.get, contradicts), None)):
+        group, _, field = name.partition(".")
+        raise UserError(
+            f"config.{name} is {config[group][field]!r}, and model.learn_variance trains ε unweighted at independent "
+            f"levels: set {name} to {DEFAULTS[name]!r}, or model.learn_variance to False"
+        )
+    if config.sample.variance == "learned" and not model.learn_variance and model.out_channels != 2 * channels:
+        raise UserError(
+            "config.sample.variance is 'learned', and the network has no outputs for a variance: set sample.variance "
+            "to 'fixed', train with model.learn_variance, or import with python -m cfd.convert adm --keep-variance"
+        )
+
+
+def _check_steps(config: Config) -> None:
+    """Raises ValueError if the fields of `sample` about steps, variances and clipping contradict each other."""
+    sample, evaluate = config.sample, config.eval
+    for name, value in (("variance", "learned"), ("guidance", "classifier-mean")):
+        if sample[name] == value and sample.sampler != "ancestral":
+            raise UserError(
+                f"config.sample.{name} is {value!r}, and sample.sampler {sample.sampler!r}, which has no variance of "
+                f"its own: set sample.sampler to 'ancestral', or sample.{name} to {DEFAULTS[f'sample.{name}']!r}"
+            )
+    if sample.corrector and sample.guidance == "classifier-mean":
+        raise UserError(
+            f"config.sample.corrector is {sample.corrector:g}, and sample.guidance 'classifier-mean' guides the "
+            "sampler alone, and not the corrector: set sample.guidance to 'classifier', or sample.corrector to 0.0"
+        )
+    if sample.variance == "learned" and evaluate.v:
+        raise UserError(
+            f"config.eval.v is {evaluate.v}, and sample.variance is 'learned', which takes v from the network: set "
+            "eval.v to (), or sample.variance to 'fixed'"
+        )
+    if sample.respacing and (sample.schedule or evaluate.num_steps):
+        name, value = ("sample.schedule", "") if sample.schedule else ("eval.num_steps", ())
+        raise UserError(
+            f"config.sample.respacing is {sample.respacing!r}, which is a whole grid: set {name} to {value!r}, or "
+            "sample.respacing to ''"
+        )
+    if sample.clip_first and not (sample.clip and sample.guidance == "classifier"):
+        raise UserError(
+            f"config.sample.clip_first is True, with sample.clip {sample.clip} and sample.guidance "
+            f"{sample.guidance!r}: it concerns clipping under 'classifier' alone ('classifier-mean' shifts after it "
+            "always): set it to False, or the two to True and 'classifier'"
+        )
+
+
 def _check_network(group: str, net: Config, image_size: int) -> None:
     """Raises ValueError if the fields of a network contradict each other or the size of the images."""
     if (net.head_channels > 0) == (net.num_heads > 0):
@@ -155,6 +240,9 @@ def _check_network(group: str, net: Config, image_size: int) -> None:
             f"config.{group}.head_channels is {net.head_channels} and num_heads {net.num_heads}: "
             "give one of them, and 0 for the other"
         )
+    if net.get("network") == "transformer":
+        _check_transformer(group, net, image_size)
+        return
     levels = [image_size // 2**i for i in range(len(net.channel_mult))]
     if set(net.attention_resolutions) - set(levels):
         raise UserError(
@@ -162,10 +250,11 @@ def _check_network(group: str, net: Config, image_size: int) -> None:
             "choose among these"
         )
     widths = [net.base_channels * m for m in net.channel_mult]
-    if any(width % 32 for width in widths):
+    multiple, why = (8, "") if net.get("network") == "mp" else (32, ", the number of norm groups")
+    if any(width % multiple for width in widths):
         raise UserError(
             f"config.{group}.channel_mult is {net.channel_mult} and base_channels {net.base_channels}; levels have "
-            f"{widths} channels: make all of them multiples of 32, the number of norm groups"
+            f"{widths} channels: make all of them multiples of {multiple}{why}"
         )
     attended = [width for width, size in zip(widths, levels, strict=True) if size in net.attention_resolutions]
     # The last level's channels are those of the middle block, which always has attention.
@@ -180,6 +269,32 @@ def _check_network(group: str, net: Config, image_size: int) -> None:
         raise UserError(
             f"config.data.image_size is {image_size}; {len(net.channel_mult)} levels of {group}.channel_mult "
             f"need a multiple of {factor}"
+        )
+
+
+def _check_transformer(group: str, net: Config, image_size: int) -> None:
+    """Raises ValueError if the fields of a transformer contradict each other or the size of the images."""
+    if image_size % net.patch_size:
+        raise UserError(
+            f"config.{group}.patch_size is {net.patch_size}, which does not divide data.image_size {image_size}: give "
+            "a divisor"
+        )
+    width, heads = net.base_channels, net.num_heads or net.base_channels // net.head_channels
+    if not heads or width % heads or (net.head_channels and width % net.head_channels) or width // heads % 4:
+        raise UserError(
+            f"config.{group}.head_channels is {net.head_channels} and num_heads {net.num_heads}; a token has {width} "
+            "channels (base_channels): give a divisor, with a multiple of 4 channels in each head"
+        )
+
+
+def _check_foreign(group: str, net: Config) -> None:
+    """Raises ValueError if a field that the network does not have is set to another value than its default."""
+    if other := [name for name in FOREIGN[net.network] if net[name] != DEFAULTS[f"model.{name}"]]:
+        default = DEFAULTS[f"model.{other[0]}"]
+        having = " or ".join(repr(network) for network, foreign in FOREIGN.items() if other[0] not in foreign)
+        raise UserError(
+            f"config.{group}.{other[0]} is {net[other[0]]!r}, which the network {net.network!r} does not have: leave "
+            f"it at {default!r}, or set {group}.network to {having}"
         )
 
 

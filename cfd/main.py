@@ -1,8 +1,9 @@
 """`python -m cfd.main --config=NAME_FILE_OR_RUN [--workdir=DIR] [--mode=MODE] [--config.GROUP.FIELD=VALUE ...]`
 
 The default mode, train, does the whole job: it trains, and then sweeps the guidance weight as the config's `eval` asks.
-The same command again resumes. Other modes: train_classifier (for classifier guidance), sample, sweep, compare (several
-runs' sweeps in one table), report (a page to look at) and config (print the whole config and what each field means).
+The same command again resumes. Other modes: train_classifier (for classifier guidance), distill (students, whose
+guidance weight is an input), sample, sweep, likelihood (bits per dimension), compare (several runs' sweeps in one
+table), cost (of guided images), report (a page to look at) and config (the whole config and what each field means).
 """
 
 import contextlib
@@ -24,7 +25,21 @@ from cfd.devices import notices, output, parallel, preemption, watchdog, xla
 from cfd.devices.buckets import is_url
 from cfd.errors import UserError
 from cfd.fields import FIELDS
-from cfd.modes import compare, finetune, likelihood, report, rules, sample, settings, sweep, train, train_classifier
+from cfd.modes import (
+    compare,
+    cost,
+    distill,
+    finetune,
+    guides,
+    likelihood,
+    report,
+    rules,
+    sample,
+    settings,
+    sweep,
+    train,
+    train_classifier,
+)
 from cfd.runs import access, files, workdir
 from cfd.runs.errors_log import ERRORS, append_error
 
@@ -37,23 +52,26 @@ CONFIG = config_flags.DEFINE_config_file(
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "The run's folder; by default the one that --config names, or runs/<config name>."
 )
-OUT = flags.DEFINE_string("out", None, "Where sample, sweep, compare and report write; the run's folder by default.")
-RUNS = flags.DEFINE_list("runs", [], "Folders of other runs, for --mode=compare.")
+OUT = flags.DEFINE_string("out", None, "The folder for results of modes that train nothing; by default the run's.")
+RUNS = flags.DEFINE_list("runs", [], "Folders of other runs, for --mode=compare and cost.")
 ALLOW_FRESH_START = flags.DEFINE_bool(
     "allow_fresh_start", False, "If all checkpoints of the run are damaged, set them aside and train from step 0."
 )
 INIT_FROM = flags.DEFINE_string(
-    "init_from", None, "RUN or RUN:STEP: a new run begins with the EMA weights of another run and a fresh optimizer."
+    "init_from", None, "RUN or RUN:STEP: a new run begins with the EMA weights of another run, in distill its teacher."
 )
 
 
 def run_train(config: Config, folder: str, out: str) -> None:
-    """The whole job: train, then sweep the weights that `eval` asks for."""
+    """The whole job: train, with the small guide if `eval` asks for one, then sweep the weights of `eval`."""
     finetune.check(config, folder, source_run())
     if config.eval.weights:
         sweep.check(config, folder, out)
         train.check_steps(config, folder)
     train.train(config, folder, init_from=source_run(), allow_fresh_start=ALLOW_FRESH_START.value)
+    if guides.has_own(config):
+        say(f"The small guide of the run is in {guides.own_folder(folder)}.")
+        train.train(guides.config_of_own(config), guides.own_folder(folder), allow_fresh_start=ALLOW_FRESH_START.value)
     if config.eval.weights:
         sweep.sweep(config, folder, out)
 
@@ -61,6 +79,19 @@ def run_train(config: Config, folder: str, out: str) -> None:
 def run_train_classifier(config: Config, folder: str, out: str) -> None:
     """Train the noisy classifier that `sample.guidance = "classifier"` needs."""
     train_classifier.train_classifier(config, folder, allow_fresh_start=ALLOW_FRESH_START.value)
+
+
+def run_distill(config: Config, folder: str, out: str) -> None:
+    """Distill the students that `distill` asks for, and sweep the weights that `eval` asks for with each."""
+    students = distill.stages(config, folder, source_run())
+    distill.check(*students[0])
+    if config.eval.weights:
+        for student, place, _ in students:
+            sweep.check(student, place, place)
+    for student, place, teacher in students:
+        distill.distill(student, place, init_from=teacher, allow_fresh_start=ALLOW_FRESH_START.value)
+        if config.eval.weights:
+            sweep.sweep(student, place, place)
 
 
 def run_sample(config: Config, folder: str, out: str) -> None:
@@ -87,6 +118,13 @@ def run_compare(config: Config, folder: str, out: str) -> None:
         say(f"Wrote {out}/compare.md and compare.png.")
 
 
+def run_cost(config: Config, folder: str, out: str) -> None:
+    """Measure what an image costs in the cells of this run's sweep and of those of --runs. Process 0 does it alone."""
+    if jax.process_index() == 0:
+        say(cost.cost(config, folder, [access.run_path("--runs", run) for run in RUNS.value], out))
+        say(f"Wrote {out}/cost.md, cost.csv and cost.png.")
+
+
 def run_report(config: Config, folder: str, out: str) -> None:
     """Write the page about the run. Process 0 does it alone."""
     if jax.process_index() == 0:
@@ -96,14 +134,16 @@ def run_report(config: Config, folder: str, out: str) -> None:
 MODES: dict[str, Callable[[Config, str, str], None]] = {
     "train": run_train,
     "train_classifier": run_train_classifier,
+    "distill": run_distill,
     "sample": run_sample,
     "sweep": run_sweep,
     "likelihood": run_likelihood,
     "compare": run_compare,
+    "cost": run_cost,
     "report": run_report,
 }
 """{mode: what it does with a config, a run's folder and the folder that it writes to}."""
-TRAINING = ("train", "train_classifier")
+TRAINING = ("train", "train_classifier", "distill")
 MODE = flags.DEFINE_enum("mode", "train", sorted((*MODES, "config")), "What to do.")
 
 
@@ -235,8 +275,10 @@ def source_run() -> str | None:
     """The run that --init_from names. Raises UserError for a mode that begins no run."""
     if INIT_FROM.value is None:
         return None
-    if MODE.value != "train":
-        raise UserError(f"--init_from begins a run in --mode=train, and --mode={MODE.value} begins none: leave it out")
+    if MODE.value not in ("train", "distill"):
+        raise UserError(
+            f"--init_from begins a run in --mode=train or distill, and --mode={MODE.value} begins none: leave it out"
+        )
     return access.run_path("--init_from", INIT_FROM.value)
 
 

@@ -39,14 +39,16 @@ DIGITS = tuple("0123456789")
 def opening(params: Any, classifier: Any = None, earlier: dict[int, Any] | None = None) -> Callable[[Any, str], Run]:
     """A stand-in for `settings.open_run` that finds step 7 of a run of this network, with the classes of the digits.
 
-    `earlier` are the parameters of other steps.
+    `earlier` are the parameters of other steps. An EMA of another length than the run's own has smaller ones.
     """
     steps = {7: params} | (earlier or {})
 
-    def model_at(step: int) -> Loaded:
+    def model_at(step: int, ema: float = 0.0) -> Loaded:
         step = 7 if step == -1 else step
-        eps_fn = Partial(lambda params, *inputs: eps_of_params(params)(*inputs), steps[step])
-        return Loaded(eps_fn, steps[step], (8, 8, 1), 10, DIGITS, {}, step, {}, {}, weights_hash(steps[step]))
+        there = {name: np.float32(1 - ema) * x for name, x in steps[step].items()} if ema else steps[step]
+        eps_fn = Partial(lambda params, *inputs: eps_of_params(params)(*inputs), there)
+        config = {"train": {"p_uncond": 0.1}}
+        return Loaded(eps_fn, there, (8, 8, 1), 10, DIGITS, config, step, {}, {}, weights_hash(there))
 
     return lambda config, folder: Run(config, DIGITS, model_at, classifier)
 

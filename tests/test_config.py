@@ -10,8 +10,9 @@ import pytest
 from ml_collections import ConfigDict
 from tiny import ROOT, read_config, tiny_config
 
+from cfd.checks import accepts
 from cfd.config import as_recorded, check_name, complete, listing, with_classes, with_defaults
-from cfd.fields import BEFORE, DEFAULTS, FIELDS, accepts
+from cfd.fields import BEFORE, DEFAULTS, FIELDS
 from cfd.runs.workdir import flatten
 
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -30,7 +31,7 @@ BAD = [
     ("data.in_memory", 1),
     ("data.num_workers", -1),
     ("data.path", None),
-    ("model.base_channels", 48),
+    ("model.base_channels", 44),
     ("model.channel_mult", ()),
     ("model.channel_mult", (1, 0)),
     ("model.channel_mult", 2),
@@ -128,7 +129,7 @@ def test_a_path_may_be_the_url_of_a_bucket_and_no_other_url(name: str) -> None:
     [
         ({"model.num_classes": 9}, ("model.num_classes is 9", "10", "the same")),
         ({"classifier.num_classes": 9}, ("classifier.num_classes is 9", "10", "the same")),
-        ({"model.out_channels": 3}, ("model.out_channels is 3", "1", "the same")),
+        ({"model.out_channels": 3}, ("model.out_channels is 3", "set model.out_channels to 1,")),
         ({"model.num_heads": 4}, ("num_heads 4", "head_channels is 32", "0 for the other")),
         ({"model.head_channels": 0}, ("head_channels is 0", "give one of them")),
         ({"model.head_channels": 48}, ("model.head_channels is 48", "an attention layer has 32 channels", "divisor")),
@@ -160,8 +161,31 @@ def test_fields_that_contradict_each_other_are_refused(changes: dict[str, Any], 
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("network", "name", "value", "having"),
+    [
+        ("adm", "depth", 3, "'transformer'"),
+        ("mp", "depth", 3, "'transformer'"),
+        ("mp", "resblock_updown", False, "'adm' or 'transformer'"),
+        ("transformer", "label_from", 0, "'adm'"),
+    ],
+)
+def test_a_field_that_a_network_lacks_is_refused_with_the_networks_that_have_it(
+    network: str, name: str, value: Any, having: str
+) -> None:
+    """The remedy is followed, with each of these networks."""
+    config = unlocked()
+    config.model.network, config.model[name] = network, value
+    words = rf"config\.model\.{name} is {value}, .* {network!r} does not have: .* or set model\.network to {having}$"
+    with pytest.raises(ValueError, match=words):
+        complete(config)
+    for other in having.replace("'", "").split(" or "):
+        config.model.network = other
+        complete(config)
+
+
 def test_an_unknown_field_or_group_is_named_with_its_neighbours() -> None:
-    for group, field in (("train", "lr"), ("model", "depth")):
+    for group, field in (("train", "lr"), ("model", "width")):
         config = unlocked()
         config[group][field] = 1
         with pytest.raises(ValueError, match=rf"config\.{group}\.{field} is not a field; the group has .*, "):

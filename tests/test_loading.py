@@ -16,12 +16,15 @@ from jax import Array
 from tiny import QUICK, tiny_config
 
 from cfd import loading
+from cfd.attributes import joint_scores
 from cfd.loading import load
 from cfd.networks.classifier import Classifier
-from cfd.networks.unet import UNet
+from cfd.networks.model import module
+from cfd.networks.times import respaced
 from cfd.runs import checkpoint, workdir
 from cfd.runs.checkpoint import CheckpointError
 from cfd.sampling import ancestral, ddim, dpm_solver, guided_sample, sde_dpm_solver
+from cfd.steps import LearnedVariance
 
 
 def digits_run(folder: Path, num_classes: int = 10, without: tuple[str, ...] = (), **changes: Any) -> tuple[Any, Any]:
@@ -31,7 +34,7 @@ def digits_run(folder: Path, num_classes: int = 10, without: tuple[str, ...] = (
     """
     config = tiny_config(**changes).copy_and_resolve_references()
     config.model.num_classes = num_classes
-    net = UNet(image_size=8, **config.model)
+    net = module(dict(config.model), 8)
     shapes = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)), jnp.zeros(1), jnp.zeros(1, jnp.int32))
     params = jax.tree.map(lambda x: jnp.zeros(x.shape), shapes["params"])
     rng = np.random.default_rng(0)
@@ -96,6 +99,17 @@ def test_load_gives_the_grid_of_another_schedule(tmp_path: Path) -> None:
     run = load(tmp_path)
     assert run.process == {"logsnr_min": -10.0, "logsnr_max": 9.0}
     np.testing.assert_allclose(run.sampling["num_steps"], [-10.0, -0.5, 9.0], rtol=1e-6)
+
+
+def test_load_gives_the_steps_and_the_variance_of_the_run(tmp_path: Path) -> None:
+    """The sampler of a learned variance, if the network is asked for it."""
+    table = dict(process__logsnr_min=-10.1177, process__logsnr_max=9.21024, process__schedule="adm_linear")
+    learned: dict[str, Any] = dict(model__learn_variance=True, sample__variance="learned", sample__respacing="4")
+    digits_run(tmp_path, **table, **learned, sample__num_steps=4)
+    for variance in (True, False):
+        run = load(tmp_path, variance=variance)
+        np.testing.assert_allclose(run.sampling["num_steps"], respaced("4", "linear"), rtol=1e-6)
+        assert isinstance(run.sampling["sampler"], LearnedVariance) == variance
 
 
 @pytest.mark.parametrize(
@@ -281,3 +295,21 @@ def test_a_learned_variance_that_is_not_there_is_refused(tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"no learned variance: .* 1 outputs for 1 channels.*--keep-variance"):
         load(tmp_path, variance=True)
     assert load(tmp_path).eps_fn is not None  # the remedy: leave variance out
+
+
+def test_a_shared_trunk_is_loaded_with_the_function_for_both_scores(tmp_path: Path) -> None:
+    """Rows of unknown labels are NaN in both. A run that never saw ∅ has no such function."""
+    digits_run(tmp_path / "run", model__label_from=0)
+    run = load(tmp_path / "run")
+    z, logsnr, labels, nulls = jnp.ones((2, 8, 8, 1)), jnp.zeros(2), jnp.array([4, 12]), jnp.array([-1, 5])
+    scores = joint_scores(run.eps_fn)
+    assert scores is not None
+    both = jax.jit(scores, compiler_options=QUICK)(z, logsnr, labels, nulls)
+    one = jax.jit(run.eps_fn, compiler_options=QUICK)
+    for ours, given in zip(both, (labels, nulls), strict=True):
+        np.testing.assert_allclose(ours, one(z, logsnr, given), rtol=1e-4, atol=1e-4)
+    assert np.isnan(both[0]).all(axis=(1, 2, 3)).tolist() == [False, True] and np.isfinite(both[1]).all()
+    with pytest.raises(ValueError, match="label 12 is not below the number of classes, 10"):
+        scores(z, logsnr, labels, nulls)
+    digits_run(tmp_path / "labelled", model__label_from=0, train__p_uncond=0.0)
+    assert joint_scores(load(tmp_path / "labelled").eps_fn) is None

@@ -19,7 +19,7 @@ from cfd.modes import settings, train, train_classifier
 class Compiled(Exception):
     pass
 
-def compiled(step, state, batch, key, **_):
+def compiled(step, state, batch, *_, **__):
     raise Compiled(batch["image"])
 
 def open_split(config, split):

@@ -9,10 +9,14 @@ import jax
 from cfd.config import Config
 from cfd.devices import parallel, progress
 from cfd.evaluation.features import FeatureNetwork
+from cfd.fields import DEFAULTS, NETWORK
 from cfd.loading import WITH_V
 from cfd.modes import rules
 from cfd.runs import manifest, results
 from cfd.runs.results import Row
+
+STEPS = ("variance", "respacing", "corrector", "corrector_steps", "predictor_guided", "clip_first")
+"""The fields of `sample` about steps that manifests record, and sweep.csv does not."""
 
 
 class Cell(NamedTuple):
@@ -26,13 +30,15 @@ def rows_of_grid(config: Config, step: int) -> list[Row]:
     """The cells that `eval` asks for at one step, as rows that hold their settings and the name of their FID."""
     sample, evaluate = config.sample, config.eval
     ruled = [(guidance.text, float(w)) for guidance, weights in rules.in_grid(config) for w in weights]
-    v = tuple(evaluate.v) or (sample.v,) if sample.sampler in WITH_V else (0.0,)
+    has_v = sample.sampler in WITH_V and sample.variance == "fixed"
+    v = tuple(evaluate.v) or (sample.v,) if has_v else (0.0,)
     intervals = tuple(evaluate.intervals) or (tuple(sample.interval),)
     guides, seeds = tuple(evaluate.guides) or (sample.guide,), tuple(evaluate.seeds) or (evaluate.seed,)
-    num_steps = tuple(evaluate.num_steps) or (sample.num_steps,)
+    num_steps, emas = tuple(evaluate.num_steps) or (sample.num_steps,), tuple(evaluate.emas) or (sample.ema,)
     return [
         {
             "step": step,
+            "ema": float(ema),
             "p_uncond": float(config.train.p_uncond),
             "num_steps": steps,
             "sampler": sample.sampler,
@@ -48,7 +54,9 @@ def rows_of_grid(config: Config, step: int) -> list[Row]:
             "features": evaluate.features,
             "fid_name": results.fid_name(evaluate.num_samples, evaluate.features),
         }
-        for steps, v, guide, interval, seed, (rule, w) in product(num_steps, v, guides, intervals, seeds, ruled)
+        for ema, steps, v, guide, interval, seed, (rule, w) in product(
+            emas, num_steps, v, guides, intervals, seeds, ruled
+        )
     ]
 
 
@@ -109,6 +117,19 @@ def row_of(cell: Cell) -> Row:
     return cell.row | {"manifest": manifest.manifest_name(cell.manifest)}
 
 
+def network_of(config: Config) -> dict[str, Any]:
+    """The group model as manifests record it.
+
+    Younger fields that have their defaults are left out, and so are those of STEPS: the manifests of rows that a
+    version without these fields measured stay the same, and the rows count.
+    """
+    return {
+        name: value
+        for name, value in config.model.to_dict().items()
+        if name in (*NETWORK, "out_channels") or value != DEFAULTS[f"model.{name}"]
+    }
+
+
 def manifest_of(
     config: Config,
     row: Row,
@@ -127,9 +148,12 @@ def manifest_of(
         weights=hashes["weights"],
         guide_weights=hashes["classifier"],
         ema_decay=config.train.ema_decay,
-        network=config.model.to_dict(),
-        process=config.process.to_dict() | {"schedule": config.sample.schedule or config.process.schedule},
+        network=network_of(config),
+        process=config.process.to_dict()
+        | {"schedule": config.sample.schedule or config.process.schedule}
+        | ({} if config.sample.clean_end else {"clean_end": False}),
         clip=config.sample.clip,
+        steps={name: config.sample[name] for name in STEPS if config.sample[name] != DEFAULTS[f"sample.{name}"]},
         data=config.data.to_dict(),
         data_identity=hashes["data"],
         held_out_identity=hashes["held_out"],

@@ -3,8 +3,9 @@
 Rules and guides, of one run or of several, are also compared at matched strength, and by their fronts.
 """
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cfd.config import Config
@@ -26,37 +27,26 @@ def compare(config: Config, folder: str, others: Sequence[str], out: str) -> str
     Raises ValueError if the settings of two runs do not tell them apart, if runs were measured with different
     references or features, or if the manifest of a row is missing or damaged.
     """
-    rows, means, made_with = [], [], {}
     runs = (results.swept_folder(folder, out), *others)
-    for run in runs:
-        at_step = rows_at(run, config.sample.step)
-        for row in at_step:
-            made = manifest_of(run, row)
-            made_with.setdefault((made["reference"]["sha256"], made["features"]["sha256"]), run)
-            rows.append(row | {"run": run, "weights": made["weights"]["sha256"]})
-        means += tables.over_seeds(run, rows[-len(at_step) :])
+    rows, means = rows_of_runs(runs, config.sample.step)
     floors = [tables.floor_of(run, [row for row in rows if row["run"] == run]) for run in runs]
     floor = next(filter(None, floors), None)
     real = tables.real_fid(floor, rows)
-    if len(made_with) > 1:
-        raise UserError(
-            f"{' and '.join(made_with.values())} were measured with different references or feature networks: copy the "
-            "features folder of one into the others and sweep them again"
-        )
     curves = tables.curves(means)
     if sum(map(len, curves.values())) < len(means):
         raise UserError(f"{', '.join(runs)} hold rows of the same settings: nothing tells them apart")
-    published = tables.published_rows(config, len(workdir.read_config(folder)["class_names"]))
-    blocks = {"ours": means, "paper": published} if published else {"": means}
+    published = tables.published_of(config, workdir.read_config(folder)["class_names"])
+    blocks = {"ours": means, "paper": published.rows} if published.rows else {"": means}
     below = [tables.caption(means), tables.real_images(floor, rows[0]["features"])]
     if tables.guided_in_several_ways(rows):
-        paper = [tables.table({"paper": published})] if published else []
+        paper = [tables.table({"paper": published.rows})] if published.rows else []
         parts = [tables.cells(means), *below, *paper, compare_rules(rows, means, out, floor)]
     else:
         parts = [tables.table(blocks), *below]
-    text = "\n\n".join(filter(None, parts))
+    text = "\n\n".join(filter(None, [*parts, tables.literature(published)]))
     files.write_atomically(os.path.join(out, "compare.md"), text + "\n")
-    figures.save_curve(os.path.join(out, "compare.png"), curves, tables.curves(published, "paper"), real=real)
+    theirs, path = tables.curves(published.rows, "paper"), os.path.join(out, "compare.png")
+    figures.save_curve(path, curves, theirs, real=real, baselines=published.baselines)
     return text
 
 
@@ -78,6 +68,32 @@ def compare_rules(rows: list[results.Row], means: list[results.Row], out: str, f
     else:
         print(f"Wrote {out}/matched.md and matched.csv; fronts.png needs recall or the asked class.", flush=True)
     return text
+
+
+def unlisted(made: Mapping[str, Any]) -> dict[str, Any]:
+    """How a manifest says that images were sampled, without the settings that are columns of sweep.csv."""
+    return {key: value for key, value in sorted(made["sampling"].items()) if key not in results.SETTINGS}
+
+
+def rows_of_runs(runs: Sequence[str], step: int) -> tuple[list[results.Row], list[results.Row]]:
+    """The rows of a step of several runs, with their "run" and "weights", and the means of those over their seeds.
+
+    Raises ValueError as `compare` does.
+    """
+    rows, means, made_with = [], [], {}
+    for run in runs:
+        at_step = rows_at(run, step)
+        for row in at_step:
+            made = manifest_of(run, row)
+            made_with.setdefault((made["reference"]["sha256"], made["features"]["sha256"]), run)
+            rows.append(row | {"run": run, "weights": json.dumps([made["weights"]["sha256"], unlisted(made)])})
+        means += tables.over_seeds(run, rows[-len(at_step) :])
+    if len(made_with) > 1:
+        raise UserError(
+            f"{' and '.join(made_with.values())} were measured with different references or feature networks: copy the "
+            "features folder of one into the others and sweep them again"
+        )
+    return rows, means
 
 
 def rows_at(run: str, step: int) -> list[results.Row]:

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from cfd.evaluation.paper import Result
 from cfd.runs.files import write_atomically
 
 MAX_POINTS = 400
@@ -74,13 +75,18 @@ def svg_uri(figure: Any) -> str:
 
 
 def curve_figure(
-    curves: dict[str, list[dict]], published: dict[str, list[dict]], axis: str = "w", real: Interval | None = None
+    curves: dict[str, list[dict]],
+    published: dict[str, list[dict]],
+    axis: str = "w",
+    real: Interval | None = None,
+    baselines: Sequence[Result] = (),
 ) -> Any:
     """A matplotlib Figure: FID against Inception Score, as in Figs. 4 and 5 of arXiv:2207.12598, and both against w.
 
     `curves` and `published` map a name to rows of a sweep, whose curves are over `axis`, "w" or "step". Each row is a
     point; published curves are grey. Bands and bars are the rows' 95 % intervals; more than MAX_NAMED curves have bars
-    alone. `real` is the interval of FID of real images. The labels of the axes state the number of samples behind each
+    alone. `real` is the interval of FID of real images. `baselines` are published results of other methods, each a mark
+    and lines of its height. The labels of the axes state the number of samples behind each
     FID, and the feature network. Without Inception Scores, which some feature networks do not give, there is FID
     against w alone.
     """
@@ -90,8 +96,8 @@ def curve_figure(
     scored = any(row["is"] is not None for row in rows)
     pairs = [("is", "fid"), (axis, "fid"), (axis, "is")] if scored else [(axis, "fid")]
     crowded = len(curves) > MAX_NAMED
-    names = (*curves, *published)
-    below = crowded or max(map(len, names)) > MAX_NAME
+    names = (*curves, *published, *(result.method for result in baselines))
+    below = crowded or len(baselines) > 0 or max(map(len, names)) > MAX_NAME
     beside = max(1, 150 // max(10, *map(len, names)))  # names beside each other in a legend below the axes
     height = 4.2 + (0.2 * math.ceil(len(names) / beside) if below else 0)
     figure = Figure(figsize=(11 if scored else 6, height), layout="constrained")
@@ -119,6 +125,7 @@ def curve_figure(
     for axes, (x, y) in zip(drawn, pairs, strict=True):
         axes.set(xlabel=labels[x], ylabel=labels[y])
         axes.grid(alpha=0.3)
+        reference_lines(axes, baselines, x, y)
         if y == "fid":
             floor(axes, real)
         if x == "is":
@@ -128,8 +135,8 @@ def curve_figure(
     drawn[0].set_title(f"{features} features, {count}")
     if below:
         figure.legend(*drawn[0].get_legend_handles_labels(), loc="outside lower center", ncols=beside, fontsize="small")
-    elif len(curves | published) > 1 or real is not None:
-        drawn[0].legend(fontsize="small")
+    elif len(names) > 1 or real is not None:
+        drawn[0].legend(loc="upper left", fontsize="small")  # "best" is slow where points are many
     return figure
 
 
@@ -168,6 +175,22 @@ def interval_of(row: Mapping[str, Any], key: str) -> Interval | None:
     return None if low is None or high is None else (low, high)
 
 
+def reference_lines(axes: Any, baselines: Sequence[Result], x: str, y: str) -> None:
+    """Published results as grey marks: at their FID and IS, or on a line of that height, at the left edge."""
+    for mark, result in zip("s^Dv*Xp", baselines, strict=False):
+        values = {"fid": result.fid, "is": result.inception_score}
+        style: dict[str, Any] = {"marker": mark, "color": "0.45", "markersize": 5, "linestyle": "none"}
+        across, height = values.get(x), values[y]
+        if x in values:
+            stated = across is not None and height is not None
+            axes.plot([across] if stated else [], [height] if stated else [], label=result.method, **style)
+        elif height is not None:
+            axes.axhline(height, color="0.45", linewidth=0.8, linestyle=":", zorder=0)
+            axes.plot(
+                [0.0], [height], transform=axes.get_yaxis_transform(), clip_on=False, label=result.method, **style
+            )
+
+
 def floor(axes: Any, real: Interval | None) -> None:
     """The interval of FID of real images as a horizontal band."""
     if real is not None:
@@ -180,9 +203,10 @@ def save_curve(
     published: dict[str, list[dict]],
     axis: str = "w",
     real: Interval | None = None,
+    baselines: Sequence[Result] = (),
 ) -> None:
     """Write `curve_figure` as a PNG, whole or not at all."""
-    save_figure(path, curve_figure(curves, published, axis, real))
+    save_figure(path, curve_figure(curves, published, axis, real, baselines))
 
 
 def save_figure(path: str, figure: Any, dpi: int = 120) -> None:

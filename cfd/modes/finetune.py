@@ -16,9 +16,10 @@ from jax import Array
 from cfd.config import Config
 from cfd.devices import parallel
 from cfd.errors import UserError
-from cfd.fields import BEFORE, NETWORK
+from cfd.fields import BEFORE, NETWORK, OF_TRANSFORMER, OF_UNETS
 from cfd.loading import Ema, load_ema
 from cfd.modes import settings
+from cfd.networks.monotone import SCHEDULE
 from cfd.networks.unet import UNet, levels_with_attention
 from cfd.runs import files, steps, workdir
 from cfd.runs.access import run_path
@@ -26,7 +27,10 @@ from cfd.runs.digest import leaves
 from cfd.runs.files import is_url
 
 CLASS_TABLE = "embed/label/embedding"
+WEIGHT = "weight"
 OUTPUTS = ("conv_out/kernel", "conv_out/bias")
+OTHERS = ("network", "predict", "fourier", *OF_TRANSFORMER)
+"""The fields of the diffusion network, beside those of NETWORK, by which its weights mean something else."""
 FREE = ("num_classes", "dropout", "dtype", "remat")
 """Fields of the network in which a run may differ from the run that it begins from."""
 
@@ -71,6 +75,12 @@ def check(config: Config, folder: str, init_from: str | None) -> None:
     content = workdir.read_config(run)
     if content["kind"] != "diffusion":
         raise UserError(f"{run} holds a {content['kind']} run: --init_from takes the run of a diffusion model")
+    if content["config"]["model"].get("weight_range") and not config.model.weight_range:
+        teacher = content.get("init_from", {}).get("run", "its teacher")
+        raise UserError(
+            f"{run} is a student, whose weights take the guidance weight as an input: begin with those of the run that "
+            f"it learned from, {teacher}, or go on to fewer steps with --mode=distill"
+        )
     checkpoints, snapshots = (
         steps.steps_of(files.place(run, name)) for name in (workdir.CHECKPOINTS, workdir.SNAPSHOTS)
     )
@@ -153,16 +163,22 @@ def read(source: Source) -> Ema:
 def check_network(config: Config, run: str, content: dict[str, Any]) -> None:
     """Raises ValueError, with the flags to give, unless the run's network is the config's, except for FREE."""
     data, model = content["config"]["data"], content["config"]["model"]
-    there = {name: settings.as_tuples(model.get(name, BEFORE[f"model.{name}"])) for name in NETWORK}
-    levels = attended(data["image_size"], there)
-    if levels == attended(config.data.image_size, config.model):
+    there = {name: settings.as_tuples(model.get(name, BEFORE[f"model.{name}"])) for name in (*NETWORK, *OTHERS)}
+    is_transformer = "transformer" in (there["network"], config.model.network)
+    levels = set() if there["network"] == "transformer" else attended(data["image_size"], there)
+    if there["network"] == "transformer":
+        there = {name: value for name, value in there.items() if name not in OF_UNETS}
+    elif not is_transformer and levels == attended(config.data.image_size, config.model):
         there["attention_resolutions"] = config.model.attention_resolutions
     else:
         there["attention_resolutions"] = tuple(config.data.image_size >> level for level in sorted(levels))
     wanted = {f"model.{name}": value for name, value in there.items() if name not in FREE}
     wanted["data.channels"] = data["channels"]
+    variance = bool(config.model.learn_variance) and model.get("out_channels") == 2 * data["channels"]
+    if config.model.learn_variance:
+        wanted["model.learn_variance"] = variance
     if config.model.out_channels:
-        wanted["model.out_channels"] = data["channels"]
+        wanted["model.out_channels"] = data["channels"] * (1 + variance)
     here = workdir.flatten(config.to_dict())
     if other := {name: value for name, value in wanted.items() if value != here[name]}:
         shown = [f"{name} is {here[name]!r} here" for name in other]
@@ -184,8 +200,9 @@ def attended(image_size: int, model: Any) -> set[int]:
 def from_weights(start: Start, config: Config, class_names: Sequence[str]) -> Callable[[Any], Any]:
     """(fresh parameters) -> the parameters of the source, as the fresh ones are divided over the devices.
 
-    Classes that the source does not have keep their fresh rows of the table of classes. Outputs that the network of
-    this run does not have are dropped.
+    Classes that the source does not have keep their fresh rows of the table of classes. A learned schedule and the
+    input w of a student keep their fresh parameters if the source has none. Outputs that the network of this run does
+    not have are dropped.
     """
 
     def place(fresh: Array, value: np.ndarray) -> Array:
@@ -202,6 +219,8 @@ def from_weights(start: Start, config: Config, class_names: Sequence[str]) -> Ca
                 for new, old in rows.items():
                     table[new] = weights[key][old]
                 return place(fresh, table)
+            if key.startswith((f"{SCHEDULE}/", f"{WEIGHT}/")) and key not in weights:
+                return fresh
             value = weights[key][..., : fresh.shape[-1]] if key in OUTPUTS else weights[key]
             if value.shape != fresh.shape:
                 raise ValueError(f"{key} is {value.shape} in the source and {fresh.shape} in the network")

@@ -22,6 +22,7 @@ from cfd.devices import parallel, preemption, progress, seeds, watchdog, xla
 from cfd.errors import UserError
 from cfd.fields import BEFORE
 from cfd.modes.train_step import LossFn, TrainState, initial_state, train_step
+from cfd.posthoc_ema import gamma_of
 from cfd.runs import checkpoint, log, workdir
 
 CHECK_EVERY = 16
@@ -53,6 +54,8 @@ class Training(NamedTuple):
     keep_checkpoints: int
     keep_every_steps: int
     snapshot_every_steps: int
+    posthoc_ema: tuple[float, ...]
+    posthoc_every_steps: int
     log_every_steps: int
     sample_every_steps: int
     flip: bool
@@ -72,12 +75,15 @@ def fit(
     *,
     allow_fresh_start: bool = False,
     start_from: Callable[[Any], Any] | None = None,
+    project: Callable[[Any], Any] | None = None,
+    frozen: tuple[Any, ...] = (),
 ) -> None:
     """Train in the run folder `folder` until `training.num_steps`, or resume there.
 
     `draw(step, ema)` returns a picture, every `sample_every_steps`; None from it means that it was asked to stop. The
     step is saved before its picture is drawn. A picture that a stop or an error cuts short is not drawn again.
-    `start_from(params)` makes the parameters at step 0 of the fresh ones, and the EMA begins equal to them.
+    `start_from(params)` makes the parameters at step 0 of the fresh ones, and the EMA begins equal to them. `project`
+    and `frozen` are those of `train_step`.
 
     Raises ValueError if a run is resumed on other data or with another PRNG and as `seeds.check` does,
     FloatingPointError after `nonfinite_limit` consecutive non-finite steps, `preemption.Stopped` when asked to stop,
@@ -90,14 +96,14 @@ def fit(
     started = time.perf_counter()
 
     # Build: the shapes and shardings of the state, without its arrays.
-    group = "train" if config_json["kind"] == "diffusion" else "classifier_train"
+    group = "distill" if frozen else "classifier_train" if config_json["kind"] == "classifier" else "train"
     name = f"{group}.batch_size" + (" / train.num_microbatches" if training.num_microbatches > 1 else "")
     parallel.check_batch(name, training.batch_size // training.num_microbatches, mesh)
     parallel.say_copies(name, training.batch_size // training.num_microbatches, mesh)
     division = parallel.divide(mesh, training.batch_size, training.num_microbatches)
     key_init, key_steps = jax.random.split(seeds.key(training.seed))
     workdir.write_config(folder, config_json, BEFORE)
-    init_state = partial(initial_state, init, optimizer)
+    init_state = partial(initial_state, init, optimizer, num_posthoc=len(training.posthoc_ema))
     abstract = parallel.with_shardings(mesh, jax.eval_shape(init_state, key_init))
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
 
@@ -122,7 +128,9 @@ def fit(
         print(f"{sum(x.size for x in jax.tree.leaves(abstract.params)):,} parameters.", flush=True)
 
     # Compile: before a new state exists, because the compiler needs gigabytes of its own.
-    step_fn = compile_step(training, mesh, division, dataset, abstract, shardings, key_steps, loss_fn, optimizer)
+    step_fn = compile_step(
+        training, mesh, division, dataset, abstract, shardings, key_steps, loss_fn, optimizer, project, frozen
+    )
     if state is None:
         state = jax.jit(init_state, out_shardings=shardings)(key_init)
         if start_from is not None:
@@ -147,9 +155,7 @@ def fit(
     metrics_log = log.metrics_log(folder, start)
     with closing(stream), closing_manager(manager), ExitStack() as at_end:
         at_end.callback(log.close, metrics_log)
-        snapshots = checkpoint.open_snapshots(folder) if training.snapshot_every_steps else None
-        if snapshots is not None:
-            at_end.enter_context(closing_manager(snapshots))
+        stores = open_stores(training, folder, at_end)
         for step in tqdm(range(start + 1, training.num_steps + 1), "train", unit="step", disable=None):
             # Fetch a batch.
             watchdog.alive(slow=step == start + 1)
@@ -161,7 +167,7 @@ def fit(
             waited += fetched - before if idle else 0.0
 
             # Step. The host runs ahead of the devices, so that they have work while it waits for data or is slow.
-            state, metrics = step_fn(state, batch, key_steps)
+            state, metrics = step_fn(state, batch, key_steps, frozen)
             if step == start + 1:
                 at_end.enter_context(frozen_objects())
             if slow and unchecked:
@@ -180,8 +186,8 @@ def fit(
             is_drawn = draw is not None and (last or step % training.sample_every_steps == 0)
             is_kept = training.keep_every_steps > 0 and step % training.keep_every_steps == 0
             is_saved = stop or last or is_drawn or is_kept or step % training.checkpoint_every_steps == 0
-            is_snapshot = snapshots is not None and step % training.snapshot_every_steps == 0
-            if is_logged or is_saved or is_snapshot:
+            due = [store for store in stores if step % store.every_steps == 0]
+            if is_logged or is_saved or due:
                 check_finite(unchecked, 1, training.nonfinite_limit, manager)
             values = {name: value.item() for name, value in jax.device_get(metrics).items()} if is_logged else {}
             now = time.perf_counter()
@@ -199,15 +205,15 @@ def fit(
 
             # Save. A checkpoint waits for the snapshots up to its step, because a run that resumes from it would not
             # write them again.
-            if is_saved or is_snapshot:
+            if is_saved or due:
                 check_finite(unchecked, 0, training.nonfinite_limit, manager)
-            if snapshots is not None and is_snapshot:
+            for store in due:
                 preemption.check_held()
-                of_data = {"data": dataset.identity}
-                checkpoint.save(snapshots, step, {"ema": state.ema}, data_state=of_data, config_json=config_json)
+                part, of_data = {store.part: getattr(state, store.part)}, {"data": dataset.identity}
+                checkpoint.save(store.manager, step, part, data_state=of_data, config_json=config_json)
             if is_saved:
-                if snapshots is not None:
-                    checkpoint.wait(snapshots)
+                for store in stores:
+                    checkpoint.wait(store.manager)
                 log.flush(metrics_log)
                 preemption.check_held()
                 data_state = data_state_of(dataset, step, skipped_images)
@@ -235,6 +241,31 @@ def fit(
         raise preemption.Stopped(f"Stopped at step {step} of {training.num_steps}, saved in {folder}")
 
 
+class Store(NamedTuple):
+    """Snapshots of a part of the state, such as the EMA, and the steps from one to the next."""
+
+    part: str
+    every_steps: int
+    manager: checkpoint.Manager
+
+
+def open_stores(training: Training, folder: str, at_end: ExitStack) -> list[Store]:
+    """The snapshots that a run writes, which `at_end` closes."""
+    stores = []
+    if every_steps := training.snapshot_every_steps:
+        stores.append(Store("ema", every_steps, checkpoint.open_snapshots(folder)))
+        at_end.enter_context(closing_manager(stores[-1].manager))
+    if training.posthoc_ema:
+        stores.append(Store("posthoc", posthoc_every_steps(training), checkpoint.open_posthoc(folder)))
+        at_end.enter_context(closing_manager(stores[-1].manager))
+    return stores
+
+
+def posthoc_every_steps(training: Any) -> int:
+    """The steps from one snapshot of the averages to the next, for a `Training` or a config's group `train`."""
+    return training.posthoc_every_steps or -(-training.num_steps // 32)
+
+
 def compile_step(
     training: Training,
     mesh: Mesh,
@@ -245,8 +276,10 @@ def compile_step(
     key: Array,
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
-) -> Callable[[TrainState, dict[str, Array], Array], tuple[TrainState, dict[str, Array]]]:
-    """The compiled training step (state, batch, key) -> (state, metrics), which takes over the memory of the state."""
+    project: Callable[[Any], Any] | None = None,
+    frozen: tuple[Any, ...] = (),
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    """The compiled step (state, batch, key, frozen) -> (state, metrics), which takes over the memory of the state."""
     replicated = mesh.shape["fsdp"] == 1
     step_fn = partial(
         train_step,
@@ -257,10 +290,11 @@ def compile_step(
         num_microbatches=training.num_microbatches,
         replicated=replicated,
         join_vectors=replicated and mesh.devices.flat[0].platform == "cpu",
+        project=project,
+        posthoc_gammas=tuple(map(gamma_of, training.posthoc_ema)),
     )
-    image_shape = (dataset.image_size, dataset.image_size, dataset.channels)
-    batch = parallel.batch_shapes(division, image_shape)
-    return xla.compiled(step_fn, abstract, batch, key, donate_argnums=0, out_shardings=(shardings, None))
+    batch = parallel.batch_shapes(division, (dataset.image_size, dataset.image_size, dataset.channels))
+    return xla.compiled(step_fn, abstract, batch, key, frozen, donate_argnums=0, out_shardings=(shardings, None))
 
 
 @contextmanager
@@ -308,7 +342,7 @@ def check_same_data(folder: str, kind: str, data_state: dict[str, Any], dataset:
     else:
         return
     begin = f"give another --workdir, which --init_from={folder} lets begin with the weights of this run"
-    again = f"move {folder} away and train the classifier again"
+    again = f"move {folder} away and train the {kind} again"
     raise UserError(
         f"{folder} was trained on {other}. Resume on the same data (data.path), or "
         + (begin if kind == "diffusion" else again)

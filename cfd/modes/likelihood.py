@@ -1,8 +1,10 @@
 """`--mode=likelihood`: the variational bound of a run in bits per dimension, on the training and the held-out split.
 
-likelihood.csv has a row per split, kind of labels and weight, and a manifest says how each was made. likelihood.png is
-the progressive code of the held-out split: distortion and rate at each level, and one against the other, as in Fig. 5
-of Ho, Jain and Abbeel (arXiv:2006.11239).
+likelihood.csv has a row per split, kind of labels and weight, and a manifest says how each was made. With
+likelihood.classes, the row of the held-out split with labels and w = 0 also has the accuracy of the implicit
+classifier: Ho and Salimans (arXiv:2207.12598), Section 3.2. likelihood.png is the progressive code of the held-out
+split: distortion and rate at each level, and one against the other, as in Fig. 5 of Ho, Jain and Abbeel
+(arXiv:2006.11239).
 """
 
 import csv
@@ -31,13 +33,25 @@ from cfd.evaluation.reference import evenly_spaced
 from cfd.guidance import NULL_LABEL
 from cfd.likelihood import Bound, bound, decoder_costs, rate_distortion
 from cfd.loading import Loaded
-from cfd.modes import figures, settings
+from cfd.modes import figures, settings, students, tables
 from cfd.process import linear
 from cfd.runs import files, manifest, results
 from cfd.sampling import grid
 
-COLUMNS = ("step", "split", "labels", "w", "num_steps", "logsnr_max", "v", "prior", "diffusion", "reconstruction")
-COLUMNS += ("total", "standard_error", "num_images", "manifest")
+COLUMNS = (
+    "step",
+    "ema",
+    "split",
+    "labels",
+    "w",
+    "num_steps",
+    "logsnr_max",
+    "v",
+    "prior",
+    "diffusion",
+    "reconstruction",
+)
+COLUMNS += ("total", "standard_error", "num_images", "class_accuracy", "manifest")
 FIRST = 4.0
 """The smallest λ at which the chain may end. Before it, the decoder would have to code whole digits of a pixel."""
 
@@ -65,17 +79,32 @@ def likelihood(config: Config, folder: str, out: str) -> str:
     """
     run = settings.open_run(config, folder)
     config, mesh, asked = run.config, parallel.make_mesh(**run.config.mesh), run.config.likelihood
+    if students.is_student(config):
+        raise UserError(
+            f"{folder} is the run of a student, which learned the guided score and not the bound: give the run that it "
+            "learned from"
+        )
     parallel.check_batch("sample.batch_size", config.sample.batch_size, mesh)
     levels = levels_of(config)
     splits = {name: settings.open_split(config, name) for name in (config.data.split, config.eval.test_split)}
-    model = run.model_at(config.sample.step)
+    model = run.model_at(config.sample.step, config.sample.ema)
     costs_of, compute = compile_bound(model, config, mesh, levels)
     kinds = [("class", float(w)) for w in asked.weights] if run.class_names and config.train.p_uncond < 1 else []
     settings.check_weights(config, [w for _, w in kinds] or (-1.0,))
     if config.train.p_uncond > 0 or not run.class_names:
         kinds.append(("none", 0.0))
     found: dict[tuple[str, str, float], Terms] = {}
-    total = len(kinds) * sum(min(len(split), asked.num_images or len(split)) for split in splits.values())
+    if asked.classes and kinds[0][0] == "none":
+        raise UserError(f"likelihood.classes is True, and {folder} was trained without labels: set it to False")
+    if asked.classes and ("class", 0.0) not in kinds:
+        raise UserError(
+            f"likelihood.classes is True, which is about w = 0, and likelihood.weights is {tuple(asked.weights)}: add "
+            "0.0 to them, or set likelihood.classes to False"
+        )
+    of_classes = range(len(run.class_names)) if asked.classes else ()
+    scores: list[Terms] = []
+    counts = {name: min(len(split), asked.num_images or len(split)) for name, split in splits.items()}
+    total = len(kinds) * sum(counts.values()) + len(of_classes) * counts[config.eval.test_split]
     with tqdm(total=total, desc="likelihood", unit="image", disable=None) as bar:
         for name, dataset in splits.items():
             images, labels, index = chosen(dataset, asked.num_images, config.data.num_workers)
@@ -83,6 +112,9 @@ def likelihood(config: Config, folder: str, out: str) -> str:
             for kind, w in kinds:
                 given = labels if kind == "class" else np.full_like(labels, NULL_LABEL)
                 found[name, kind, w] = compute(images, index, given, w, costs, bar.update)
+            if name == config.eval.test_split:
+                scores = [compute(images, index, np.full_like(labels, c), 0.0, costs, bar.update) for c in of_classes]
+                true = labels
     first = (config.data.split, *kinds[0])
     last = int(found[first].totals().mean(axis=1).argmin())
     end = len(levels) - len(found[first].decoder) + last  # the index of the last level
@@ -90,11 +122,16 @@ def likelihood(config: Config, folder: str, out: str) -> str:
     for (split, kind, w), terms in found.items():
         made = manifest_of(config, model, splits[split], levels, kind, w)
         rows.append(row_of(terms, last, end) | dict(step=model.step, split=split, labels=kind, w=w))
-        rows[-1] |= dict(num_steps=end + 1, logsnr_max=float(levels[end]), v=float(asked.v))
+        rows[-1] |= dict(
+            ema=float(config.sample.ema), num_steps=end + 1, logsnr_max=float(levels[end]), v=float(asked.v)
+        )
         rows[-1]["manifest"] = manifest.manifest_name(made)
+        if scores and (split, kind, w) == (config.eval.test_split, "class", 0.0):
+            rows[-1]["class_accuracy"] = accuracy([terms.totals()[last] for terms in scores], true)
         if jax.process_index() == 0:
             manifest.write_manifest(out, made)
-    text = table(rows)
+    published = tables.literature(tables.published_of(config, run.class_names), bits=True)
+    text = "\n\n".join(filter(None, [table(rows), published]))
     if jax.process_index() == 0:
         write_rows(out, rows)
         held_out = found[config.eval.test_split, *kinds[0]]
@@ -176,6 +213,11 @@ def compile_bound(model: Loaded, config: Config, mesh: Mesh, levels: Float[np.nd
     return costs_of, compute
 
 
+def accuracy(bits: Sequence[Float[np.ndarray, " n"]], labels: Int[np.ndarray, " n"]) -> float:
+    """The share of images whose class has the lowest bound of all classes: `cfd.likelihood.class_scores`."""
+    return float((np.stack(bits).argmin(axis=0) == labels).mean())
+
+
 def row_of(terms: Terms, last: int, end: int) -> dict[str, Any]:
     """The means over images of the chain that ends at level `end`, the number `last` of the last levels."""
     total = terms.totals()[last]
@@ -196,7 +238,7 @@ def manifest_of(
     return {
         "weights": {"sha256": model.weights_hash, "step": model.step},
         "data": {"identity": split.identity},
-        "likelihood": config.likelihood.to_dict() | {"labels": kind, "w": w},
+        "likelihood": {k: x for k, x in config.likelihood.items() if k != "classes"} | {"labels": kind, "w": w},
         "levels": [float(levels[0]), float(levels[-1]), len(levels)],
         "process": config.process.to_dict(),
         "seeds": "image i has the noise of the key fold_in(key(seed), i)",
@@ -228,5 +270,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         parts = " | ".join(f"{row[name]:.4f}" for name in ("prior", "diffusion", "reconstruction"))
         total = f"{row['total']:.4f} ± {1.96 * row['standard_error']:.4f}"
         lines.append(f"| {row['split']} | {row['labels']} | {row['w']:g} | {parts} | {total} | {row['num_images']:,} |")
+    lines += [
+        f"\nThe class with the lowest bound at w = 0 is the right one for {row['class_accuracy']:.1%} of the images of "
+        f"the split {row['split']!r}."
+        for row in rows
+        if row.get("class_accuracy") is not None
+    ]
     ends = f"The chain ends at λ = {rows[0]['logsnr_max']:.2f} after {rows[0]['num_steps']} levels, "
     return "\n".join([*lines, "", ends + "the best for the training split. ± is 1.96 standard errors over images."])

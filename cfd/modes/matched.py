@@ -58,7 +58,7 @@ class Matched(NamedTuple):
 
 
 def groups(rows: Iterable[Row]) -> list[list[Row]]:
-    """The rows that may be compared: of one network ("weights"), sampled in the same way but for OWN.
+    """The rows that may be compared: of one network and its sampler ("weights"), with settings that agree but for OWN.
 
     Rows of plain guidance that nothing is compared with are left out.
     """
@@ -197,7 +197,8 @@ def verdict_of(difference: Value) -> str:
 def report(rows: list[Row]) -> tuple[str, str]:
     """The tables at matched strength, as Markdown and as CSV.
 
-    Rows have "weights", the digest of their network, "without", which `results.read_without` gives, and "run".
+    Rows have "weights", which is equal for rows of one network and the same sampler, "without", which
+    `results.read_without` gives, and "run".
     """
     together = groups(rows)
     sections, found = [], []

@@ -35,6 +35,7 @@ from cfd.modes.sampler import (
     compile_sampler,
     evaluation_flops,
     evaluations,
+    second_flops,
 )
 from cfd.runs import manifest, npz, results
 from cfd.runs.results import MEASURED, Row
@@ -50,14 +51,14 @@ def no_guide(text: str) -> Guide | None:
 class Model(NamedTuple):
     """A trained network and how it is sampled.
 
-    `params_at(step)` are its parameters, and `classifier` is its noisy classifier or None; both are on all devices.
-    `guide_at(text)` is the guide of a row, on all devices too, or None for "". Guides that differ in parameters alone
-    have the same network, and therefore share a program.
+    `params_at(step, ema)` are its parameters, and `classifier` is its noisy classifier or None; both are on all
+    devices. `guide_at(text)` is the guide of a row, on all devices too, or None for "". Guides that differ in
+    parameters alone have the same network, and therefore share a program.
     """
 
     network: Network
     sampling: Sampling
-    params_at: Callable[[int], Any]
+    params_at: Callable[[int, float], Any]
     classifier: Any
     mesh: Mesh
     guide_at: Callable[[str], Guide | None] = no_guide
@@ -96,7 +97,8 @@ def measure_cells(
     def sampler_at(sampling: Sampling, guide: Network | None) -> Sampler:
         return compile_sampler(model.network, sampling, model.mesh, guide)
 
-    costs = [evaluations(sampling_of_row(model, row), row["w"], interval_of(row)) for row, _ in cells]
+    student = model.network.student
+    costs = [evaluations(sampling_of_row(model, row), row["w"], interval_of(row), student) for row, _ in cells]
     total = sum(row["num_samples"] * cost for (row, _), cost in zip(cells, costs, strict=True))
     flops = total_flops(model, cells, costs)
     if jax.process_index() == 0:
@@ -131,6 +133,7 @@ def measure_cells(
             if scoring is not None:
                 scoring.put(None)
             step = f"step {row['step']}  " if several else ""
+            step += f"EMA {row['ema']:g}  " if row["ema"] else ""
             guidance = "".join(f"{row[key]}  " for key in ("rule", "guide") if row[key])
             where = f"{step}T {row['num_steps']}  {guidance}w {row['w']:g}"
             before = Measuring(cell, scoring, start, where, num_classes > 0)
@@ -144,23 +147,16 @@ def sampling_of_row(model: Model, row: Row) -> Sampling:
 
 
 def total_flops(model: Model, cells: Sequence[Cell], costs: Sequence[int]) -> float:
-    """Floating-point operations of all network evaluations of cells, of which an image takes `costs`.
-
-    The second evaluation of a step is that of the guide, whose network may have another size.
-    """
-    counts: dict[str, int] = {"": 0}
-    for (row, _), cost in zip(cells, costs, strict=True):
-        by_guide = (cost - row["num_steps"]) * bool(row["guide"])
-        counts[""] += row["num_samples"] * (cost - by_guide)
-        counts[row["guide"]] = counts.get(row["guide"], 0) + row["num_samples"] * by_guide
-    flops = {model.network: evaluation_flops(model.network, model.params_at(cells[0].row["step"]))}
+    """Floating-point operations of all network evaluations of cells, of which an image takes `costs`."""
+    params = model.params_at(cells[0].row["step"], cells[0].row["ema"])
+    first = evaluation_flops(model.network, params)
+    second: dict[str, float] = {}
     total = 0.0
-    for text, count in counts.items():
-        guide = model.guide_at(text) if count else None
-        network = model.network if guide is None else guide.network
-        if guide is not None and network not in flops:
-            flops[network] = evaluation_flops(network, guide.params)
-        total += count * flops[network]
+    for (row, _), cost in zip(cells, costs, strict=True):
+        text, seconds = row["guide"], cost - row["num_steps"]
+        if seconds and text not in second:
+            second[text] = second_flops(model.network, params, first, model.guide_at(text))
+        total += row["num_samples"] * (row["num_steps"] * first + (seconds * second[text] if seconds else 0.0))
     return total
 
 
@@ -232,7 +228,7 @@ def sampled(
             unfinished.unlink()
     with writer(path, count, model.network.image_shape) as write:
         first = 0
-        params = model.params_at(row["step"])
+        params = model.params_at(row["step"], row["ema"])
         guide = model.guide_at(row["guide"])
         weights = {"classifier": model.classifier, "guide": guide and guide.params}
         images = sampler(params, spec, v=row["v"], interval=interval_of(row), **weights)

@@ -52,7 +52,7 @@ def places_of(rows: Sequence[Row]) -> Float[np.ndarray, "k a"]:
     """The places of cells on the axes of their grid. A cell without an interval has one that is wider than all."""
     ends = [interval_of(row) or (-np.inf, np.inf) for row in rows]
     words = [[row[key] for row in rows] for key in ("guide", "rule")]
-    numbers = [[float(row[key]) for row in rows] for key in ("step", "num_steps", "v", "w")]
+    numbers = [[float(row[key]) for row in rows] for key in ("step", "ema", "num_steps", "v", "w")]
     return racing.places_of([*words, *numbers, *zip(*ends, strict=True)])
 
 
@@ -163,7 +163,8 @@ def sampled_features(
     )
     weights = {"classifier": model.classifier, "guide": guide and guide.params}
     parts = []
-    for images in sampler(model.params_at(row["step"]), spec, v=row["v"], interval=interval_of(row), **weights):
+    params = model.params_at(row["step"], row["ema"])
+    for images in sampler(params, spec, v=row["v"], interval=interval_of(row), **weights):
         parts.append(features.extract(images).pool)
         if preemption.requested():
             raise preemption.Stopped(f"Stopped in the race at w = {row['w']:g}")

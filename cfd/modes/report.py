@@ -17,7 +17,7 @@ from typing import Any
 
 from cfd.errors import UserError
 from cfd.evaluation.nearest import Nearest, read_nearest
-from cfd.modes import figures, settings, tables
+from cfd.modes import emas, figures, settings, tables
 from cfd.runs import files, log, npz, results, workdir
 from cfd.runs.results import Row, samples_path
 
@@ -49,13 +49,16 @@ def report(folder: str, out: str) -> str:
     if with_images:
         sections.append(explorer(swept, tables.longest(with_images), names, len(with_images) > 1))
     if curves:
-        published = tables.published_rows(settings.config_of_run(folder), len(content["class_names"]))
+        published = tables.published_of(settings.config_of_run(folder), names)
         real = tables.real_fid(floor, rows)
-        sections.append(trade_off(curves, tables.curves(published, "paper"), real))
+        sections.append(trade_off(curves, published, real))
         if "step" in tables.varied(means):
             figure = figures.curve_figure(tables.curves(means, axis="step"), {}, axis="step", real=real)
             picture = image_tag(figure, "FID and Inception score against step")
             sections.append(f"<section><h2>Steps</h2>{picture}</section>")
+        if "ema" in tables.varied(means):
+            picture = image_tag(emas.figure(means, real), "FID over the length of the EMA and w")
+            sections.append(f"<section><h2>EMA lengths</h2>{picture}</section>")
         sections += [
             fronts(swept),
             result_tables(curves, means, published, tables.real_images(floor, rows[0]["features"])),
@@ -142,11 +145,10 @@ def explorer(folder: str, line: list[Row], class_names: Sequence[str], one_of_ma
     )
 
 
-def trade_off(
-    curves: dict[str, list[Row]], published: dict[str, list[Row]], real: figures.Interval | None = None
-) -> str:
-    """FID against Inception Score, and both against w, with the paper's curves and FID of real images."""
-    figure = figures.curve_figure(curves, published, real=real)
+def trade_off(curves: dict[str, list[Row]], published: tables.Published, real: figures.Interval | None = None) -> str:
+    """FID against Inception Score, and both against w, with published results and FID of real images."""
+    theirs = tables.curves(published.rows, "paper")
+    figure = figures.curve_figure(curves, theirs, real=real, baselines=published.baselines)
     picture = image_tag(figure, "FID against Inception score, and both against w")
     return f"<section><h2>Fidelity and diversity</h2>{picture}</section>"
 
@@ -203,8 +205,8 @@ def table_of(head: Sequence[str], body: Sequence[Sequence[str]], caption: str = 
     return f'<div class="wide"><table>{said}<thead><tr>{top}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
-def result_tables(curves: dict[str, list[Row]], rows: list[Row], published: list[Row], of_real: str = "") -> str:
-    """Every measured number with its interval, `of_real` about real images, and the paper's table."""
+def result_tables(curves: dict[str, list[Row]], rows: list[Row], published: tables.Published, of_real: str = "") -> str:
+    """Every measured number with its interval, `of_real` about real images, and published results."""
     present = [key for key in results.MEASURED if any(row[key] is not None for row in rows)]
     parts = []
     for name, line in curves.items():
@@ -214,8 +216,9 @@ def result_tables(curves: dict[str, list[Row]], rows: list[Row], published: list
         parts.append(table_of(head, body, caption))
     said = "\n".join(filter(None, [tables.caption(rows), of_real]))
     parts += [f"<p>{html.escape(line)}</p>" for line in said.splitlines() if line.strip()]
-    if published:
-        parts.append(f'<pre class="wide">{html.escape(tables.table({"paper": published}))}</pre>')
+    if published.rows:
+        parts.append(f'<pre class="wide">{html.escape(tables.table({"paper": published.rows}))}</pre>')
+    parts.append(markdown_in_html(tables.literature(published)))
     return f"<section><h2>Results</h2>{''.join(parts)}</section>"
 
 

@@ -6,6 +6,7 @@ infinity: "ramp(-4, 2) + dynamic_threshold(99.5)". Each call fills another argum
 rule=   apg, cfgpp, cfg_zero_star, rescale, power_law, feedback or tangential
 w=      constant, ramp, exponential, negative_window, middle or interval, whose first argument is the cell's own weight
 clip=   dynamic_threshold
+reuse=  every, extrapolated or similar
 null=   other_labels(), whose classes follow from the seed and the number of each image
 """
 
@@ -25,6 +26,7 @@ from cfd import rules
 from cfd.config import Config
 from cfd.errors import UserError
 from cfd.guidance import Interval, check_weight, guide
+from cfd.reuse import Reuse, every, extrapolated, similar
 
 MIXES: tuple[Callable[..., rules.Rule], ...] = (
     rules.apg,
@@ -42,11 +44,13 @@ SCHEDULES: tuple[Callable[..., Callable[[Array], Array]], ...] = (
     rules.negative_window,
     rules.middle,
 )
+REUSES: tuple[Callable[..., Reuse], ...] = (every, extrapolated, similar)
 FILLS = {
     **{function.__name__: "rule" for function in MIXES},
     **{function.__name__: "w" for function in SCHEDULES},
     "interval": "w",
     "dynamic_threshold": "clip",
+    **{function.__name__: "reuse" for function in REUSES},
     "other_labels": "null",
 }
 """The argument of `guided_sample` that each function fills, by the function's name in a text."""
@@ -55,6 +59,7 @@ PARAMETERS = {
     **{function.__name__: tuple(inspect.signature(function).parameters)[1:] for function in SCHEDULES},
     "interval": ("logsnr_lo", "logsnr_hi"),
     "dynamic_threshold": tuple(inspect.signature(rules.dynamic_threshold).parameters),
+    **{function.__name__: tuple(inspect.signature(function).parameters) for function in REUSES},
     "other_labels": (),
 }
 """The names of the numbers that each function takes in a text."""
@@ -64,14 +69,16 @@ class Guidance(NamedTuple):
     """The meaning of a text. The text "" means plain guidance, and has none of this.
 
     `text` is the text in its shortest form. `rule` is the mix of the two scores, with the weight schedule in it if
-    there is one. `interval` is the λ interval that is guided, or (). `clip` replaces sample.clip. `other_labels` says
-    that another class of each image takes the place of ∅. `always` says that both scores are evaluated at w = 0 too.
+    there is one. `interval` is the λ interval that is guided, or (). `clip` replaces sample.clip. `reuse` says at which
+    steps the second score is evaluated; None: at all. `other_labels` says that another class of each image takes the
+    place of ∅. `always` says that both scores are evaluated at w = 0 too.
     """
 
     text: str = ""
     rule: rules.Rule | None = None
     interval: tuple[float, ...] = ()
     clip: Callable[[Array], Array] | None = None
+    reuse: Reuse | None = None
     other_labels: bool = False
     always: bool = False
 
@@ -95,6 +102,7 @@ def guidance_of(text: str) -> Guidance:
     try:
         mix = _called(MIXES, *filled["rule"]) if "rule" in filled else None
         clip = rules.dynamic_threshold(**filled["clip"][1]) if "clip" in filled else None
+        rests = _called(REUSES, *filled["reuse"]) if "reuse" in filled else None
         interval: tuple[float, ...] = ()
         name, numbers = filled.get("w", ("", {}))
         if name == "interval":
@@ -108,7 +116,7 @@ def guidance_of(text: str) -> Guidance:
     if (short := canonical(calls)) != text:
         return guidance_of(short)  # equal rules are the same functions, and share a program
     always = "rule" in filled or (name == "negative_window" and numbers["w_inside"] != 0.0)
-    return Guidance(short, mix, interval, clip, "null" in filled, always)
+    return Guidance(short, mix, interval, clip, rests, "null" in filled, always)
 
 
 def scheduled(
@@ -163,7 +171,7 @@ def in_grid(config: Config) -> list[tuple[Guidance, tuple[float, ...]]]:
 
 
 def check(config: Config) -> None:
-    """Raises UserError if a rule of a config means nothing, or if another field leaves it no room."""
+    """Raises UserError if a rule of a config means nothing, or if another field leaves it or a corrector no room."""
     sample, evaluate = config.sample, config.eval
     found = [_of_field("sample.rule", sample.rule), *(guidance for guidance, _ in in_grid(config))]
     guided = [guide for guide in (sample.guide, *evaluate.guides) if guide]
@@ -181,6 +189,13 @@ def check(config: Config) -> None:
             )
         if guidance.other_labels and config.data.num_classes == 1:
             raise UserError(f"the rule {guidance.text!r} needs another class, and the data have one: leave it out")
+    ruled = [guidance.text for guidance in found if guidance.text]
+    if not sample.predictor_guided and (not sample.corrector or sample.guidance != "classifier-free" or ruled):
+        raise UserError(
+            f"config.sample.predictor_guided is False, with sample.corrector {sample.corrector}, sample.guidance "
+            f"{sample.guidance!r} and the rules {ruled}: set it to True, or set sample.corrector to a number > 0, "
+            "sample.guidance to 'classifier-free', sample.rule to '' and eval.rules to ()"
+        )
 
 
 def _of_field(field: str, text: str) -> Guidance:

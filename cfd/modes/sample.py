@@ -10,9 +10,11 @@ import numpy as np
 
 from cfd.config import Config
 from cfd.devices import parallel, preemption
+from cfd.fields import DEFAULTS
 from cfd.modes import figures, guides, settings
+from cfd.modes.cells import STEPS
 from cfd.modes.grid import grid_of, picture_of, spec_of
-from cfd.modes.sampler import compile_sampler, evaluation_flops, evaluations
+from cfd.modes.sampler import compile_sampler, evaluation_flops, evaluations, second_flops
 from cfd.runs import npz
 
 
@@ -32,11 +34,13 @@ def sample(config: Config, folder: str, out: str) -> str:
     _, guide_at = guides.open_guides(config, run, mesh, (named,))
     grid = grid_of(config, run.class_names, config.sample.w)
     spec = spec_of(grid)
-    model = run.model_at(config.sample.step)
+    model = run.model_at(config.sample.step, config.sample.ema)
     network = settings.network_of_run(model)
     guide = guide_at(network, named)
-    # Without a rule and a guide, the name is that of versions that had neither.
+    # Without a value in younger fields, the name is that of versions that had none of them.
     named_by = {name: value for name, value in config.sample.to_dict().items() if name != "step" and value != ""}
+    younger = {name: DEFAULTS[f"sample.{name}"] for name in ("ema", "clean_end", *STEPS)}
+    named_by = {name: value for name, value in named_by.items() if value != younger.get(name)}
     digest = hashlib.sha256(json.dumps(named_by, sort_keys=True).encode()).hexdigest()[:8]
     stem = os.path.join(out, "samples", f"sample_step_{model.step:07d}_{digest}")
 
@@ -58,11 +62,10 @@ def sample(config: Config, folder: str, out: str) -> str:
         figures.save(stem + ".png", picture_of(grid, images))
         with npz.sample_writer(stem + ".npz", len(images), images.shape[1:]) as write:
             write(images, spec.label)
-        count = evaluations(sampling, max(map(abs, grid.weights)), sampling.interval)
-        flops = count * evaluation_flops(network, model.params)
-        if guide is not None:
-            second = count - sampling.num_steps
-            flops += second * (evaluation_flops(guide.network, guide.params) - flops / count)
+        count = evaluations(sampling, max(map(abs, grid.weights)), sampling.interval, network.student)
+        flops, guided = evaluation_flops(network, model.params), count - sampling.num_steps
+        second = second_flops(network, model.params, flops, guide) if guided else 0.0
+        flops = sampling.num_steps * flops + guided * second
         print(
             f"{len(images)} images, {count} network evaluations or {flops:.3g} FLOP per image: "
             f"{len(images) / seconds:.3g} images/s, compilation included.",

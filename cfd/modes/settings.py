@@ -17,21 +17,33 @@ from flax.traverse_util import unflatten_dict
 from jax import Array
 from ml_collections import ConfigDict
 
+from cfd.attributes import is_student
 from cfd.config import Config, as_recorded, complete, with_classes, with_defaults
 from cfd.data.sources import Dataset, check_classes, open_dataset
 from cfd.errors import UserError
 from cfd.fields import BEFORE, DEFAULTS, NETWORK
 from cfd.guidance import NULL_LABEL
-from cfd.loading import STEP_RULES, WITH_V, Loaded, load, load_classifier, schedule_of
-from cfd.modes import rules
+from cfd.loading import (
+    STEP_RULES,
+    WITH_V,
+    Loaded,
+    learned_step,
+    load,
+    load_classifier,
+    respaced_of,
+    schedule_of,
+)
+from cfd.losses import mean_weight, sigmoid_weight, v_weight, x_weight
+from cfd.modes import rules, students
 from cfd.modes.fit import Training
 from cfd.modes.sampler import Network, Sampling
 from cfd.modes.train_step import make_optimizer
 from cfd.networks.classifier import ClassifierFn
-from cfd.networks.unet import UNet
+from cfd.networks.model import Model, build
+from cfd.networks.times import logsnr_table
 from cfd.process import Schedule
 from cfd.runs import access, files, workdir
-from cfd.sampling import EpsFn, schedule
+from cfd.sampling import EpsFn, Langevin, schedule
 
 IMPORTED = "adm"
 """The data.source of a network that `cfd.convert` imported: the images of its training are not here."""
@@ -82,34 +94,44 @@ def image_shape(config: Config) -> tuple[int, int, int]:
     return config.data.image_size, config.data.image_size, config.data.channels
 
 
+def model_of(config: Config) -> Model:
+    """The diffusion network of `config.model`, whose outputs are (ε, v) if it trains a variance or samples by it."""
+    variance = config.model.learn_variance or config.sample.variance == "learned"
+    return build(dict(config.model), config.data.image_size, config.data.channels, variance=variance)
+
+
 def network_of(config: Config) -> Network:
-    """The diffusion network of `config.model`."""
-    net: Any = UNet(image_size=config.data.image_size, **config.model)
+    """The diffusion network of `config.model`, as sampling uses it."""
+    model = model_of(config)
     return Network(
-        lambda params: lambda z, logsnr, labels: net.apply({"params": params}, z, logsnr, labels),
+        lambda params: lambda z, logsnr, labels: model.apply(params, z, logsnr, labels),
         image_shape(config),
         config.model.num_classes,
     )
 
 
 def network_of_run(model: Loaded) -> Network:
-    """The diffusion network of a trained run, as `load` defines it. Labels do not matter to one without classes."""
+    """The diffusion network of a trained run, as `load` defines it. Trained without labels, it is given none."""
+    has_labels = model.num_classes > 0 and model.config["train"]["p_uncond"] < 1
 
     def eps_of_params(params: Any) -> EpsFn:
         def unconditional(z: Array, logsnr: Array, labels: Array) -> Array:
             return model.eps_fn.func(params, z, logsnr, jnp.full_like(labels, NULL_LABEL))
 
-        return functools.partial(model.eps_fn.func, params) if model.num_classes else unconditional
+        return functools.partial(model.eps_fn.func, params) if has_labels else unconditional
 
-    return Network(eps_of_params, model.image_shape, model.num_classes)
+    return Network(eps_of_params, model.image_shape, model.num_classes, is_student(model.eps_fn))
 
 
 def sampling_of(config: Config) -> Sampling:
-    """The sampler of `config.sample` over the λ range of `config.process`."""
+    """The sampler of `config.sample` over the λ range of `config.process`.
+
+    Raises ValueError if the schedule, or the steps of ADM's table, do not fit the process or sample.num_steps.
+    """
     sample, process = config.sample, config.process
     name = sample.schedule or process.schedule
     return Sampling(
-        step_rule=STEP_RULES[sample.sampler],
+        step_rule=learned_step if sample.variance == "learned" else STEP_RULES[sample.sampler],
         num_steps=sample.num_steps,
         v=sample.v,
         interval=tuple(sample.interval),
@@ -119,7 +141,13 @@ def sampling_of(config: Config) -> Sampling:
         logsnr_min=process.logsnr_min,
         logsnr_max=process.logsnr_max,
         guidance=rules.guidance_of(sample.rule),
+        clean_end=sample.clean_end,
         schedule=None if name == "cosine" else schedule_of(name, process.logsnr_min, process.logsnr_max),
+        respaced=respaced_of(sample.to_dict(), process.to_dict(), config.model.time),
+        by_mean=sample.guidance == "classifier-mean",
+        clip_first=sample.clip_first,
+        corrector=Langevin(sample.corrector, sample.corrector_steps) if sample.corrector else None,
+        predictor_guided=sample.predictor_guided,
     )
 
 
@@ -127,6 +155,16 @@ def training_schedule(config: Config) -> Schedule:
     """The schedule of λ in training. Raises ValueError if it does not fit the ends of the process."""
     process = config.process
     return schedule_of(process.schedule, process.logsnr_min, process.logsnr_max)
+
+
+def training_weight(config: Config) -> Callable[[Array], Array] | None:
+    """The weight of the loss of ε that `train.weight` names; None for none."""
+    name, time = config.train.weight, config.model.time
+    if name == "mean":
+        return mean_weight(logsnr_table(time.removeprefix("adm_"))[::-1])
+    if name == "sigmoid":
+        return sigmoid_weight(training_schedule(config), config.train.sigmoid_bias)
+    return {"eps": None, "x": x_weight, "v": v_weight}[name]
 
 
 def check_schedules(config: Config) -> None:
@@ -150,13 +188,15 @@ def optimizer_of(train: Config) -> optax.GradientTransformation:
 class Run(NamedTuple):
     """A trained run: its whole config, its classes, and its noisy classifier if the config asks for guidance by one.
 
-    `model_at(step)` is its model; step -1 is the newest. The model of the last call stays in memory.
+    `model_at(step, ema)` is its model; step -1 is the newest, and ema 0.0, the default, the run's own EMA; see
+    sample.ema. The model of the last call stays in memory.
     """
 
     config: Config
     class_names: tuple[str, ...]
-    model_at: Callable[[int], Loaded]
+    model_at: Callable[..., Loaded]
     classifier: ClassifierFn | None
+    folder: str = ""
 
 
 def config_of_run(folder: str) -> Config:
@@ -234,20 +274,22 @@ def open_run(config: Config, folder: str) -> Run:
     workdir.check_config(folder, described, BEFORE)
     check_classifier(config, folder)
     classifier = None
-    if config.sample.guidance == "classifier":
+    if config.sample.guidance != "classifier-free":
         place = classifier_folder(folder)
         classifier, names = load_classifier(place), names or workdir.read_config(place)["class_names"]
 
-    cached: dict[int, Loaded] = {}  # of one step, also as -1: a run that trains may have deleted it meanwhile
+    # Of one step, also as -1: a run that trains may have deleted it meanwhile.
+    cached: dict[tuple[int, float], Loaded] = {}
 
-    def model_at(step: int) -> Loaded:
-        if step not in cached:
+    def model_at(step: int, ema: float = 0.0) -> Loaded:
+        if (step, ema) not in cached:
             cached.clear()
-            model = load(folder, None if step == -1 else step)
-            cached.update({step: model, model.step: model})
-        return cached[step]
+            learned = config.sample.variance == "learned"
+            model = load(folder, None if step == -1 else step, ema or None, variance=learned)
+            cached.update({(step, ema): model, (model.step, ema): model})
+        return cached[step, ema]
 
-    return Run(config, tuple(names), model_at, classifier)
+    return Run(config, tuple(names), model_at, classifier, folder)
 
 
 def as_imported(config: dict[str, Any], recorded: dict[str, Any]) -> dict[str, Any]:
@@ -272,8 +314,8 @@ def check_classifier(config: Config, folder: str) -> None:
     place = classifier_folder(folder)
     if not workdir.has_config(place):
         raise UserError(
-            f"config.sample.guidance is 'classifier', and {place} holds no noisy classifier: train it with "
-            "--mode=train_classifier"
+            f"config.sample.guidance is {config.sample.guidance!r}, and {place} holds no noisy classifier: train it "
+            "with --mode=train_classifier"
         )
     data, ours = config.data, config.process
     workdir.check_images(place, image_size=data.image_size, channels=data.channels, num_classes=data.num_classes)
@@ -290,17 +332,6 @@ def check_range(whose: str, theirs: Mapping[str, float], ours: Mapping[str, floa
             f"{whose} was trained on λ in [{theirs['logsnr_min']:g}, {theirs['logsnr_max']:g}], which does not cover "
             f"the run's [{ours['logsnr_min']:g}, {ours['logsnr_max']:g}]: {remedy}"
         )
-
-
-def say_if_other_data(model: Loaded, train: Dataset | None) -> None:
-    """Prints, on process 0, that a run is measured with other data than those of its training, if it is."""
-    if train is None or model.data_identity in ("", train.identity) or jax.process_index() != 0:
-        return
-    print(
-        "The run was trained on other data than those of data.path here, with which it is measured: names, sizes or "
-        f"labels of the images differ (identity {model.data_identity[:12]} there, {train.identity[:12]} here).",
-        flush=True,
-    )
 
 
 def check_class_names(folder: str, names: Sequence[str], split: str) -> None:
@@ -327,8 +358,11 @@ def check_weights(
 ) -> None:
     """Raises ValueError if a weight needs a score, conditional or unconditional, that the run does not train.
 
-    A guide, and another class in place of ∅, take the place of the unconditional score.
+    A guide, and another class in place of ∅, take the place of the unconditional score. Raises it for a student as
+    `students.check` does.
     """
+    if students.is_student(config):
+        return students.check(config, weights, guidance, guide)
     p_uncond, free = config.train.p_uncond, config.sample.guidance == "classifier-free"
     if p_uncond == 0 and free and not guide and not guidance.other_labels and (any(weights) or guidance.always):
         needs = f"the rule {guidance.text!r}" if guidance.always else f"w = {next(filter(None, weights)):g}"
@@ -350,8 +384,10 @@ def check_sampling(config: Config, num_steps: Sequence[int], intervals: Sequence
     Prints a line, once, if config.sample has a v that its sampler does not use.
     """
     sample, sampling = config.sample, sampling_of(config)
-    if sample.sampler not in WITH_V and sample.v != DEFAULTS["sample.v"]:
-        print_once((f"sample.v = {sample.v} is not used: sample.sampler {sample.sampler!r} has no v.",))
+    learned = sample.variance == "learned"
+    if sample.v != DEFAULTS["sample.v"] and (learned or sample.sampler not in WITH_V):
+        why = "sample.variance is 'learned'" if learned else f"sample.sampler {sample.sampler!r} has no v"
+        print_once((f"sample.v = {sample.v} is not used: {why}.",))
     for steps, (lo, hi) in product(num_steps, filter(None, intervals)):
         levels = sampling._replace(num_steps=steps).levels
         logsnr = np.asarray(schedule(levels, sampling.logsnr_min, sampling.logsnr_max))

@@ -40,7 +40,8 @@ from cfd.evaluation.reference import (
     open_reference,
     reference_hash,
 )
-from cfd.modes import figures, guides, race, rules, settings, tables
+from cfd.loading import Loaded
+from cfd.modes import emas, figures, guides, race, rules, settings, tables
 from cfd.modes.cells import Cell, manifest_of, measured_rows, missing_cells, rows_of_grid
 from cfd.modes.measuring import Model, measure_cells
 from cfd.runs import files, manifest, npz, results
@@ -52,7 +53,7 @@ from cfd.runs.results import SETTINGS, Row
 def sweep(config: Config, folder: str, out: str) -> list[Row]:
     """Sample and measure `eval.num_samples` images for every cell of `eval`'s grid.
 
-    Its axes are the step, T, v, the guide, the interval, the seed, the rule and w.
+    Its axes are the step, the EMA, T, v, the guide, the interval, the seed, the rule and w.
 
     Reads the run in `folder`, and writes to the folder `out`: sweep.csv, a manifest per row, the curves in sweep.png,
     grids of images, and the images as `.npz`. Prints the table, with the paper's if the config is the paper's. Image i
@@ -69,9 +70,11 @@ def sweep(config: Config, folder: str, out: str) -> list[Row]:
     weights = {}
     # A step that is not there is named before the feature classifier is trained. The last that is loaded is used first.
     for step in reversed(config.eval.steps or (config.sample.step,)):
-        model = run.model_at(step)
-        weights[model.step] = model.weights_hash
-        settings.say_if_other_data(model, train)
+        for ema in reversed(config.eval.emas or (config.sample.ema,)):
+            model = run.model_at(step, ema)
+            step = model.step  # the newest stays the same one for all lengths
+            weights[step, ema] = model.weights_hash
+        say_if_other_data(model, train)
     made_guides, guide_at = guides.open_guides(config, run, mesh, config.eval.guides or (config.sample.guide,))
     features = open_features(config, folder, out, mesh, train)
     reference_name = reference_hash(features, train, path=config.eval.reference, data=config.data.to_dict())
@@ -87,9 +90,9 @@ def sweep(config: Config, folder: str, out: str) -> list[Row]:
         "held_out": "" if held_out is None else held_out.identity,
     }
     classes, cells = (len(run.class_names), class_counts), []
-    for step in reversed(weights):
-        made = hashes | {"weights": weights[step]}
+    for step in dict.fromkeys(step for step, _ in reversed(weights)):
         for row in rows_of_grid(config, step):
+            made = hashes | {"weights": weights[step, row["ema"]]}
             guide = made_guides.get(row["guide"], {})
             cells.append(Cell(row, manifest_of(config, row, made, features, *classes, guide)))
     missing = missing_cells(out, cells)
@@ -117,11 +120,12 @@ def sweep(config: Config, folder: str, out: str) -> list[Row]:
         if config.eval.features != "dinov2":  # which has no class probabilities, and therefore no Inception Score
             metrics.check_splits(config.eval.num_samples)
         classifier = parallel.replicate(mesh, run.classifier)
-        network, sampling = settings.network_of_run(run.model_at(missing[0].row["step"])), settings.sampling_of(config)
+        first, sampling = missing[0].row, settings.sampling_of(config)
+        network = settings.network_of_run(run.model_at(first["step"], first["ema"]))
 
         @functools.lru_cache(maxsize=1)
-        def params_at(step: int) -> Any:
-            return parallel.replicate(mesh, run.model_at(step).params)
+        def params_at(step: int, ema: float) -> Any:
+            return parallel.replicate(mesh, run.model_at(step, ema).params)
 
         model = Model(network, sampling, params_at, classifier, mesh, functools.partial(guide_at, network))
         if config.eval.racing:
@@ -139,9 +143,20 @@ def sweep(config: Config, folder: str, out: str) -> list[Row]:
         if reason and jax.process_index() == 0:
             print(f"{nearest.nearest_path(out)} is not written: {reason}.", flush=True)
     if jax.process_index() == 0:
-        published = tables.published_rows(config, len(run.class_names))
+        published = tables.published_of(config, run.class_names)
         show(out, rows + comparable_rows(out, rows), run.class_names, published)
     return rows
+
+
+def say_if_other_data(model: Loaded, train: Dataset | None) -> None:
+    """Prints, on process 0, that a run is measured with other data than those of its training, if it is."""
+    if train is None or model.data_identity in ("", train.identity) or jax.process_index() != 0:
+        return
+    print(
+        "The run was trained on other data than those of data.path here, with which it is measured: names, sizes or "
+        f"labels of the images differ (identity {model.data_identity[:12]} there, {train.identity[:12]} here).",
+        flush=True,
+    )
 
 
 def held_out_split(config: Config, train: Dataset | None) -> Dataset | None:
@@ -280,19 +295,22 @@ def comparable_rows(folder: str, rows: list[Row]) -> list[Row]:
     return [row for row in results.latest(folder) if row["guidance"] not in kinds and setting(row) in measured]
 
 
-def show(folder: str, rows: list[Row], class_names: tuple[str, ...], published: list[Row]) -> None:
-    """Write sweep.png and a grid of images per curve, and print the table, with the paper's if there is one.
+def show(folder: str, rows: list[Row], class_names: tuple[str, ...], published: tables.Published) -> None:
+    """Write sweep.png and a grid of images per curve, and print the tables, with published results if there are any.
 
     Rows that differ in seed alone are one point, their mean. If the rows are of several steps, also writes the curves
-    over them, in sweep_steps.png.
+    over them, in sweep_steps.png, and if they are of several EMAs, FID over these in sweep_emas.png.
     """
     means = tables.over_seeds(folder, rows)
     floor = tables.floor_of(folder, rows)
-    real, theirs = tables.real_fid(floor, rows), tables.curves(published, "paper")
-    figures.save_curve(os.path.join(folder, "sweep.png"), tables.curves(means), theirs, real=real)
+    real, theirs = tables.real_fid(floor, rows), tables.curves(published.rows, "paper")
+    path = os.path.join(folder, "sweep.png")
+    figures.save_curve(path, tables.curves(means), theirs, real=real, baselines=published.baselines)
     if "step" in tables.varied(means):
         along = tables.curves(means, axis="step")
         figures.save_curve(os.path.join(folder, "sweep_steps.png"), along, {}, axis="step", real=real)
+    if "ema" in tables.varied(means):
+        figures.save_figure(os.path.join(folder, "sweep_emas.png"), emas.figure(means, real))
     curves = tables.curves(rows)
     for number, line in enumerate(curves.values()):
         name = f"sweep_{number}.png" if len(curves) > 1 else "sweep.png"
@@ -302,9 +320,10 @@ def show(folder: str, rows: list[Row], class_names: tuple[str, ...], published: 
             print(f"The images of w = {lost} are not in {folder}/samples: {name} there leaves them out.", flush=True)
         if kept:
             figures.save(os.path.join(folder, "samples", name), picture_of(kept, folder, class_names))
-    blocks = {"ours": means, "paper": published} if published else {"": means}
+    blocks = {"ours": means, "paper": published.rows} if published.rows else {"": means}
     parts = [] if tables.guided_in_several_ways(means) else [tables.table(blocks)]
     parts += [tables.cells(means), tables.caption(means), tables.real_images(floor, rows[0]["features"])]
+    parts.append(tables.literature(published))
     print("\n\n".join(filter(None, parts)), flush=True)
 
 

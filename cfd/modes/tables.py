@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -100,15 +100,39 @@ def without_each(values: Sequence[float]) -> list[float]:
     return [float(np.mean(np.delete(values, i))) for i in range(len(values))]
 
 
-def published_rows(config: Config, num_classes: int) -> list[Row]:
-    """The paper's results for the experiment of `config`; empty if it has none."""
-    table = paper.table_of(
-        name=config.data.name,
-        num_classes=num_classes,
-        image_size=config.data.image_size,
-        features=config.eval.features,
-    )
-    return [] if table is None else paper.rows(table)
+class Published(NamedTuple):
+    """Published results on the images of a run: rows of the paper's own table, its other methods, and other papers'."""
+
+    rows: list[Row]
+    baselines: tuple[paper.Result, ...]
+    others: tuple[paper.Result, ...]
+
+
+def published_of(config: Config, class_names: Sequence[str]) -> Published:
+    """The published results with which those of `config` may be compared; each part is empty if there are none.
+
+    Bits per dimension can be compared always, and the other metrics only if the features are Inception's.
+    """
+    data, features = config.data, config.eval.features
+    own = paper.table_of(name=data.name, num_classes=len(class_names), image_size=data.image_size, features=features)
+    place = paper.data_set(data.name, class_names, imported=data.source == "adm"), data.image_size
+    inception = features == "inception"
+    others = [result for result in paper.OTHERS.get(place, ()) if inception or result.bits_per_dim is not None]
+    baselines = paper.BASELINES.get(place, ()) if inception else ()
+    return Published([] if own is None else paper.rows(own), baselines, tuple(others))
+
+
+def literature(published: Published, *, bits: bool = False) -> str:
+    """A Markdown table of published metrics with their sources, or of bits per dimension; "" if there are none."""
+    names = {"fid": "FID", "sfid": "sFID", "inception_score": "IS", "precision": "precision", "recall": "recall"}
+    names = {"bits_per_dim": "bits/dim"} if bits else names
+    body = []
+    for result in (*published.baselines, *published.others):
+        values = [getattr(result, key) for key in names]
+        if any(value is not None for value in values):
+            shown = ("–" if value is None else f"{value:.2f}" for value in values)
+            body.append([result.method, *shown, result.source])
+    return markdown(["published", *names.values(), "source"], body) if body else ""
 
 
 def table(blocks: dict[str, list[Row]]) -> str:
@@ -241,6 +265,8 @@ def in_words(key: str, value: Any) -> str:
     """A setting as text."""
     if value == "":
         return EMPTY.get(key, value)
+    if key == "ema" and not value:
+        return "the run's own"
     if key == "interval":
         return f"[{value.replace(':', ', ')}]"
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -28,7 +28,7 @@ def train_classifier(config: Config, folder: str, *, allow_fresh_start: bool = F
     check_same_images(config, folder, dataset.class_names)
     net = Classifier(image_size=config.data.image_size, **config.classifier)
     shape = (1, *settings.image_shape(config))
-    train = ConfigDict({**config.train.to_dict(), **config.classifier_train.to_dict()})
+    train = ConfigDict({**config.train.to_dict(), **config.classifier_train.to_dict(), "posthoc_ema": ()})
     schedule = settings.training_schedule(config)
 
     def init(key: Array) -> Any:

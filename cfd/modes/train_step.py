@@ -13,13 +13,17 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Float, UInt8
 
 from cfd.kernels.cpu import materialize_on_cpu
+from cfd.posthoc_ema import advance
 
 LossFn = Callable[[Array, Any, Array, Array], Array]
 """(key, params, x [B, H, W, C], labels [B]) -> scalar loss, averaged over the batch."""
 
 
 class TrainState(NamedTuple):
-    """Everything that a step changes: float32 arrays, and counts as int32 scalars."""
+    """Everything that a step changes: float32 arrays, and counts as int32 scalars.
+
+    `posthoc` has the averages of `cfd.posthoc_ema` that a run keeps.
+    """
 
     step: Array
     params: Any
@@ -27,19 +31,27 @@ class TrainState(NamedTuple):
     opt_state: Any
     nonfinite_steps: Array
     nonfinite_in_a_row: Array
+    posthoc: tuple[Any, ...] = ()
 
 
-def initial_state(init: Callable[[Array], Any], optimizer: optax.GradientTransformation, key: Array) -> TrainState:
-    """The state at step 0: fresh parameters, an EMA equal to them, and the optimizer's initial state."""
+def initial_state(
+    init: Callable[[Array], Any], optimizer: optax.GradientTransformation, key: Array, *, num_posthoc: int = 0
+) -> TrainState:
+    """The state at step 0: fresh parameters, an EMA equal to them, and the optimizer's initial state.
+
+    The `num_posthoc` averages are 0, because the first step replaces them whole.
+    """
     params = init(key)
     count = jnp.zeros((), jnp.int32)
-    return TrainState(count, params, jax.tree.map(jnp.copy, params), optimizer.init(params), count, count)
+    posthoc = tuple(jax.tree.map(jnp.zeros_like, params) for _ in range(num_posthoc))
+    return TrainState(count, params, jax.tree.map(jnp.copy, params), optimizer.init(params), count, count, posthoc)
 
 
 def train_step(
     state: TrainState,
     batch: dict[str, Array],
     key: Array,
+    frozen: tuple[Any, ...] = (),
     *,
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
@@ -48,6 +60,8 @@ def train_step(
     num_microbatches: int,
     replicated: bool,
     join_vectors: bool,
+    project: Callable[[Any], Any] | None = None,
+    posthoc_gammas: tuple[float, ...] = (),
 ) -> tuple[TrainState, dict[str, Array]]:
     """One step on the mean loss of the global batch, with the key `fold_in(key, step)`.
 
@@ -55,12 +69,17 @@ def train_step(
     A step whose loss or gradient is not finite leaves parameters, EMA and optimizer unchanged, and is counted. With
     `ema_warmup`, the decay of the EMA at step t is at most (1 + t) / (10 + t), as in TensorFlow's
     ExponentialMovingAverage. Without it, the EMA of a short run still contains a part of the random initialisation.
+    `frozen` are the first arguments of loss_fn, before the key: arrays that no step changes, such as a teacher's.
     `replicated` says that every device holds all parameters. `join_vectors` is for CPUs; see `with_joined_vectors`.
+    `project(params)` is applied to the updated parameters, array by array, before the EMA takes them. `posthoc_gammas`
+    are the exponents of the averages in `state.posthoc`, in which a step that is not finite counts as any other.
     """
     key = jax.random.fold_in(key, state.step)
+    loss_fn = partial(loss_fn, *frozen) if frozen else loss_fn
     loss, grads = _loss_and_grads(state.params, batch, key, loss_fn, num_microbatches)
     grads = row_major(grads) if replicated else grads
-    update = partial(_update, optimizer=optimizer, ema_decay=ema_decay, ema_warmup=ema_warmup)
+    ema = dict(ema_decay=ema_decay, ema_warmup=ema_warmup, posthoc_gammas=posthoc_gammas)
+    update = partial(_update, optimizer=optimizer, project=project, **ema)
     return with_joined_vectors(update, state, loss, grads) if join_vectors else update(state, loss, grads)
 
 
@@ -72,6 +91,8 @@ def _update(
     optimizer: optax.GradientTransformation,
     ema_decay: float,
     ema_warmup: bool,
+    project: Callable[[Any], Any] | None,
+    posthoc_gammas: tuple[float, ...],
 ) -> tuple[TrainState, dict[str, Array]]:
     grad_norm = global_norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -82,9 +103,12 @@ def _update(
 
     # The barriers make XLA read `finite` and, on a CPU, the new parameters. Without them, XLA recomputes `finite` for
     # each array, and XLA:CPU recomputes the parameters.
-    params = materialize_on_cpu(keep(optax.apply_updates(state.params, updates), state.params))
+    params = optax.apply_updates(state.params, updates)
+    params = params if project is None else project(params)
+    params = materialize_on_cpu(keep(params, state.params))
     decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step)) if ema_warmup else ema_decay
     ema = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), state.ema, params)
+    posthoc = zip(state.posthoc, posthoc_gammas, strict=True)
     skipped = 1 - finite.astype(jnp.int32)
     state = TrainState(
         step=state.step + 1,
@@ -93,6 +117,7 @@ def _update(
         opt_state=keep(opt_state, state.opt_state),
         nonfinite_steps=state.nonfinite_steps + skipped,
         nonfinite_in_a_row=skipped * (state.nonfinite_in_a_row + 1),
+        posthoc=tuple(advance(average, params, state.step + 1, gamma) for average, gamma in posthoc),
     )
     metrics = dict(
         loss=loss,
@@ -190,9 +215,17 @@ def make_optimizer(
     adam_b2: float,
     weight_decay: float,
     grad_clip: float,
+    num_steps: int = 0,
 ) -> optax.GradientTransformation:
-    """Clipping by the global norm, then AdamW with a linear warm-up to a constant learning rate."""
+    """Clipping by the global norm, then AdamW with a linear warm-up to a constant learning rate.
+
+    With `num_steps`, the learning rate then falls linearly, to 0 at that step.
+    """
     rate = optax.linear_schedule(0.0, learning_rate, warmup_steps) if warmup_steps else learning_rate
+    if num_steps:
+        rise = optax.linear_schedule(0.0, learning_rate, max(warmup_steps, 1))
+        fall = optax.linear_schedule(learning_rate, 0.0, max(num_steps - warmup_steps, 1))
+        rate = optax.join_schedules([rise, fall], [warmup_steps])
 
     def clip(grads: Any, _: Any) -> Any:
         # One factor, where Optax divides and multiplies, spares XLA a clipped copy of the gradient.

@@ -12,8 +12,9 @@ from absl import logging
 from pictures import bad_images, black_png, encoded, noise, write
 from PIL import Image
 
+from cfd.checks import accepts
 from cfd.data.decode import PILLOW_MAX_PIXELS, BadImage, decode
-from cfd.fields import FIELDS, accepts
+from cfd.fields import FIELDS
 
 
 @pytest.mark.parametrize("height, width", [(24, 24), (24, 41), (38, 24)])

@@ -14,7 +14,7 @@ from tiny import tiny_config
 from cfd.loading import load, load_classifier
 from cfd.modes import finetune
 from cfd.networks.classifier import Classifier
-from cfd.networks.unet import UNet
+from cfd.networks.model import module
 from cfd.runs import checkpoint, workdir
 
 
@@ -23,7 +23,7 @@ def make_run(folder: str, kind: str = "diffusion") -> Any:
     config = tiny_config()
     size, zeros = config.data.image_size, (jnp.zeros((1, 8, 8, 1)), jnp.zeros(1))
     if kind == "diffusion":
-        net, zeros = UNet(image_size=size, **config.model), (*zeros, jnp.zeros(1, jnp.int32))
+        net, zeros = module(dict(config.model), size), (*zeros, jnp.zeros(1, jnp.int32))
     else:
         net = Classifier(image_size=size, **config.classifier)
     shapes = jax.eval_shape(net.init, jax.random.key(0), *zeros)["params"]

@@ -132,7 +132,7 @@ def test_rules_of_several_runs_are_compared_as_those_of_one(tmp_path: Path) -> N
 @pytest.mark.usefixtures("no_pictures")
 def test_what_real_images_score_stands_below_the_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
-    monkeypatch.setattr(figures, "save_curve", lambda *args, real: drawn.append(real))
+    monkeypatch.setattr(figures, "save_curve", lambda *args, real, baselines: drawn.append(real))
     both = guided(tmp_path / "both")
     spread = {"mean": 2.03, "sd": 0.1, "low": 1.77, "high": 2.29}
     real = {
@@ -159,10 +159,13 @@ def test_what_real_images_score_stands_below_the_tables(tmp_path: Path, monkeypa
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_rules_of_different_networks_are_not_compared_with_each_other(tmp_path: Path) -> None:
+def test_rules_of_different_networks_or_steps_are_not_compared_with_each_other(tmp_path: Path) -> None:
     plain, rule = guided(tmp_path / "plain", ("",)), guided(tmp_path / "rule", ("apg(0)",), weights="others")
     text = compare(tiny_config(), str(plain), [str(rule)], str(plain))
     assert text.count("no plain guidance to compare with") == 3 and "better" not in text.split("Each rule is")[0]
+    respaced = guided(tmp_path / "respaced", ("apg(0)",), unlisted={"respacing": "4"})
+    text = compare(tiny_config(), str(plain), [str(respaced)], str(plain))
+    assert text.count("no plain guidance to compare with") == 3
 
 
 @pytest.mark.usefixtures("no_pictures")

@@ -66,6 +66,21 @@ def test_published_curves_are_grey_and_all_others_are_not() -> None:
     assert names == ["ours", *(f"paper, p_uncond = {p_uncond}" for p_uncond in paper.TABLE_1.columns)]
 
 
+def test_other_methods_are_marks_where_their_numbers_say() -> None:
+    baselines = (paper.Result("A", "source", fid=2.07), paper.Result("B", "source", fid=1.5, inception_score=6.0))
+    figure = figures.curve_figure({"ours": curve()}, {}, baselines=baselines)
+    left, middle, right = (axes.get_lines()[1:] for axes in figure.axes)
+    assert [list(zip(*line.get_data(), strict=True)) for line in left] == [[], [(6.0, 1.5)]]  # A states no IS
+    marks = [line.get_marker() for line in left]
+    assert len(set(marks)) == 2
+    for lines, heights, at in ((middle, [2.07, 1.5], marks), (right, [6.0], marks[1:])):
+        across, points = lines[::2], lines[1::2]
+        assert [line.get_ydata()[0] for line in across] == [line.get_ydata()[0] for line in points] == heights
+        assert [line.get_xdata()[0] for line in points] == [0.0] * len(heights)
+        assert [line.get_marker() for line in points] == at
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["ours", "A", "B"]
+
+
 def with_intervals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows with FID ± 0.5, except for the first, which has no interval."""
     first, *rest = rows

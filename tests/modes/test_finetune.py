@@ -30,7 +30,7 @@ from cfd.modes.finetune import Source, Start, from_weights
 from cfd.modes.fit import fit
 from cfd.modes.settings import optimizer_of
 from cfd.modes.train_step import initial_state
-from cfd.networks.unet import UNet
+from cfd.networks.model import module
 from cfd.runs import checkpoint, workdir
 
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -43,7 +43,7 @@ def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def random_params(config: Any, seed: int = 0) -> Any:
     """Parameters of the network of a config, without its initialisation, most of which is 0."""
-    net = UNet(image_size=config.data.image_size, **config.model)
+    net = module(dict(config.model), config.data.image_size)
     size = config.data.image_size
     shapes = jax.eval_shape(
         net.init, jax.random.key(0), jnp.zeros((1, size, size, 1)), jnp.zeros(1), jnp.zeros(1, jnp.int32)
@@ -76,7 +76,7 @@ def losses(config: Any, params: Any) -> tuple[float, float]:
     data = settings.open_split(config, "train")
     images = np.stack([data[i][0] for i in range(256)])
     x = jnp.asarray(images, jnp.float32) / 127.5 - 1 if images.dtype == np.uint8 else jnp.asarray(images)
-    net = UNet(image_size=8, **config.model)
+    net = module(dict(config.model), 8)
 
     @jax.jit
     def mean(params: Any, labels: Any) -> Any:

@@ -26,12 +26,13 @@ from cfd.devices import parallel, xla
 from cfd.errors import UserError
 from cfd.evaluation import dinov2, inception
 from cfd.evaluation.features import FeatureNetwork, Outputs, open_dinov2
-from cfd.guidance import classifier_guidance
+from cfd.guidance import classifier_guidance, shift_mean
 from cfd.loading import load, load_classifier
 from cfd.modes import settings, sweep
 from cfd.modes.report import report
 from cfd.modes.sample import sample
 from cfd.modes.sampler import to_uint8
+from cfd.networks.times import respaced
 from cfd.runs import manifest, npz, results, workdir
 from cfd.sampling import ancestral, guided_sample
 
@@ -173,6 +174,40 @@ def test_a_classifier_guides_an_imported_network(tmp_path: Path, without_data: d
     assert (unguided != guided).any()
 
 
+def test_a_learned_variance_is_read_where_it_is_asked_for(tmp_path: Path) -> None:
+    """The same outputs are ε alone with a fixed variance. `load` names the sampler that its network can have."""
+    folder = imported(tmp_path / "run")
+    given = jnp.zeros((2, SIZE, SIZE, 3)), jnp.zeros(2), jnp.zeros(2, jnp.int32)
+    shapes = {}
+    for variance in ("fixed", "learned"):
+        model = settings.open_run(config_of(folder, sample__variance=variance), folder).model_at(-1)
+        shapes[variance] = jax.tree.map(lambda x: x.shape, jax.eval_shape(model.eps_fn, *given))
+    assert shapes == {"fixed": given[0].shape, "learned": (given[0].shape, given[0].shape)}
+
+
+@pytest.mark.slow
+def test_adms_published_sampler_is_a_few_fields(tmp_path: Path, without_data: dict[str, Any]) -> None:
+    """Its respaced steps, the network's variance, classes at random and Algorithm 1, as `guided_sample` does them."""
+    folder = imported(tmp_path / "run")
+    imported(tmp_path / "run" / "classifier", "classifier")
+    adm = dict(sample__respacing="3", sample__variance="learned", sample__guidance="classifier-mean")
+    (row,) = sweep.sweep(
+        config_of(folder, **adm, eval__labels="random", eval__weights=(3.0,), **without_data), folder, folder
+    )
+    arrays = npz.read_npz(results.samples_path(folder, row))
+    made = manifest.read_manifest(folder, row["manifest"])
+    assert made is not None and made["sampling"]["variance"] == "learned" and made["sampling"]["respacing"] == "3"
+    run, labels = load(folder, variance=True), jnp.asarray(arrays["arr_1"], jnp.int32)
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(1000, impl="threefry2x32"), i))(jnp.arange(8))
+
+    def draw(keys: Any) -> Any:
+        rule = shift_mean(ancestral(None), load_classifier(f"{folder}/classifier"), labels, 3.0)
+        levels = respaced("3", "cosine")
+        return to_uint8(guided_sample(keys, run.eps_fn, labels, run.image_shape, num_steps=levels, sampler=rule))
+
+    assert_same_images(arrays["arr_0"], np.asarray(jax.jit(draw, compiler_options=QUICK)(keys)))
+
+
 def test_an_unconditional_network_has_no_classes_but_those_of_its_classifier(
     tmp_path: Path, without_data: dict[str, Any]
 ) -> None:
@@ -254,17 +289,21 @@ def test_an_imported_network_is_sampled_by_the_command(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_adms_weights_and_adms_metrics_in_one_command(tmp_path: Path) -> None:
-    """The real command with InceptionV3, its weights by formula, and a reference of images."""
+    """The command of configs/README.md with InceptionV3, its weights by formula, and a reference of images."""
     ours, folder, weights = printed("small"), tmp_path / "run", tmp_path / "inception.npz"
     _write_run(folder, ours.network, ours.params, 3)
+    classifier = printed("classifier_small")
+    _write_run(folder / "classifier", classifier.network, classifier.params, 3)
     inception.save_params(weights, inception_params_from_torch(inception_state()))
     images = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), np.uint8)
     npz.write_npz(tmp_path / "reference.npz", {"arr_0": images})
     evaluate = dict(features="inception", inception_path=weights, reference=tmp_path / "reference.npz")
     fields = [
-        f"--config.eval.{name}={value}" for name, value in (evaluate | dict(weights=(0.0,), num_samples=8)).items()
+        f"--config.eval.{name}={value}" for name, value in (evaluate | dict(weights=(0.5,), num_samples=8)).items()
     ]
     small = ["--config.sample.num_steps=2", "--config.sample.batch_size=8"]
-    said = command(f"--config={folder}", "--mode=sweep", *fields, *small)
+    adm = ["--config.sample.variance=learned", "--config.sample.respacing=2", "--config.eval.labels=random"]
+    adm += ["--config.sample.guidance=classifier-mean"]
+    said = command(f"--config={folder}", "--mode=sweep", *fields, *small, *adm)
     (row,) = results.read_rows(str(folder))
-    assert row["step"] == 0 and row["sfid"] is not None and f"| 0 | {row['fid']:.2f} |" in said
+    assert row["step"] == 0 and row["sfid"] is not None and f"| 0.5 | {row['fid']:.2f} ± " in said

@@ -13,7 +13,7 @@ from PIL import Image
 from tiny import tiny_config
 
 from cfd.data.batches import load_arrays
-from cfd.likelihood import bound, decoder_costs
+from cfd.likelihood import bound, class_scores, decoder_costs
 from cfd.modes import settings
 from cfd.modes.likelihood import levels_of, likelihood
 from cfd.process import linear
@@ -86,6 +86,44 @@ def test_a_second_start_replaces_rows_of_the_same_settings_and_keeps_others(mixi
     assert rows_of(mixing_run) == before and len(before) == 4
     likelihood(config_of(likelihood__weights=(0.0,), likelihood__v=1.0), folder, folder)
     assert rows_of(mixing_run)[:4] == before and len(rows_of(mixing_run)) == 8
+
+
+def test_the_implicit_classifier_needs_w_0_and_a_student_has_no_bound(mixing_run: Path) -> None:
+    folder = str(mixing_run)
+    asked = config_of(likelihood__weights=(1.0,), likelihood__classes=True)
+    with pytest.raises(ValueError, match=r"about w = 0, and likelihood\.weights is \(1\.0,\): add 0\.0 to them"):
+        likelihood(asked, folder, folder)
+    with pytest.raises(ValueError, match="is the run of a student, which learned the guided score and not the bound"):
+        likelihood(config_of(model__weight_range=(0.0, 4.0)), folder, folder)
+
+
+def test_the_implicit_classifier_is_that_of_class_scores(mixing_run: Path) -> None:
+    config, folder = config_of(likelihood__weights=(1.0, 0.0), likelihood__classes=True), str(mixing_run)
+    text = likelihood(config, folder, folder)
+    rows = rows_of(mixing_run)
+    assert [bool(row["class_accuracy"]) for row in rows] == [False] * 4 + [True] + [False]
+    dataset = settings.open_split(config, "test")
+    images, labels = load_arrays(dataset, np.arange(20) * len(dataset) // 20)
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(1000), i))(jnp.arange(20))
+    x, levels = jnp.asarray(images, jnp.float32) / 127.5 - 1.0, levels_of(config)[: int(rows[0]["num_steps"])]
+    scores = jax.jit(lambda x: class_scores(keys, EPS, x, 10, logsnr=levels))(x)
+    expected = np.mean(np.argmax(scores, axis=1) == labels)
+    assert float(rows[4]["class_accuracy"]) == pytest.approx(expected)
+    assert f"the right one for {expected:.1%} of the images of the split 'test'" in text
+    # The rows are those of a start that does not ask for it, and an earlier file without the column is read.
+    lines = (mixing_run / "likelihood.csv").read_text().splitlines()
+    assert lines[0].endswith("num_images,class_accuracy,manifest")
+    (mixing_run / "likelihood.csv").write_text(
+        "\n".join(line.replace(",class_accuracy", "") for line in lines[:1]) + "\n"
+    )
+    likelihood(config_of(likelihood__weights=(1.0, 0.0)), folder, folder)
+    assert [row["manifest"] for row in rows_of(mixing_run)] == [row["manifest"] for row in rows]
+
+
+def test_a_run_without_labels_has_no_implicit_classifier(mixing_run: Path) -> None:
+    config = config_of(likelihood__classes=True, train__p_uncond=1.0)
+    with pytest.raises(ValueError, match="was trained without labels: set it to False"):
+        likelihood(config, str(mixing_run), str(mixing_run))
 
 
 def test_a_chain_that_ends_in_noise_is_refused(mixing_run: Path) -> None:

@@ -1,6 +1,7 @@
 """The report: the content of the page, its size, and the slider that changes the images."""
 
 import base64
+import html
 import io
 import json
 import re
@@ -165,6 +166,9 @@ def test_the_papers_curves_are_shown_if_the_config_is_the_papers(tmp_path: Path)
     for p_uncond in paper.TABLE_1.columns:
         assert f"<!-- paper, p_uncond = {p_uncond} -->" in plot  # Matplotlib writes each text as a comment, too
     assert "1.55 / 1.62 / 1.91" in text
+    for result in (*paper.BASELINES["imagenet", 64], *paper.OTHERS["imagenet", 64][:4]):
+        assert f'<th scope="row">{html.escape(result.method)}</th><td>{result.fid:.2f}</td>' in text
+    assert "<!-- CDM -->" in plot
 
 
 def test_another_folder_can_be_written_to(tmp_path: Path) -> None:

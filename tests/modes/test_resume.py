@@ -20,7 +20,7 @@ from tiny import tiny_config
 from cfd.devices import parallel, seeds
 from cfd.loading import load_ema
 from cfd.modes import fit as fit_module
-from cfd.modes import settings
+from cfd.modes import settings, sweep
 from cfd.modes import train as train_module
 from cfd.modes.train import train
 
@@ -188,8 +188,8 @@ def test_a_line_says_that_a_run_is_measured_with_other_data(
     capsys.readouterr()
     for step in (None, 1):
         model = some._replace(data_identity=load_ema(tmp_path / "run", "diffusion", step).data_identity)
-        settings.say_if_other_data(model, before)
-        settings.say_if_other_data(some, after)  # of an earlier version, or imported
+        sweep.say_if_other_data(model, before)
+        sweep.say_if_other_data(some, after)  # of an earlier version, or imported
         assert capsys.readouterr().out == ""
-        settings.say_if_other_data(model, after)
+        sweep.say_if_other_data(model, after)
         assert "trained on other data than those of data.path here" in capsys.readouterr().out

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
+from cfd import reuse
 from cfd import rules as functions
 from cfd.guidance import guide
 from cfd.modes import rules
@@ -72,6 +73,10 @@ def test_what_fills_no_mix() -> None:
     assert without_interval(window) == plain
     both = guidance_of("interval(-2, 4) + apg(0, 2, 0)")
     assert both.interval == (-2.0, 4.0) and without_interval(both) is guidance_of("apg(0, 2, 0)")
+    thin = guidance_of("similar(0.97, 4) + interval(-2, 4)")
+    assert thin.reuse == reuse.similar(0.97, 4) and thin.rule is None and not thin.always
+    assert thin.text == "interval(logsnr_lo=-2, logsnr_hi=4) + similar(cosine=0.97, k=4)"
+    assert guidance_of("every(2)").reuse == reuse.every(2) != guidance_of("extrapolated(k=2)").reuse
     assert guidance_of("other_labels()").other_labels and not guidance_of("other_labels()").always
     clip = guidance_of("dynamic_threshold(99.5)").clip
     assert clip is not None
@@ -94,7 +99,7 @@ def test_every_function_of_cfd_rules_has_a_text() -> None:
         name
         for name, value in vars(functions).items()
         if inspect.isfunction(value) and value.__module__ == functions.__name__
-    }
+    } | {"every", "extrapolated", "similar"}
     without_a_text = {"stateless", "cads"}  # a helper, and a rule for labels that are embeddings
     assert {name for name in public if not name.startswith("_")} - without_a_text == set(rules.FILLS) - {"interval"}
 
@@ -119,6 +124,10 @@ def test_every_function_of_cfd_rules_has_a_text() -> None:
         ("rescale(2)", r"is not possible: phi is 2\.0; give a number in \[0, 1\]"),
         ("apg(0, -1, 0)", r"is not possible: norm is -1\.0; give a positive number"),
         ("ramp(2, 2)", r"is not possible"),
+        ("every(1.5)", r"is not possible: k is 1\.5; it is a count: give an integer k >= 1"),
+        ("every(0)", r"is not possible: k is 0"),
+        ("similar(2, 3)", r"is not possible: cosine is 2\.0; .* give a number in \[-1, 1\]"),
+        ("every(2) + similar(0.9, 2)", r"has every and similar, which both give reuse= to the sampler: leave one"),
         ("ramp(-inf, 2)", r"is not possible: logsnr_lo is -inf; give a finite number"),
         ("interval(3, 1)", r"is not possible: .* give logsnr_lo <= logsnr_hi"),
         ("cfgpp() + tangential()", r"has cfgpp and tangential, which both give rule= to the sampler: leave one"),
@@ -140,11 +149,12 @@ def test_a_text_that_means_nothing_is_refused(text: str, words: str) -> None:
 
 
 def test_the_remedy_for_wrong_numbers_is_possible() -> None:
-    """Each signature that a message prints is followed, with 1 and 2 and so on for its numbers."""
+    """Each signature that a message prints is followed, with a number for each of its names."""
     with pytest.raises(ValueError) as caught:
         guidance_of("x()")
     for name, names in re.findall(r"(\w+)\(([\w, ]*)\)", str(caught.value).partition("choose among")[2]):
-        numbers = [f"{key}={0.25 + i}" for i, key in enumerate(filter(None, names.split(", ")))]
+        keys = filter(None, names.split(", "))
+        numbers = [f"{key}={1 + i if key == 'k' else 0.25 + i}" for i, key in enumerate(keys)]
         assert guidance_of(f"{name}({', '.join(numbers)})").text.startswith(name)
 
 

@@ -157,10 +157,18 @@ def test_rounding_is_to_the_nearest_level_and_is_undone_by_scaling() -> None:
 @pytest.mark.parametrize("w", [0.0, 1.0])
 @pytest.mark.parametrize(
     ("rule", "interval"),
-    [("", (-2.0, 5.0)), ("interval(-2, 5)", ()), ("ramp(-4, 2)", ()), ("rescale(0.5)", (-2.0, 5.0)), ("cfgpp()", ())],
+    [
+        ("", (-2.0, 5.0)),
+        ("interval(-2, 5)", ()),
+        ("ramp(-4, 2)", ()),
+        ("rescale(0.5)", (-2.0, 5.0)),
+        ("cfgpp()", ()),
+        ("every(4)", ()),
+        ("extrapolated(2)", (-2.0, 5.0)),
+    ],
 )
 def test_a_guide_is_evaluated_as_often_as_is_counted(w: float, rule: str, interval: tuple[float, ...]) -> None:
-    """Not outside the interval, and at w = 0 only for a rule that needs both scores."""
+    """Not outside the interval, at w = 0 only for a rule that needs both scores, and at every k-th step if asked."""
     calls: list[str] = []
 
     def counting(name: str) -> Network:
@@ -178,6 +186,7 @@ def test_a_guide_is_evaluated_as_often_as_is_counted(w: float, rule: str, interv
     inside = sum(-2.0 <= logsnr <= 5.0 for logsnr in np.asarray(schedule(9, -20.0, 20.0)))
     expected = inside if interval or rule == "interval(-2, 5)" else 9
     expected *= w != 0.0 or rule in ("rescale(0.5)", "cfgpp()")
+    expected = -(-expected // {"every(4)": 4, "extrapolated(2)": 2}.get(rule, 1))
     assert (calls.count("network"), calls.count("guide")) == (9, expected)
     assert evaluations(sampling, w, interval) == 9 + expected
 

@@ -1,7 +1,10 @@
 """A config is checked against the run that it is used with, before anything is sampled or measured."""
 
+import math
 from pathlib import Path
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from meshes import mesh_of
@@ -10,6 +13,7 @@ from tiny import tiny_config
 
 from cfd.errors import UserError
 from cfd.modes import settings, sweep, train
+from cfd.networks.times import logsnr_table
 from cfd.runs import workdir
 
 
@@ -94,3 +98,36 @@ def test_a_schedule_is_that_of_training_unless_sampling_has_its_own() -> None:
     table = tiny_config(process__schedule="adm_linear", process__logsnr_min=-10.1177, process__logsnr_max=9.21024)
     settings.check_schedules(table)
     assert settings.training_schedule(table)(np.float32(0.0)) == pytest.approx(9.21024, abs=1e-4)
+    edm = tiny_config(process__schedule="edm", sample__num_steps=3)
+    np.testing.assert_allclose(settings.sampling_of(edm).levels, [-20.0, 2.4, 20.0], rtol=1e-5)
+
+
+def test_the_weight_of_the_loss_is_that_of_its_name() -> None:
+    """At λ = 2: 1 / (e^λ), 1 + 1 / e^λ, the square of (1 − e^{−h}) α' over e^λ, and the sigmoid over its integral."""
+    logsnr, table = jnp.float32([2.0]), logsnr_table("linear")
+
+    def weight(**changes: Any) -> float:
+        found = settings.training_weight(tiny_config(**changes))
+        assert found is not None
+        return float(found(logsnr)[0])
+
+    assert settings.training_weight(tiny_config()) is None
+    assert weight(train__weight="x") == pytest.approx(math.exp(-2))
+    assert weight(train__weight="v") == pytest.approx(1 + math.exp(-2))
+    at = int(np.abs(table - 2.0).argmin())
+    added = (1 - math.exp(2.0 - table[at - 1])) / math.sqrt(1 + math.exp(-table[at - 1]))
+    assert weight(train__weight="mean", model__time="adm_linear") == pytest.approx(added**2 * math.exp(-2), rel=1e-3)
+    uniform = dict(process__schedule="linear", process__logsnr_min=-10.0, process__logsnr_max=10.0)
+    total = math.log1p(math.exp(11.0)) - math.log1p(math.exp(-9.0))
+    sigmoid = weight(train__weight="sigmoid", train__sigmoid_bias=1.0, **uniform)
+    assert sigmoid == pytest.approx(20.0 / (1 + math.exp(1.0)) / total, rel=1e-3)
+
+
+def test_a_mean_without_a_table_and_a_bias_without_a_sigmoid_are_refused() -> None:
+    for changes in (dict(model__predict="mean"), dict(train__weight="mean")):
+        with pytest.raises(UserError, match=r"is 'mean', the mean of a step .* 'cosine', which has no table: set"):
+            tiny_config(**changes)
+        tiny_config(**changes, model__time="adm_cosine")
+    with pytest.raises(UserError, match=r"sigmoid_bias is -1, and train.weight 'x' has no bias"):
+        tiny_config(train__weight="x", train__sigmoid_bias=-1.0)
+    tiny_config(train__weight="sigmoid", train__sigmoid_bias=-1.0)

@@ -17,7 +17,7 @@ from cfd.evaluation.features import ImageClassifier, open_classifier
 from cfd.evaluation.scores import score
 from cfd.modes import measuring, settings, sweep
 from cfd.modes.sampler import Network, compile_sampler
-from cfd.networks.unet import UNet
+from cfd.networks.model import module
 from cfd.runs import npz
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*covariance of rank:UserWarning")
@@ -36,7 +36,7 @@ def random_params(config: Any) -> Any:
     """Parameters of the U-Net of which none is zero, so that guidance has an effect."""
     size = config.data.image_size
     shapes = jax.eval_shape(
-        UNet(image_size=size, **config.model).init,
+        module(dict(config.model), size).init,
         jax.random.key(0),
         jnp.zeros((1, size, size, config.data.channels)),
         jnp.zeros(1),
@@ -80,7 +80,7 @@ def test_neither_batches_nor_devices_change_the_numbers(whole: bool, tmp_path: P
         )
         sampling = settings.sampling_of(tiny_config(sample__batch_size=batch_size))
         replicated = parallel.replicate(mesh, params)
-        model = measuring.Model(network, sampling, lambda step, params=replicated: params, None, mesh)
+        model = measuring.Model(network, sampling, lambda *_, params=replicated: params, None, mesh)
         batches = measuring.sampled(model, compile_sampler(network, sampling, mesh), row, folder, 10)
         measured.append(score(batches, 150, features, base))
     one, eight = (scores.values for scores in measured)

@@ -139,7 +139,7 @@ def failing(folder: str) -> str:
     features = FeatureNetwork("classifier", "f" * 64, pixels)
     mesh = parallel.make_mesh(-1, 1)
     params, config = parallel.replicate(mesh, mixing.params()), tiny_config()
-    model = measuring.Model(mixing.NETWORK, settings.sampling_of(config), lambda _: params, None, mesh)
+    model = measuring.Model(mixing.NETWORK, settings.sampling_of(config), lambda *_: params, None, mesh)
     with pytest.raises(ValueError) as caught:
         measuring.measure_cells(model, folder, [cell], 10, features, Reference(np.zeros(2), np.eye(2)))
     return f"{jax.process_index()}: {caught.value}"

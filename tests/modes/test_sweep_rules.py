@@ -130,7 +130,7 @@ def test_the_rows_of_an_earlier_version_are_measured_again_and_stay(
     assert swept(run, eval__weights=(2.0,)) == [row]
     assert "1 cells have rows of an earlier version" in capsys.readouterr().out
     first, second = results.read_rows(str(run))
-    assert second == row and first == old | dict.fromkeys(results.YOUNGER) | {"rule": "", "guide": ""}
+    assert second == row and first == old | dict.fromkeys(results.YOUNGER) | {"ema": 0.0, "rule": "", "guide": ""}
     assert results.latest(str(run)) == [row], "the two belong to one curve"
 
 
@@ -159,7 +159,7 @@ def test_the_operations_of_a_guide_of_another_size_are_counted() -> None:
     config = tiny_config(eval__rules=("", "rescale(0.5)"), eval__weights=(0.0, 2.0), eval__guides=("small",))
     sampling = settings.sampling_of(config)
     model = measuring.Model(
-        mixing.NETWORK, sampling, lambda _: params, None, mesh_of(1), lambda text: guide if text else None
+        mixing.NETWORK, sampling, lambda *_: params, None, mesh_of(1), lambda text: guide if text else None
     )
     cells = [sweep.Cell(row, {}) for row in sweep.rows_of_grid(config, 7)]
     costs = [

@@ -46,8 +46,8 @@ def test_each_network_is_trained_with_its_own_settings_on_the_training_images(
     for (_, _, _, dataset, content, *_, options), kind in zip(calls, ("diffusion", "classifier"), strict=True):
         np.testing.assert_array_equal(dataset.labels, images.labels)
         assert content == workdir.describe(kind, config.to_dict(), DIGITS)
-        start_from = {"start_from": None} if kind == "diffusion" else {}
-        assert options == dict(allow_fresh_start=kind == "classifier", **start_from)
+        none = {"start_from": None, "project": None} if kind == "diffusion" else {}
+        assert options == dict(allow_fresh_start=kind == "classifier", **none)
     assert (own.seed, own.flip, own.num_workers) == (other.seed, other.flip, other.num_workers) == (5, True, 1)
     theirs = config.train.to_dict() | config.classifier_train.to_dict()
     for training, optimizer, group in zip((own, other), optimizers, (config.train, theirs), strict=True):
@@ -121,7 +121,7 @@ def test_the_loss_has_the_settings_of_the_config_and_dropout_its_own_key(monkeyp
     def eps_loss(key: Any, eps_fn: Any, x: Any, labels: Any, **options: Any) -> Any:
         seen.update(loss=key, out=eps_fn(x, jnp.zeros(2), labels))
         seen["schedule"] = options.pop("schedule")
-        assert options == dict(p_uncond=0.7)
+        assert options == dict(p_uncond=0.7, weight=None, low_discrepancy=False)
         return jnp.zeros(())
 
     monkeypatch.setattr(UNet, "apply", seen_apply)
