@@ -1,4 +1,4 @@
-"""What a field of a config accepts: types, conditions, and each condition in words for a message."""
+"""Checks of the fields of a config: types, conditions, and each condition in words for a message."""
 
 import math
 import re

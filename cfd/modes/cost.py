@@ -1,4 +1,4 @@
-"""`--mode=cost`: what a guided image costs, beside its FID, for every way to guide that was swept.
+"""`--mode=cost`: the cost of a guided image beside its FID, for every way to guide that was swept.
 
 Network evaluations and their floating-point operations are counted; for a rule that decides by the images, while a
 batch is sampled. The time is measured: one process samples batches of all ways in turns, on one device.
@@ -32,7 +32,7 @@ from cfd.runs.results import SETTINGS, Row
 ROUNDS = 5
 """Batches of each way whose time is measured, after one that compiles."""
 COSTS = ("evaluations", "flops", "cost", "seconds", "time")
-"""What is written of each row: evaluations per image, of the network and of the guide together; floating-point
+"""The costs of each row: evaluations per image, of the network and of the guide together; floating-point
 operations, and seconds, per image; and both as a multiple of those of an unguided image of the run."""
 SHOWN = (
     ("evaluations", "g", 1.0),
@@ -55,7 +55,7 @@ class Way(NamedTuple):
 
 
 def cost(config: Config, folder: str, others: Sequence[str], out: str) -> str:
-    """What an image costs in each cell of the sweeps of the run in `folder` and of other runs, and its FID.
+    """The cost and the FID of an image, in each cell of the sweeps of the run in `folder` and of other runs.
 
     It takes the rows that `compare` takes. On a CPU, the time is that of all its threads, which other jobs disturb
     less. Writes cost.csv, cost.md and cost.png to `out`, and returns the table. Raises ValueError as `compare` and

@@ -1,4 +1,4 @@
-"""What a config may ask of a student, which has the guidance weight as an input and one score, guided already."""
+"""The limits of a student, which has the guidance weight as an input and one score, guided already."""
 
 from collections.abc import Iterable
 

@@ -42,7 +42,7 @@ def test_two_scores_of_a_trunk_are_two_evaluations_to_the_bit(label_from, dtype)
 
 
 def intermediate(net, params, labels):
-    """What every residual block returns, by its name."""
+    """The output of every residual block, by its name."""
     _, seen = net.apply(
         params, Z, LOGSNR, labels, capture_intermediates=lambda module, _: type(module).__name__ == "ResBlock"
     )
