@@ -87,6 +87,13 @@ def check_returned(function: str, value: Any, shape: tuple[int | None, ...], mea
     raise ValueError(f"{function} returned {given}; it must return {meaning}, one float32 array of shape {expected}")
 
 
+def row_weights(weight: Callable[[Array], Array], logsnr: Float[Array, "b"]) -> Float[Array, "b"]:
+    """The weight of each row of a loss, `weight(logsnr)`. Raises ValueError unless it is one number per row."""
+    weights = weight(logsnr)
+    check_returned("weight", weights, logsnr.shape, "one weight per row")
+    return weights
+
+
 def check_data(x: Array, labels_shape: tuple[int, ...]) -> None:
     """Raises ValueError unless x holds floating numbers, and one example for each label, of which there are [B]."""
     if not jnp.issubdtype(x.dtype, jnp.floating):

@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Key, PyTree, UInt32
 
-from cfd.arguments import check_count, check_data, check_returned, concrete, threefry
+from cfd.arguments import check_count, check_data, concrete, row_weights, threefry
 from cfd.attributes import is_student
 from cfd.guidance import NULL_LABEL, batch_size, check_output, guide, nulls_like
 from cfd.process import Schedule, cosine, diffuse, per_example, x_from_eps
@@ -151,11 +151,7 @@ def _student_eps(student_fn: StudentFn, z: Array, logsnr: Array, labels: Any, w:
 
 
 def _weighted(squared: Array, weight: Callable[[Array], Array] | None, logsnr: Array) -> Array:
-    if weight is None:
-        return squared
-    weights = weight(logsnr)
-    check_returned("weight", weights, logsnr.shape, "one weight per row")
-    return per_example(weights, squared) * squared
+    return squared if weight is None else per_example(row_weights(weight, logsnr), squared) * squared
 
 
 def _checked_range(weights: Sequence[float]) -> tuple[float, float]:

@@ -11,7 +11,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float, Key, PyTree, Real, UInt32
 
-from cfd.arguments import check_data, check_numbers, check_returned, threefry
+from cfd.arguments import check_data, check_numbers, check_returned, row_weights, threefry
 from cfd.guidance import NULL_LABEL, batch_size, check_output, drop_labels, eps_and_v
 from cfd.process import (
     Schedule,
@@ -64,7 +64,7 @@ def eps_loss(
     check_returned("schedule", logsnr, u.shape, "λ for each u")
     squared = _squared_error(key_eps, eps_fn, x, logsnr, labels)
     if weight is not None:
-        squared = per_example(_weights(weight, logsnr), x) * squared
+        squared = per_example(row_weights(weight, logsnr), x) * squared
     return jnp.mean(squared)
 
 
@@ -106,7 +106,7 @@ def learned_loss(
     squared = _squared_error(key_eps, eps_fn, x, logsnr, labels)
     rows = slope / (ends[1] - ends[0]) * jnp.mean(squared.reshape(len(x), -1), axis=1)
     if weight is not None:
-        rows = rows * _weights(weight, logsnr)
+        rows = rows * row_weights(weight, logsnr)
     loss = jnp.mean(rows)
     # The value is u. The gradient is that of the time at which the schedule has this λ.
     u_of_level = u - (level - logsnr) / slope
@@ -130,12 +130,6 @@ def _squared_error(
     eps_hat, _ = eps_and_v(eps_fn(z, logsnr, labels))
     check_returned("eps_fn", eps_hat, eps.shape, "the noise of z")
     return jnp.square(eps_hat - eps)
-
-
-def _weights(weight: Callable[[Array], Array], logsnr: Float[Array, "b"]) -> Float[Array, "b"]:
-    weights = weight(logsnr)
-    check_returned("weight", weights, logsnr.shape, "one weight per row")
-    return weights
 
 
 def x_weight(logsnr: Float[Array, "*b"]) -> Float[Array, "*b"]:
