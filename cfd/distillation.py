@@ -37,12 +37,15 @@ def distillation_loss(
     schedule: Schedule = cosine(-20.0, 20.0),
     weight: Callable[[Array], Array] | None = None,
 ) -> Float[Array, ""]:
-    """E ‖ε_η(z_λ, λ, c, w) − (1 + w) ε(z_λ, c) + w ε(z_λ, ∅)‖², the mean over batch and dimensions: stage one.
+    """E ‖ε_η(z_λ, λ, c, w) − (1 + w) ε(z_λ, c) + w ε(z_λ, ∅)‖² / (0.1 + |w|)², the mean over dimensions: stage one.
 
     x [B, ...] is data in [−1, 1], and z = α x + σ n with standard normal n. w lies in `weights` = (lo, hi), and
     log(1 + w − lo) is uniform, because errors at small w count most: for (0, 4), half of the w are below 1.24. The
     teacher ε is an eps_fn, evaluated twice; no gradient goes through it. `labels` and `null` are as in `guided_sample`.
     `schedule` gives p(λ), and `weight(logsnr) -> [B]` multiplies the squared error of each row, as in `eps_loss`.
+
+    A student learns the difference of two scores, whose multiple w is in its output. The divisor makes the loss count
+    the error of the difference, at nearly all w alike. Meng et al. do not divide: large w then count most.
 
     The rows have evenly spread λ and w: row i of B has (u_0 + i / B) mod 1 and (r_0 + i φ) mod 1 as its uniform
     numbers, with the golden ratio φ, and u_0 and r_0 drawn once. This makes the loss vary less.
@@ -65,8 +68,8 @@ def distillation_loss(
     nulls = nulls_like(jax.tree.map(jnp.asarray, labels), null)
     eps_cond, eps_uncond = (check_output("teacher_fn", teacher_fn(z, logsnr, c), z.shape)[0] for c in (labels, nulls))
     target = jax.lax.stop_gradient(guide(eps_cond, eps_uncond, w))
-    squared = jnp.square(_student_eps(student_fn, z, logsnr, labels, w) - target)
-    return jnp.mean(_weighted(squared, weight, logsnr))
+    error = (_student_eps(student_fn, z, logsnr, labels, w) - target) / per_example(0.1 + jnp.abs(w), z)
+    return jnp.mean(_weighted(jnp.square(error), weight, logsnr))
 
 
 def halving_loss(

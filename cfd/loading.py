@@ -249,8 +249,8 @@ def load_ema(
     `ema` is as in `load`. `step` may also be a snapshot. It reads only the EMA, and changes nothing in the folder,
     which another job may be training in: a damaged newest step is skipped with a warning, and one that is deleted
     meanwhile without. With several processes, every one must call this. Raises CheckpointError if `step` is damaged, or
-    if all checkpoints are, and ValueError for a run of another kind, for a step that does not exist, and for one that
-    was written with another config.
+    if all checkpoints are, and ValueError for a run of another kind, for a step that does not exist, for one that was
+    written with another config, and for a student of an earlier version, whose input w is gone.
     """
     check_run_path(workdir if is_url(workdir) else files.place(workdir))
     workdir = files.place(workdir)
@@ -270,6 +270,11 @@ def load_ema(
             raise UserError(
                 f"step {meta['step']} was not written with {workdir}/config.json: {abbreviate(differences)}. Restore "
                 f"the config.json of this run, from the folder meta of that step or a backup"
+            )
+        if "ema/weight/weight_1/kernel" in meta["arrays"]:
+            raise UserError(
+                f"{workdir} is a student of an older form, whose input w this version does not have: distill it again "
+                "with --mode=distill in another --workdir, or sample it with the version that distilled it"
             )
         wanted = {
             tuple(key.split("/")): jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)

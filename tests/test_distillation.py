@@ -49,9 +49,9 @@ def test_the_student_of_exact_scores_is_the_score_of_the_tilted_density():
 
 
 @pytest.mark.parametrize("weight", [None, lambda logsnr: 2.0 + 0.0 * logsnr])
-def test_an_offset_costs_its_square_times_the_weight(weight):
+def test_an_offset_of_the_difference_costs_its_square_times_the_weight(weight):
     def student(z, logsnr, labels, w):
-        return tilted_eps(z, logsnr, labels, w) + 0.5
+        return tilted_eps(z, logsnr, labels, w) + 0.5 * (0.1 + w)[:, None]
 
     loss = distillation_loss(KEY, student, exact_eps, X, LABELS, weights=RANGE, weight=weight)
     np.testing.assert_allclose(loss, 0.25 * (2.0 if weight else 1.0), rtol=1e-4)
@@ -103,7 +103,7 @@ def test_a_linear_student_of_gaussians_has_the_exact_solution():
     start = jnp.zeros((2, 2))  # a and b of each class; the loss is quadratic, so one Newton step reaches the minimum
     hessian = jax.jit(jax.hessian(loss))(start).reshape(4, 4)
     best = -np.linalg.solve(np.float64(hessian), np.float64(jax.grad(loss)(start)).ravel()).reshape(2, 2)
-    np.testing.assert_allclose(best, [gain, gain - gain_null], rtol=2e-4)
+    np.testing.assert_allclose(best, [gain, gain - gain_null], rtol=1e-3)  # float32, and divisors from 0.01 to 17
 
 
 def linear_eps(std):

@@ -26,6 +26,7 @@ from cfd.modes import finetune, settings
 from cfd.modes.fit import fit
 from cfd.modes.train_step import make_optimizer
 from cfd.networks.model import build
+from cfd.networks.weight import is_of_weight
 from cfd.runs import files, workdir
 from cfd.runs.steps import steps_of
 
@@ -143,7 +144,8 @@ def distill(config: Config, folder: str, *, init_from: str | None = None, allow_
     """Train the student of `config` in `folder`, or resume it there. Its teacher is the run that `init_from` names.
 
     config.json records the teacher under "init_from", with the hash of its weights. The student begins with these
-    weights, and is at first the teacher's conditional score. A student that is finished no longer needs its teacher.
+    weights. If it predicts what the teacher predicts, it is at first the teacher's conditional score, and in stage one
+    it remains that at w = 0 (see `student_of`). A student that is finished no longer needs its teacher.
     Raises ValueError as `check` does, and everything that `train` raises.
     """
     config = settings.of_run(config, folder)
@@ -201,7 +203,8 @@ def training(config: Config) -> Config:
 def student_of(config: Config, theirs: dict[str, Any]) -> tuple[Callable[[Array], Any], Callable[..., Array]]:
     """(key -> initial parameters, loss) of a student. The loss takes the parameters of the teacher first.
 
-    `theirs` is the recorded config of the teacher.
+    `theirs` is the recorded config of the teacher. A student of stage one that predicts what its teacher predicts
+    learns only its input w: all other parameters stay those of the teacher, to the bit.
     """
     student, distill = settings.model_of(config), config.distill
     teacher = build(theirs["model"], config.data.image_size, config.data.channels)
@@ -210,8 +213,11 @@ def student_of(config: Config, theirs: dict[str, Any]) -> tuple[Callable[[Array]
         schedule=settings.training_schedule(config),
         weight=WEIGHTS[distill.weight],
     )
+    same = theirs["model"].get("predict", BEFORE["model.predict"]) == config.model.predict
 
     def loss_fn(teacher_params: Any, key: Array, params: Any, x: Array, labels: Array) -> Array:
+        params = only_weight(params) if same and not distill.sampling_steps else params
+
         def student_fn(z: Array, logsnr: Array, labels: Array, w: Array) -> Array:
             return student.apply(params, z, logsnr, labels, w=w)
 
@@ -224,6 +230,19 @@ def student_of(config: Config, theirs: dict[str, Any]) -> tuple[Callable[[Array]
         return halving_loss(key, student_fn, teacher_fn, x, labels, num_steps=steps, clip=config.sample.clip, **shared)
 
     return student.init, loss_fn
+
+
+def only_weight(params: Any) -> Any:
+    """Parameters of a student whose gradients are 0, except for those of the input w.
+
+    Adam without weight decay does not change a parameter whose gradient is always 0.
+    """
+
+    def one(path: Any, x: Array) -> Array:
+        key = jax.tree_util.keystr(path, simple=True, separator="/")
+        return x if is_of_weight(key) else jax.lax.stop_gradient(x)
+
+    return jax.tree.map_with_path(one, params)
 
 
 def divided(mesh: Mesh, params: Any) -> Any:

@@ -21,13 +21,13 @@ from cfd.loading import Ema, load_ema
 from cfd.modes import settings
 from cfd.networks.monotone import SCHEDULE
 from cfd.networks.unet import UNet, levels_with_attention
+from cfd.networks.weight import is_of_weight
 from cfd.runs import files, steps, workdir
 from cfd.runs.access import run_path
 from cfd.runs.digest import leaves
 from cfd.runs.files import is_url
 
 CLASS_TABLE = "embed/label/embedding"
-WEIGHT = "weight"
 OUTPUTS = ("conv_out/kernel", "conv_out/bias")
 OTHERS = ("network", "predict", "fourier", *OF_TRANSFORMER)
 """The fields of the diffusion network, beside those of NETWORK, by which its weights mean something else."""
@@ -219,7 +219,7 @@ def from_weights(start: Start, config: Config, class_names: Sequence[str]) -> Ca
                 for new, old in rows.items():
                     table[new] = weights[key][old]
                 return place(fresh, table)
-            if key.startswith((f"{SCHEDULE}/", f"{WEIGHT}/")) and key not in weights:
+            if (key.startswith(f"{SCHEDULE}/") or is_of_weight(key)) and key not in weights:
                 return fresh
             value = weights[key][..., : fresh.shape[-1]] if key in OUTPUTS else weights[key]
             if value.shape != fresh.shape:

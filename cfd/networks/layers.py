@@ -68,7 +68,7 @@ def convolve(
         rounded = partial(_rounded, plain)
         if not fast:
             return rounded(x, kernel)
-        return jax.lax.platform_dependent(x, kernel, tpu=partial(tpu.convolve, plain), default=rounded)
+        return jax.lax.platform_dependent(x, kernel, tpu=partial(tpu.linear, plain), default=rounded)
     if kernel.ndim == 2 or not fast or stride > 1 or not winograd.pays(x, kernel):
         return plain(x, kernel)
     return jax.lax.platform_dependent(x, kernel, cpu=winograd.convolve, default=plain)
@@ -78,6 +78,51 @@ def product(x: Float[Array, "b h w c"], kernel: Float[Array, "c k"]) -> Float[Ar
     """The 1x1 convolution: Σ_c x[i, j, c] · kernel[c, k]."""
     # The product has two axes, because XLA:CPU would copy the transpose of a 4-axis x for the kernel's gradient.
     return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
+
+
+class Dense(nn.Module):
+    """y = x · kernel + bias along the last axis, in `dtype`. With `zero`, the kernel is initialised to 0.
+
+    It differs from `flax.linen.Dense` on a TPU alone, where the gradients of a network in bfloat16 are float32 sums.
+    """
+
+    channels: int
+    dtype: str
+    use_bias: bool = True
+    zero: bool = False
+    fast: bool = True
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b k"]:
+        init = nn.initializers.zeros if self.zero else nn.initializers.lecun_normal()
+        kernel = self.param("kernel", init, (x.shape[-1], self.channels), jnp.float32)
+        x, bias = x.astype(self.dtype), None
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.channels,), jnp.float32)
+        return dense(x, kernel, bias, fast=self.fast)
+
+
+def dense(
+    x: Float[Array, "*b c"], kernel: Float[Array, "c k"], bias: Float[Array, "k"] | None, *, fast: bool = True
+) -> Float[Array, "*b k"]:
+    """y[..., k] = Σ_c x[..., c] · kernel[c, k] + bias[k]. Kernel and bias are rounded to the dtype of x.
+
+    On a TPU, the bias is not rounded, but its sum with the product is.
+    """
+
+    def plain(x: Array, kernel: Array) -> Array:
+        return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+
+    def rounded(x: Array, kernel: Array, *bias: Array) -> Array:
+        y = _rounded(plain, x, kernel)
+        return y + bias[0].astype(x.dtype).reshape((1,) * (y.ndim - 1) + (-1,)) if bias else y
+
+    parameters = (kernel,) if bias is None else (kernel, bias)
+    if kernel.dtype == x.dtype or not fast:
+        return rounded(x, *parameters)
+    x, *parameters = cast_varying(x, *parameters)
+    on_tpu = partial(tpu.linear if bias is None else tpu.dense, plain)
+    return jax.lax.platform_dependent(x, *parameters, tpu=on_tpu, default=rounded)
 
 
 def _rounded(plain: Callable[[Array, Array], Array], x: Array, kernel: Array) -> Array:

@@ -247,14 +247,23 @@ class Conv(nn.Module):
         window = (self.size, self.size) if self.size > 1 else ()
         shape = (*window, x.shape[-1], self.channels)
         kernel = unit(self.param("kernel", unit_normal, shape, jnp.float32))
-        kernel = (kernel * (self.size**2 * x.shape[-1]) ** -0.5).astype(self.dtype)
+        kernel = kernel * (self.size**2 * x.shape[-1]) ** -0.5
         x = x.astype(self.dtype)
         if not self.fast:
             return convolve(x, kernel, 1, fast=False)
+
         # Without these barriers, XLA:CPU recomputes x, and the gradient of y, inside transposes for the kernel's
         # gradient.
-        x, kernel = cpu.barrier_gradients(cast_varying(cpu.materialize_on_cpu(x), kernel))
-        return cpu.barrier_gradients(convolve(x, kernel, 1))
+        def rounded(x: Array, kernel: Array) -> Array:
+            x, kernel = cpu.barrier_gradients((x, kernel.astype(x.dtype)))
+            return convolve(x, kernel, 1)
+
+        x, kernel = cast_varying(cpu.materialize_on_cpu(x), kernel)
+        if kernel.dtype == x.dtype:
+            return cpu.barrier_gradients(rounded(x, kernel))
+        # Only a TPU's convolution takes a float32 kernel, because only there is the kernel's gradient a float32 sum.
+        y = jax.lax.platform_dependent(x, kernel, tpu=lambda x, kernel: convolve(x, kernel, 1), default=rounded)
+        return cpu.barrier_gradients(y)
 
 
 def unit(weight: Float[Array, "*n k"]) -> Float[Array, "*n k"]:

@@ -5,13 +5,15 @@ rotary positions and normalised queries and keys. The tokens of the class that t
 left out. The paper predicts x: set model.predict to "x".
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Shaped
 
-from cfd.networks.layers import attention
+from cfd.networks.layers import Dense, attention
 from cfd.networks.times import sinusoidal
 from cfd.networks.unet import ConditionEmbedding, check_shapes, heads_of, input_channels
 
@@ -61,8 +63,8 @@ class Transformer(nn.Module):
         rows, columns = h.shape[1:3]
         h = h.reshape(len(z), rows * columns, -1)
         if self.bottleneck:
-            h = nn.Dense(self.bottleneck, use_bias=False, dtype=self.dtype, name="patch_rank")(h)
-        h = nn.Dense(self.base_channels, dtype=self.dtype, name="patch_in")(h)
+            h = Dense(self.bottleneck, self.dtype, use_bias=False, fast=self.fast, name="patch_rank")(h)
+        h = Dense(self.base_channels, self.dtype, fast=self.fast, name="patch_in")(h)
         places = positions(rows, columns)
         h = h + fixed_embedding(places, self.base_channels)[None].astype(self.dtype)
         angles = rotary_angles(places, self.base_channels // heads)
@@ -71,7 +73,7 @@ class Transformer(nn.Module):
         for i in range(self.depth):
             h = block(heads, self.dropout, self.dtype, self.fast, name=f"block_{i}")(h, emb, angles, train)
 
-        shift, scale = modulation("modulate_out", emb, 2, self.base_channels, self.dtype)
+        shift, scale = modulation(self, "modulate_out", emb, 2, self.base_channels)
         h = modulate(h, shift, scale).astype(jnp.float32)
         channels = self.out_channels or z.shape[-1]
         h = nn.Dense(self.patch_size**2 * channels, kernel_init=nn.initializers.zeros, name="patch_out")(h)
@@ -91,22 +93,23 @@ class Block(nn.Module):
         self, h: Float[Array, "b t c"], emb: Float[Array, "b d"], angles: Float[Array, "t r"], train: bool
     ) -> Float[Array, "b t c"]:
         (b, t, width), dtype = h.shape, self.dtype
-        parts = modulation("modulate", emb, 6, width, dtype)
+        parts = modulation(self, "modulate", emb, 6, width)
         x = modulate(h, *parts[:2])
-        qkv = nn.Dense(3 * width, dtype=dtype, name="qkv")(x).reshape(b, t, 3, self.heads, width // self.heads)
+        qkv = Dense(3 * width, dtype, fast=self.fast, name="qkv")(x)
+        qkv = qkv.reshape(b, t, 3, self.heads, width // self.heads)
         q, k = (
             rotate(rms_norm(qkv[:, :, i]) * gain(self, name, qkv.shape[-1]), angles).astype(dtype)
             for i, name in enumerate(("gain_q", "gain_k"))
         )
         x = attention(q, k, qkv[:, :, 2], fast=self.fast).reshape(h.shape)
-        x = nn.Dense(width, dtype=dtype, name="attention_out")(x)
+        x = Dense(width, dtype, fast=self.fast, name="attention_out")(x)
         h = h + parts[2] * nn.Dropout(self.dropout, deterministic=not train)(x)
 
         x = modulate(h, *parts[3:5])
         hidden = hidden_width(width)
-        up, gate = jnp.split(nn.Dense(2 * hidden, dtype=dtype, name="mlp_in")(x), 2, -1)
+        up, gate = jnp.split(Dense(2 * hidden, dtype, fast=self.fast, name="mlp_in")(x), 2, -1)
         x = nn.Dropout(self.dropout, deterministic=not train)(nn.silu(gate) * up)
-        return h + parts[5] * nn.Dense(width, dtype=dtype, name="mlp_out")(x)
+        return h + parts[5] * Dense(width, dtype, fast=self.fast, name="mlp_out")(x)
 
 
 def check_patches(net: Transformer, z: Array) -> None:
@@ -183,9 +186,9 @@ def gain(module: nn.Module, name: str, channels: int) -> Float[Array, "1 1 1 c"]
     return module.param(name, nn.initializers.ones, (channels,), jnp.float32)[None, None, None]
 
 
-def modulation(name: str, emb: Float[Array, "b d"], count: int, width: int, dtype: str) -> list[Array]:
+def modulation(module: Any, name: str, emb: Float[Array, "b d"], count: int, width: int) -> list[Array]:
     """`count` vectors [B, 1, width] of the embedding, 0 at initialisation: adaLN-Zero of Peebles and Xie."""
-    out = nn.Dense(count * width, kernel_init=nn.initializers.zeros, dtype=dtype, name=name)(emb)
+    out = Dense(count * width, module.dtype, zero=True, fast=module.fast, name=name)(emb)
     return jnp.split(out[:, None], count, -1)
 
 

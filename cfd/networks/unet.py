@@ -15,9 +15,9 @@ from jax import Array
 from jaxtyping import Bool, Float, PyTree, Shaped
 
 from cfd.arguments import concrete
-from cfd.networks.layers import Conv, attention, concatenate, group_norm
+from cfd.networks.layers import Conv, Dense, attention, concatenate, group_norm
 from cfd.networks.times import network_time, sinusoidal
-from cfd.networks.weight import weight_embedding
+from cfd.networks.weight import Weight, WeightedSum, weight_input
 
 
 class UNet(nn.Module):
@@ -84,30 +84,25 @@ class UNet(nn.Module):
                 f"label_from is {self.label_from}: give the number of a level, 0 to {len(self.channel_mult) - 1}, or "
                 "-1 for a class that the whole network sees"
             )
-        embedding = ConditionEmbedding(self.num_classes, self.base_channels, self.time, name="embed")
-        of_weight = weight_embedding(self, w, len(z))
-
-        def embed(logsnr: Array, labels: Array | None) -> Array:
-            emb = embedding(logsnr, labels)
-            return emb if of_weight is None else emb + of_weight
-
+        embed = ConditionEmbedding(self.num_classes, self.base_channels, self.time, name="embed")
         emb = embed(logsnr, labels).astype(self.dtype)
+        weight = weight_input(self, w, emb)
         trunk = emb if self.label_from < 0 else embed(logsnr, None).astype(self.dtype)
         if nulls is not None:
             check_shapes(input_channels(self), z, nulls=nulls)
             if self.label_from < 0:
                 raise ValueError("label_from is -1, so the network has no trunk to share: evaluate it for each label")
             emb = emb, embed(logsnr, nulls).astype(self.dtype)
-        res, attend = blocks(self, trunk, train)
+        res, attend = blocks(self, trunk, train, weight)
         h, skips = encode(self, res, attend, z)
         levels = range(len(self.channel_mult))[::-1]
         shared = [level for level in levels if level > self.label_from >= 0]
         h = decode(self, res, attend, h, skips, shared)
         if self.label_from >= 0:
             h = jax.tree.map(lambda _: h, emb)
-            res, attend = blocks(self, emb, train)
+            res, attend = blocks(self, emb, train, weight)
         h = decode(self, res, attend, h, skips, levels[len(shared) :])
-        return output(self, h, self.out_channels or z.shape[-1])
+        return output(self, h, self.out_channels or z.shape[-1], weight)
 
     def scores(
         self,
@@ -166,7 +161,9 @@ def levels_with_attention(net: Any) -> set[int]:
     return {level for level, height in enumerate(heights) if height in net.attention_resolutions}
 
 
-def blocks(net: Any, emb: PyTree[Float[Array, "b d"]], train: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def blocks(
+    net: Any, emb: PyTree[Float[Array, "b d"]], train: bool, weight: Weight | None = None
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Two functions that create and apply a residual block, and an attention block, inside `net`.
 
     `net` is a module with the fields of `UNet`. If `emb` is a tuple of embeddings, the functions take and return a
@@ -176,7 +173,7 @@ def blocks(net: Any, emb: PyTree[Float[Array, "b d"]], train: bool) -> tuple[Cal
     def res(name: str, h: PyTree[Array], channels: int, resample: str = "none") -> PyTree[Array]:
         block = nn.remat(ResBlock, static_argnums=(3,)) if net.remat else ResBlock
         module = block(channels, resample, net.scale_shift_norm, net.dropout, net.dtype, net.fast, name=name)
-        return jax.tree.map(lambda h, emb: module(h, emb, train), h, emb)
+        return jax.tree.map(lambda h, emb: module(h, emb, train, weight), h, emb)
 
     def attend(name: str, h: PyTree[Array]) -> PyTree[Array]:
         block = nn.remat(AttentionBlock) if net.remat else AttentionBlock
@@ -245,11 +242,14 @@ def decode(
     return h
 
 
-def output(net: Any, h: PyTree[Float[Array, "b h w _k"]], channels: int) -> PyTree[Float[Array, "b h w c"]]:
+def output(
+    net: Any, h: PyTree[Float[Array, "b h w _k"]], channels: int, weight: Weight | None = None
+) -> PyTree[Float[Array, "b h w c"]]:
     """The last norm and convolution of `net`, for each feature map, in float32. It is 0 at initialisation."""
     norm = Norm(silu=True, fast=net.fast, name="norm_out")
     conv = Conv(channels, "float32", zero=True, fast=net.fast, name="conv_out")
-    return jax.tree.map(lambda h: conv(norm(h.astype(jnp.float32))), h)
+    add = WeightedSum("float32", 3, net.fast, name="weight_out")
+    return jax.tree.map(lambda h: add(conv(x := norm(h.astype(jnp.float32))), weight, x), h)
 
 
 class ConditionEmbedding(nn.Module):
@@ -306,11 +306,15 @@ class ResBlock(nn.Module):
     fast: bool
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"], emb: Float[Array, "b d"], train: bool) -> Float[Array, "b h2 w2 k"]:
+    def __call__(
+        self, x: Float[Array, "b h w c"], emb: Float[Array, "b d"], train: bool, weight: Weight | None = None
+    ) -> Float[Array, "b h2 w2 k"]:
         change = {"none": lambda h: h, "down": downsample, "up": upsample}[self.resample]
         h = change(Norm(silu=True, fast=self.fast, name="norm_0")(x))
         h = Conv(self.channels, self.dtype, fast=self.fast, name="conv_0")(h)
-        emb = nn.Dense((1 + self.scale_shift_norm) * self.channels, dtype=self.dtype, name="emb")(nn.silu(emb))
+        width = (1 + self.scale_shift_norm) * self.channels
+        emb = Dense(width, self.dtype, fast=self.fast, name="emb")(nn.silu(emb))
+        emb = WeightedSum(self.dtype, fast=self.fast, name="weight_emb")(emb, weight)
         norm = Norm(silu=True, fast=self.fast, name="norm_1")
         h = norm(h, *jnp.split(emb, 2, -1)) if self.scale_shift_norm else norm(h + emb[:, None, None, :])
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
@@ -318,7 +322,8 @@ class ResBlock(nn.Module):
         x = change(x)
         if x.shape[-1] != self.channels:
             x = Conv(self.channels, self.dtype, size=1, fast=self.fast, name="skip")(x)
-        return x + h
+        x = x + h
+        return WeightedSum(self.dtype, fast=self.fast, name="weight_out")(x, weight, x)
 
 
 class AttentionBlock(nn.Module):

@@ -1,5 +1,6 @@
 """The forms of the layers for a TPU, on this platform: against float64, and alone in programs lowered for TPUs."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,6 +69,43 @@ def test_the_gradient_of_a_kernel_is_a_float32_sum(size: int, monkeypatch: pytes
     np.testing.assert_array_equal(summed, exact)
     assert (np.asarray(rounded) != exact).any()
     np.testing.assert_array_equal(np.asarray(dx_on_tpu, np.float32), np.asarray(dx, np.float32))
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_the_gradients_of_a_dense_layer_are_float32_sums(with_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """512 rows of whole numbers: see above. The output is that of float32, rounded once."""
+    (x, kernel, g), bias = images(), jnp.full(4, 1 + 2**-12) if with_bias else None
+    rows = [a.reshape(2, 256, 4) for a in (x, g + 8)]  # sums of g itself may be exact in bfloat16
+    exact = [np.einsum("btc,btk->ck", *(np.asarray(a, np.float64) for a in rows))]
+    exact += [np.asarray(rows[1], np.float64).sum((0, 1))] * with_bias
+
+    def gradients() -> list[Array]:
+        parameters = (kernel, bias) if with_bias else (kernel,)
+        apply = lambda *p: layers.dense(rows[0], p[0], *(p[1:] or (None,)))  # noqa: E731
+        return list(jax.vjp(apply, *parameters)[1](rows[1]))
+
+    rounded = gradients()
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *a, **forms: forms["tpu"](*a))
+    for ours, theirs, sums in zip(gradients(), rounded, exact, strict=True):
+        assert ours.dtype == jnp.float32
+        np.testing.assert_array_equal(ours, sums)
+        assert (np.asarray(theirs) != sums).any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_a_dense_layer_is_that_of_flax_elsewhere(dtype: str, use_bias: bool) -> None:
+    """The same initialisation, outputs and gradients, to the bit."""
+    x = jax.random.normal(jax.random.key(0), (2, 3, 8))
+    found = []
+    for layer in (layers.Dense(5, dtype, use_bias=use_bias), nn.Dense(5, use_bias=use_bias, dtype=dtype)):
+        params = layer.init(jax.random.key(1), x)
+        shifted = jax.tree.map(lambda p: p + 0.1, params)
+        y, vjp = jax.vjp(lambda p, x, layer=layer: jnp.asarray(layer.apply(p, x)), shifted, x)  # pyright: ignore
+        found.append((params, y, vjp(jnp.ones_like(y))))
+    for ours, theirs in zip(*map(jax.tree.leaves, found), strict=True):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(np.asarray(ours, np.float32), np.asarray(theirs, np.float32))
 
 
 def test_the_gradient_of_a_kernel_is_summed_over_devices_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,9 +25,9 @@ from cfd.losses import v_weight
 from cfd.modes import distill, finetune, sample, settings, students, train
 from cfd.modes.finetune import Source
 from cfd.networks.model import Model, build
-from cfd.networks.weight import WeightEmbedding
 from cfd.process import cosine
 from cfd.runs import checkpoint, workdir
+from cfd.runs.digest import leaves
 from cfd.sampling import ddim, guided_sample
 
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -104,10 +104,10 @@ def begun(teacher: str) -> tuple[Any, Any]:
 
 def test_a_student_begins_with_its_teachers_weights_and_an_input_w_that_adds_zero(teacher: str) -> None:
     _, params = begun(teacher)
-    own = params.pop("weight")
-    assert same_bits(jax.tree.map(np.asarray, params), jax.tree.map(np.asarray, load_ema(teacher, "diffusion").params))
-    added = np.asarray(WeightEmbedding(32, (0.0, 4.0)).apply({"params": own}, jnp.linspace(0.0, 4.0, 9)))
-    assert added.shape == (9, 128) and not added.any() and own["weight_0"]["kernel"].any()
+    flat, theirs = (dict(leaves(tree)) for tree in (params, load_ema(teacher, "diffusion").params))
+    assert same_bits(*({key: np.asarray(tree[key]) for key in theirs} for tree in (flat, theirs)))
+    maps = {key: np.asarray(x) for key, x in flat.items() if "/map/" in key}
+    assert len(maps) == 2 * 5 + 2 and not any(x.any() for x in maps.values())  # five blocks, and the last layer
 
 
 @pytest.mark.slow
@@ -118,6 +118,10 @@ def test_a_student_begins_as_the_conditional_score_of_its_teacher_to_the_bit(tea
         # Not jitted: XLA would fuse the addition of zeros, and round another sum.
         ours = model.apply(params, z, logsnr, labels, w=jnp.full(4, w))
         np.testing.assert_array_equal(ours, run.eps_fn(z, logsnr, labels))
+    # At w = 0, it remains that, whatever the layers of w have learned.
+    other = jax.tree.map_with_path(lambda path, x: x + 0.1 if "weight" in str(path) else x, params)
+    ours = model.apply(other, z, logsnr, labels, w=jnp.zeros(4))
+    np.testing.assert_array_equal(ours, run.eps_fn(z, logsnr, labels))
 
 
 @pytest.mark.usefixtures("linear")
@@ -181,7 +185,14 @@ def test_a_linear_student_learns_the_guided_score_of_its_teacher(tmp_path: Path)
     distill.distill(student_config(**many), str(tmp_path / "run"), init_from=teacher)
     learned = load_ema(str(tmp_path / "run"), "diffusion").params
     np.testing.assert_allclose(learned["weight"]["gain"], 0.5, atol=0.06)
-    np.testing.assert_allclose(learned["gain"], params["gain"], atol=0.06)
+    np.testing.assert_array_equal(learned["gain"], params["gain"])
+
+
+def test_a_student_of_the_older_form_is_refused(tmp_path: Path) -> None:
+    older = Model(lambda key: {"weight": {"weight_1": {"kernel": jnp.zeros((2, 2))}}}, linear_apply)
+    folder = make_run(tmp_path / "older", student_config(), older)
+    with pytest.raises(UserError, match=r"is a student of an older form, .* distill it again with --mode=distill"):
+        load(folder)
 
 
 @pytest.mark.slow
