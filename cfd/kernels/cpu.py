@@ -3,6 +3,9 @@
 Sums over positions are matrix products with ones, many times faster than XLA's reductions. The softmax of attention
 runs over an axis that is not the last. XLA:CPU is XLA's compiler for CPUs. The functions that choose by platform may be
 called on any: `materialize_on_cpu`, `barrier_gradients`, `channel_means`, `group_means`, `add_bias_gradient`.
+
+A form's gain is the time without it / with it, of the loss and its gradient: on one core, in `cfd.benchmark`'s small
+network and in that of the config digits.
 """
 
 import math
@@ -19,14 +22,14 @@ def materialize_on_cpu(arrays: Any) -> Any:
     """`arrays` unchanged. On a CPU, a barrier: XLA writes all of them to memory before any of them is used.
 
     Layers apply this to incoming and outgoing gradients. Otherwise XLA:CPU defers kernel gradients, keeps their inputs
-    alive, and recomputes any gradient that has several consumers.
+    alive, and recomputes any gradient that has several consumers. All barriers together gain 1.25 in both networks.
     """
     return jax.lax.platform_dependent(arrays, cpu=jax.lax.optimization_barrier, default=lambda a: a)
 
 
 @jax.custom_vjp
 def barrier_gradients(tree: Any) -> Any:
-    """`tree` unchanged. Its gradients pass through `materialize_on_cpu`, all of them together."""
+    """`tree` unchanged. Its gradients all pass through `materialize_on_cpu` together. Gain 1.04; digits 1.07."""
     return tree
 
 
@@ -35,7 +38,7 @@ barrier_gradients.defvjp(lambda tree: (tree, None), lambda _, g: (materialize_on
 
 @partial(jax.jit, static_argnames="fold")
 def channel_means(x: Float[Array, "b n c"], fold: bool = False) -> Float[Array, "b c"]:
-    """Means over positions. On a CPU, a product with ones, which XLA does several times faster than a reduction.
+    """Means over positions. On a CPU, a product with ones, faster than XLA's reduction: gain 1.10; digits 1.06.
 
     With `fold`, the CPU's form first adds up to eight blocks of positions. XLA:CPU does so in the loop that computes x,
     and does not write x itself to memory.
@@ -55,12 +58,15 @@ def group_means(x: Float[Array, "b c"], num_groups: int) -> Float[Array, "b c"]:
     """The mean over the channels of each group, repeated for every channel of the group."""
     size = x.shape[1] // num_groups
     # Without the barrier, XLA:CPU repeats groups into channels inside the loop that reads them, and cannot vectorise
-    # that loop.
+    # that loop. Gain 1.05; digits 1.02.
     return materialize_on_cpu(jnp.repeat(x.reshape(-1, num_groups, size).mean(axis=2), size, axis=1))
 
 
 def moments(x: Float[Array, "b n c"], num_groups: int) -> tuple[Float[Array, "b c"], Float[Array, "b c"]]:
-    """The mean and the variance of each channel's group, from two passes over x: mean, then squared differences."""
+    """The mean and the variance of each channel's group, from two passes over x: mean, then squared differences.
+
+    It takes as long as one pass (0.99 times; digits 1.01), and subtracts no large squares.
+    """
     x = x.astype(jnp.float32)
     mean = group_means(channel_means(x), num_groups)
     return mean, group_means(channel_means(jnp.square(x - mean[:, None]), fold=True), num_groups)
@@ -69,7 +75,8 @@ def moments(x: Float[Array, "b n c"], num_groups: int) -> tuple[Float[Array, "b 
 def add_bias_gradient(_: None, g: Float[Array, "b h w c"]) -> tuple[Float[Array, "b h w c"], Float[Array, "c"]]:
     """The gradients of x + bias, given that of the sum: g for x; for the bias, g summed over images and positions.
 
-    The sum is float32. It is built from `channel_means`, and is therefore a matrix product on a CPU.
+    The sum is float32. It is built from `channel_means`, and is therefore a matrix product on a CPU. Gain 1.06 in both
+    networks.
     """
     b, height, width, channels = g.shape
     g = materialize_on_cpu(g)
@@ -83,7 +90,7 @@ def attention(
     """softmax(q kᵀ / √d) v for each of n heads. The softmax is float32.
 
     From 512 · 512 scores per head, heads are computed one at a time: the scores of one head fit in the cache. They are
-    recomputed for the gradient.
+    recomputed for the gradient. The small network's forward pass gains 1.08; digits 1.02.
     """
     q, k, v = (jnp.moveaxis(x, 2, 1) for x in (q * q.shape[-1] ** -0.5, k, v))
     if q.shape[2] * k.shape[2] < 512 * 512:

@@ -1,7 +1,6 @@
 """The forms of a convolution for a CPU against float64 and against XLA's form, gradients included.
 
-The form depends on the shape. Inputs with no more positions than channels take im2col. The others take Winograd
-convolution: F(4, 3) along the width, and from 192 channels on also F(2, 3) along the height.
+The form depends on the shape: F(4, 3) along the width, and from 192 channels on also F(2, 3) along the height.
 """
 
 import jax
@@ -42,13 +41,17 @@ def float64(x: Array, kernel: Array) -> Float64[np.ndarray, "b h w k"]:
     return y
 
 
+@pytest.mark.parametrize("form", [winograd.F43, winograd.F23])
+def test_the_bilinear_forms_are_correlations(form: winograd.Bilinear) -> None:
+    noise = np.random.default_rng(0)
+    x, taps = noise.standard_normal(form.inputs.shape[1]), noise.standard_normal(3)
+    outputs = form.outputs @ ((form.inputs @ x) * (form.taps @ taps))
+    np.testing.assert_allclose(outputs, np.correlate(x, taps, "valid"), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "height, width, channels, outputs",
-    [
-        *((height, width, channels, 4) for channels in (6, 192) for height, width in ((2, 4), (8, 8), (4, 12))),
-        (3, 5, 32, 30),
-        (1, 1, 2, 3),
-    ],
+    [(height, width, channels, 4) for channels in (6, 192) for height, width in ((2, 4), (8, 8), (4, 12))],
 )
 def test_values_are_those_of_float64(height: int, width: int, channels: int, outputs: int) -> None:
     x, kernel, _ = operands(2, height, width, channels, outputs)
@@ -68,8 +71,7 @@ def test_its_rounding_error_is_close_to_that_of_the_plain_form(channels: int) ->
 
 
 @pytest.mark.parametrize(
-    "shape, outputs",
-    [((3, 6, 8, 6), 4), ((3, 6, 8, 6), 192), ((3, 6, 8, 192), 4), ((2, 3, 5, 30), 32), ((1, 2, 2, 6), 4)],
+    "shape, outputs", [((3, 6, 8, 6), 4), ((3, 6, 8, 6), 192), ((3, 6, 8, 192), 4), ((1, 2, 4, 6), 4)]
 )
 def test_gradients_are_those_of_the_plain_form(shape: tuple[int, int, int, int], outputs: int) -> None:
     """The gradient of x takes a different form for few outputs and for many."""
