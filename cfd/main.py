@@ -21,7 +21,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from cfd.config import Config, check_name, complete, listing, with_defaults
-from cfd.devices import notices, output, parallel, preemption, watchdog, xla
+from cfd.devices import memory, notices, output, parallel, preemption, watchdog, xla
 from cfd.devices.buckets import is_url
 from cfd.errors import UserError
 from cfd.fields import FIELDS
@@ -179,10 +179,10 @@ def main(argv: Sequence[str]) -> int:
             folder = run_folder()
             out = out_folder(folder)
             source_run()
+            memory.set_up()
             parallel.init_distributed()
             process = jax.process_index()
             xla.use_compilation_cache(config.xla.compilation_cache)
-            xla.return_freed_memory()
             watchdog.install(config.train.watchdog_seconds)
             with stoppable(), access_to(folder, out), notices.warnings_in_lines():
                 MODES[MODE.value](config, folder, out)

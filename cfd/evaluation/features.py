@@ -300,8 +300,12 @@ def train_classifier(net: Any, dataset: Dataset, *, num_steps: int, flip: bool, 
     """
     optimizer = optax.adamw(optax.cosine_decay_schedule(3e-3, num_steps), weight_decay=1e-3)
     image = jnp.zeros((1, dataset.image_size, dataset.image_size, dataset.channels), jnp.uint8)
-    params = net.init(seeds.key(seed), image)["params"]
-    opt_state = optimizer.init(params)
+
+    def init(key: Array) -> tuple[Any, Any]:
+        params = net.init(key, image)["params"]
+        return params, optimizer.init(params)
+
+    params, opt_state = xla.jit_once(init)(seeds.key(seed))
 
     def loss_fn(params: Any, images: Array, labels: Array) -> Array:
         logits = net.apply({"params": params}, images)[1]

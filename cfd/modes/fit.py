@@ -132,7 +132,7 @@ def fit(
         training, mesh, division, dataset, abstract, shardings, key_steps, loss_fn, optimizer, project, frozen
     )
     if state is None:
-        state = jax.jit(init_state, out_shardings=shardings)(key_init)
+        state = xla.jit_once(init_state, out_shardings=shardings)(key_init)
         if start_from is not None:
             params = start_from(state.params)
             state = state._replace(params=params, ema=jax.tree.map(jnp.copy, params))

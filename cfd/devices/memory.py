@@ -1,0 +1,73 @@
+"""The memory of the C library: XLA's arrays keep theirs between calls, and compilations return theirs.
+
+All of this is for glibc, the C library of most Linux distributions. With another one, nothing here does anything.
+"""
+
+import ctypes
+import functools
+import mmap
+from typing import Any
+
+import jax
+
+# The parameters of `mallopt` in glibc's <malloc.h>.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+KEPT = 512 * 2**20
+"""A freed block of fewer bytes stays with the process, which uses its memory for the next block."""
+MAPPED = 32 * 2**20
+"""This is in place of KEPT with a glibc older than 2.35, which accepts no larger value."""
+
+
+@functools.cache
+def set_up() -> None:
+    """Sets how glibc keeps and returns the memory of this process from now on.
+
+    XLA:CPU allocates the temporary memory of a program at every call. By default, glibc maps it anew each time if it
+    has more than 32 MB, and the operating system provides it in pages of 4 kB. Here, blocks below KEPT are reused,
+    and lie in huge pages of 2 MB where the kernel has them: a training step takes 0.6 (digits) or 0.8 (U-Net of 8 M
+    parameters) of the time (Linux 6.18, two cores). Two kinds of blocks are mapped as before: those above KEPT, because
+    a free block cannot be reused whole once a smaller one has taken a part of it, and the peak memory would double; and
+    those above 64 MB on threads with a heap of their own. With one heap for all threads, compilations, and the steps
+    after them, would take half as long again.
+
+    All free memory returns to the operating system after a compilation that took 0.2 s or longer.
+    """
+    if libc := _glibc():
+        # Set both. If one is set alone, glibc fixes the other at 128 kB.
+        libc.mallopt(M_TRIM_THRESHOLD, -1)  # only `trim` returns the free end of the heap
+        if not libc.mallopt(M_MMAP_THRESHOLD, KEPT):
+            libc.mallopt(M_MMAP_THRESHOLD, MAPPED)
+        trim()
+    jax.monitoring.register_event_duration_secs_listener(_trim_after)
+
+
+def trim() -> None:
+    """Returns all free memory to the operating system, and asks for huge pages at the end of the heap.
+
+    A kernel without huge pages refuses them, which changes nothing.
+    """
+    if libc := _glibc():
+        libc.malloc_trim(0)
+        # The heap grows by 2 KEPT, which takes no memory until it is used.
+        size = KEPT - mmap.PAGESIZE
+        for block in [libc.malloc(size) for _ in range(2)]:
+            if block:
+                first = -(-block // mmap.PAGESIZE) * mmap.PAGESIZE
+                libc.madvise(first, block + size - first, mmap.MADV_HUGEPAGE)
+                libc.free(block)
+
+
+def _trim_after(event: str, duration_secs: float | int, **_: Any) -> None:
+    if duration_secs >= 0.2 and event == "/jax/core/compile/backend_compile_duration":
+        trim()
+
+
+def _glibc() -> Any:
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "malloc_trim"):
+        return None
+    libc.malloc.restype = ctypes.c_void_p
+    libc.malloc.argtypes = [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return libc
