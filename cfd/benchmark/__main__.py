@@ -4,12 +4,14 @@
     python -m cfd.benchmark --network=adm64 --dtype=bfloat16 --batch_size=128 --in_flight=4 --json=h200.json
     python -m cfd.benchmark --network=small --peer=../guided-diffusion    # needs PyTorch
     python -m cfd.benchmark --network=adm64 --dtype=bfloat16 --compile_for=v5e:2x2    # needs jax[tpu], and no TPU
+    python -m cfd.benchmark --growth --json=growth.json
 
 It prints a line per round, then a table, and writes the result as JSON to --json. If it is stopped by Ctrl-C,
 SIGTERM or a closed terminal, or if the process of a side dies, it prints and writes the results until then and exits
 with code 1.
 
-With --compile_for, it compiles for TPU chips and runs nothing: see `cfd.benchmark.ahead`.
+With --compile_for, it compiles for TPU chips and runs nothing: see `cfd.benchmark.ahead`. With --growth, it measures
+how time and memory grow, and nothing else: see `cfd.benchmark.growth`.
 
 With --peer, both networks have the same weights, and nothing is timed unless their outputs agree. Each side runs in a
 process of its own. The sides take turns, and a ratio is the median over the rounds of time here / time there. Every
@@ -28,7 +30,8 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -36,7 +39,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
-from cfd.benchmark import ahead
+from cfd.benchmark import ahead, growth
 from cfd.benchmark.ours import our_side
 from cfd.benchmark.side import NETWORKS, PASSES, PEER_ROW, Died, Setting, Side
 from cfd.devices import output
@@ -69,7 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     flags = parse(arguments)
     with output.lasting(lambda _: None):  # the JSON file is written although nobody reads the table
         try:
-            reason = compile_for_tpus(flags) if flags.compile_for else benchmark(flags)
+            if flags.growth:
+                reason = measure_growth(flags)
+            else:
+                reason = compile_for_tpus(flags) if flags.compile_for else benchmark(flags)
         except UserError as error:
             reason = f"error: {error}"
     if reason:
@@ -90,14 +96,34 @@ def compile_for_tpus(flags: argparse.Namespace) -> str:
     )
     found, reason = [], ""
     try:
-        for facts in ahead.compile_ahead(setting):
-            found.append(facts)
-            print(ahead.table(setting, found), flush=True)
-    except KeyboardInterrupt:
-        reason = f"error: stopped; {len(found)} of {len(setting.rows)} programs are compiled"
+        with interruptible():
+            for facts in ahead.compile_ahead(setting):
+                found.append(facts)
+                print(ahead.table(setting, found), flush=True)
+    except KeyboardInterrupt as e:
+        reason = f"error: {e}; {len(found)} of {len(setting.rows)} programs are compiled"
     if found and flags.json:
         result = {"setting": setting._asdict(), "programs": found}
         write_atomically(Path(flags.json), json.dumps(result, indent=1) + "\n")
+    return reason
+
+
+def measure_growth(flags: argparse.Namespace) -> str:
+    """Measures the axes of --growth and reports them. Returns why it ended early, or ""."""
+    found, reason = [], ""
+    try:
+        with interruptible():
+            for point in growth.points(flags.growth):
+                found.append(point)
+    except UserError as error:
+        reason = f"error: {error}"
+    except KeyboardInterrupt as e:
+        reason = f"error: {e}; {len(found)} points are measured"
+    if found:
+        print(growth.table(found), flush=True)
+        if flags.json:
+            result = {"points": found, "exponents": growth.fits(found)}
+            write_atomically(Path(flags.json), json.dumps(result, indent=1) + "\n")
     return reason
 
 
@@ -135,12 +161,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--compile_for", default="", help="TPU chips to compile for, such as v5e:2x2; none is needed")
     parser.add_argument("--slices", type=int, default=1, help="slices of TPU chips, with --compile_for")
     parser.add_argument("--fsdp", type=int, default=1, help="chips that share the parameters, with --compile_for")
+    axes = ",".join(growth.AXES)
+    parser.add_argument("--growth", nargs="?", const=axes, default="", help=f"how cost grows along axes: {axes}")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--in_flight", type=int, default=1, help="calls that the device gets before one is waited for")
     parser.add_argument("--profile", default="", help="a row whose operations are listed, the longest first")
     parser.add_argument("--peer", default="", help="a checkout of openai/guided-diffusion")
     parser.add_argument("--json", default="", help="a file for the result, in addition to the table")
     flags = parser.parse_args(arguments)
+    if flags.growth:
+        others = [name for name in vars(flags) if getattr(flags, name) != parser.get_default(name)]
+        if others := [f"--{name}" for name in others if name not in ("growth", "json")]:
+            parser.error(f"--growth measures networks and sizes of its own: leave out {', '.join(others)}")
+        flags.growth = tuple(dict.fromkeys(flags.growth.split(",")))
+        if unknown := sorted(set(flags.growth) - set(growth.AXES)):
+            parser.error(f"--growth has {unknown}: choose from {axes}")
     rows = ahead.PROGRAMS if flags.compile_for else tuple(MEANS)
     flags.rows = flags.rows or ("train,guided" if flags.compile_for else ",".join(rows))
     for name, least in dict(rounds=1, in_flight=1, sampler_steps=1, batch_size=0, slices=1, fsdp=1).items():
@@ -170,23 +205,18 @@ def run(setting: Setting, rounds: int) -> tuple[dict[str, Any], str]:
     sides: dict[str, Side] = {}
     seconds: dict[str, dict[str, list[float]]] = {row: {} for row in setting.rows}
     difference, whole_rounds, reason = None, 0, ""
-    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # as under nohup
-        numbers.remove(signal.SIGHUP)
-    handlers = {number: signal.signal(number, interrupt) for number in numbers}
     try:
-        difference = build(setting, sides)
-        for number in range(1, rounds + 1):
-            time_round(sides, number, seconds)
-            whole_rounds = number
-            print(f"Round {number} of {rounds}; medians so far: {medians(seconds)}.", flush=True)
-        for side in sides.values():
-            side.close()
+        with interruptible():
+            difference = build(setting, sides)
+            for number in range(1, rounds + 1):
+                time_round(sides, number, seconds)
+                whole_rounds = number
+                print(f"Round {number} of {rounds}; medians so far: {medians(seconds)}.", flush=True)
+            for side in sides.values():
+                side.close()
     except (KeyboardInterrupt, Died) as e:
         reason = f"error: {e}; {whole_rounds} of {rounds} rounds are whole"
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
         for side in sides.values():
             side.kill()
     result = {
@@ -199,8 +229,22 @@ def run(setting: Setting, rounds: int) -> tuple[dict[str, Any], str]:
     return result, reason
 
 
-def interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt(f"stopped by {signal.Signals(number).name}")
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Within, Ctrl-C, SIGTERM and a closed terminal raise a KeyboardInterrupt that names the signal."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(f"stopped by {signal.Signals(number).name}")
+
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # as under nohup
+        numbers.remove(signal.SIGHUP)
+    handlers = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def build(setting: Setting, sides: dict[str, Side]) -> float | None:

@@ -188,9 +188,10 @@ def facts(setting: Setting, net: Any, name: str, compiled: Any) -> dict[str, Any
         "argument_bytes": memory.argument_size_in_bytes,
         "collectives": hlo.summary(exchanged),
         "collective_bytes": sum(one.bytes for one in exchanged),
+        "overlapped_bytes": sum(one.bytes for one in exchanged if one.overlaps),
     }
-    # A ring sends and receives each byte of a sum twice.
-    sent = sum(one.bytes * (2 if one.kind == "all-reduce" else 1) for one in exchanged)
+    # A ring sends and receives each byte of a sum twice. Sums between slices do not use the links.
+    sent = sum(one.bytes * (2 if one.kind == "all-reduce" else 1) for one in exchanged if one.kind in hlo.COLLECTIVES)
     found["seconds"] = {
         "FLOPs": found["flops"] / chip.flops,
         "memory": found["main_memory_bytes"] / chip.memory,

@@ -8,10 +8,13 @@ iteration.
 import math
 import re
 from collections import Counter
+from collections.abc import Iterator
+from itertools import takewhile
 from typing import NamedTuple
 
 BYTES = dict(pred=1, s8=1, u8=1, bf16=2, f16=2, s16=2, u16=2, f32=4, s32=4, u32=4, s64=8, u64=8, f64=8)
 ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\](\{[^}]*\})?")
+TILES = re.compile(r"\{([\d,]+):T\(([\d,]+)\)")
 COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
 INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)$")
 FREE = {
@@ -39,7 +42,10 @@ Computation = dict[str, Instruction]
 
 
 class Collective(NamedTuple):
-    """An exchange between chips: its kind, the bytes of its result, and whether the chip computes meanwhile."""
+    """An exchange between chips: its kind, its bytes, and whether the chip computes meanwhile.
+
+    The bytes are those of the whole array, of which each chip may keep a part.
+    """
 
     kind: str
     bytes: int
@@ -59,15 +65,25 @@ def parse(text: str) -> dict[str, Computation]:
 
 
 def size(shape: str, everywhere: bool = False) -> int:
-    """The bytes of the arrays of a shape in main memory, or in all memories.
+    """The bytes of the arrays of a shape in main memory, or in all memories, with the padding to whole tiles.
 
-    The padding of tiles is not counted, nor are types without a size in BYTES, such as tokens.
+    Types without a size in BYTES, such as tokens, are not counted.
     """
     return sum(
-        BYTES.get(dtype, 0) * math.prod(int(n) for n in dims.split(",") if n)
+        BYTES.get(dtype, 0) * _elements(dims, layout)
         for dtype, dims, layout in ARRAY.findall(shape)
         if everywhere or "S(" not in layout
     )
+
+
+def _elements(dims: str, layout: str) -> int:
+    """The layout {1,0:T(8,128)} stores axes 1 and 0, the fastest first, and pads them to multiples of 128 and 8."""
+    sides = [int(side) for side in dims.split(",") if side]
+    if tiles := TILES.match(layout):
+        axes, tile = ([int(n) for n in found.split(",")] for found in tiles.groups())
+        for axis, side in zip(axes, reversed(tile), strict=False):
+            sides[axis] = math.ceil(sides[axis] / side) * side
+    return math.prod(sides)
 
 
 def main_memory_bytes(computations: dict[str, Computation], name: str = "ENTRY") -> int:
@@ -96,7 +112,8 @@ def _iterations(condition: Computation) -> int:
 def _moved(computations: dict[str, Computation], around: Computation, one: Instruction) -> int:
     if one.operation in ("copy-start", "slice-start", "async-start"):  # its shape is (source, result, ...)
         source, result = ARRAY.findall(one.shape)[:2]
-        return size(f"{result[0]}[{result[1]}]") * sum("S(" not in layout for *_, layout in (source, result))
+        moved = size("{}[{}]{}".format(*result), everywhere=True)
+        return moved * sum("S(" not in layout for *_, layout in (source, result))
     if one.operation in ("slice", "dynamic-slice"):
         return 2 * size(one.shape)
     if one.operation == "dynamic-update-slice":
@@ -129,30 +146,74 @@ def _read(body: Computation, number: int, whole: int) -> int:
 
 
 def collectives(computations: dict[str, Computation]) -> list[Collective]:
-    """The collectives of all computations. One that ends right where it starts overlaps with nothing."""
-    found = []
-    for computation in computations.values():
+    """The collectives of all computations, in the order in which they start.
+
+    One overlaps if the chip computes between its start and its end. XLA writes it in one of four ways: as one
+    operation, which overlaps with nothing; as a start and a done; in steps, each of which is fused with a convolution
+    or another operation ("async collective fusion"), where all steps have the same chain_id; or, between slices, as a
+    send and a recv of the same rendezvous.
+    """
+    found, chains = [], dict[str, list[int]]()
+    for name, computation in computations.items():
         lines = list(computation.items())
-        for place, (name, one) in enumerate(lines):
+        for place, (start, one) in enumerate(lines):
             kind = one.operation.removesuffix("-start")
-            if kind not in COLLECTIVES:
-                continue
-            overlaps = False
-            if one.operation != kind:
-                for _, later in lines[place + 1 :]:
-                    if later.operation == f"{kind}-done" and name in later.operands:
-                        break
-                    overlaps |= later.operation in ("fusion", "convolution", "dot", "while", "custom-call")
-            found.append(Collective(kind, size(one.shape, everywhere=True), overlaps))
+            rendezvous = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', one.rest)
+            if one.operation == "send" and rendezvous:
+                between = _until(lines[place + 1 :], "recv-done", _receives(computation, rendezvous[0]))
+                kind = _quoted(one, "_xla_megascale_transfer_type").lower().replace("_", "-") + " between slices"
+                moved = size("{}[{}]{}".format(*ARRAY.findall(one.shape)[0]), everywhere=True)
+                found.append(Collective(kind, moved, any(map(_computes, between))))
+            elif kind in COLLECTIVES and (chain := _quoted(one, "chain_id")):
+                chains.setdefault(chain, [len(found), 0])[1] += 1
+                if chains[chain][1] == 1:
+                    found.append(Collective(kind, _whole(computation, one), False))
+            elif kind in COLLECTIVES:
+                # A fusion of an all-reduce with the slice of it that a chip keeps.
+                kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else kind
+                between = _until(lines[place + 1 :], f"{kind}-done", {start}) if one.operation != kind else []
+                found.append(Collective(kind, _whole(computation, one), any(map(_computes, between))))
+    for place, steps in chains.values():
+        found[place] = found[place]._replace(overlaps=steps > 2)  # the first starts it, and the last ends it
     return found
 
 
+def _whole(computation: Computation, one: Instruction) -> int:
+    """The bytes of a collective's result, or of the operands of a reduce-scatter, which are larger."""
+    shapes = [one.shape]
+    if one.operation.startswith("reduce-scatter"):
+        shapes = [computation[name].shape for name in one.operands if name in computation] or shapes
+    return sum(size(shape, everywhere=True) for shape in shapes)
+
+
+def _quoted(one: Instruction, key: str) -> str:
+    found = re.search(key + r'="([^"]*)"', one.rest)
+    return found[1] if found else ""
+
+
+def _receives(computation: Computation, rendezvous: str) -> set[str]:
+    return {name for name, one in computation.items() if one.operation == "recv" and rendezvous in one.rest}
+
+
+def _until(lines: list[tuple[str, Instruction]], operation: str, operands: set[str]) -> Iterator[Instruction]:
+    """The instructions before the first `operation` on one of `operands`."""
+    ends = (operation, operands)
+    return (one for _, one in takewhile(lambda line: not _is(line[1], *ends), lines))
+
+
+def _is(one: Instruction, operation: str, operands: set[str]) -> bool:
+    return one.operation == operation and not operands.isdisjoint(one.operands)
+
+
+def _computes(one: Instruction) -> bool:
+    return one.operation in ("fusion", "convolution", "dot", "while", "custom-call")
+
+
 def summary(found: list[Collective]) -> str:
-    """The collectives in a few words, such as "2 all-reduce (1.2 GB, 1 overlapped)"; "none" if there are none."""
-    counts = Counter(one.kind for one in found)
+    """The collectives in a few words, such as "2 all-reduce (1.2 GB, 40% overlapped)"; "none" if there are none."""
     words = []
-    for kind, count in counts.items():
+    for kind, count in Counter(one.kind for one in found).items():
         ones = [one for one in found if one.kind == kind]
-        moved, overlapped = sum(one.bytes for one in ones) / 1e9, sum(one.overlaps for one in ones)
-        words.append(f"{count} {kind} ({moved:.3g} GB, {overlapped} overlapped)")
+        moved, overlapped = sum(one.bytes for one in ones), sum(one.bytes for one in ones if one.overlaps)
+        words.append(f"{count} {kind} ({moved / 1e9:.3g} GB, {overlapped / max(moved, 1):.0%} overlapped)")
     return ", ".join(words) or "none"

@@ -22,7 +22,7 @@ from cfd.convert.adm_network import Hidden, adm_network
 from cfd.convert.adm_weights import adm_params
 from cfd.data.batches import batches
 from cfd.data.sources import open_dataset
-from cfd.devices import seeds, xla
+from cfd.devices import memory, seeds, xla
 from cfd.guidance import NULL_LABEL
 from cfd.losses import eps_loss
 from cfd.modes.sampler import to_uint8
@@ -35,7 +35,7 @@ from cfd.sampling import guided_sample
 def our_side(setting: Setting) -> Built:
     """The rows of `setting`, compiled. With a peer, the network has the peer's weights."""
     print(f"Building {setting.network}.", flush=True)
-    xla.return_freed_memory()
+    memory.set_up()
     fields = NETWORKS[setting.network] | dict(dtype=setting.dtype, remat=setting.remat)
     size = IMAGE_SIZE[setting.network]
     net, project = module(fields, size), build(fields, size, 3).project

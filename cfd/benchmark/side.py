@@ -165,6 +165,11 @@ def peak_memory() -> int:
     on_device = None if "torch" in sys.modules else jax.devices()[0].memory_stats()
     if on_device and "peak_bytes_in_use" in on_device:
         return on_device["peak_bytes_in_use"]
+    return host_peak_memory()
+
+
+def host_peak_memory() -> int:
+    """The peak bytes of this process in main memory. They never fall."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

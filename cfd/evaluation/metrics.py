@@ -313,7 +313,8 @@ def finite_rows(x: Rows, what: str) -> Float[np.ndarray, "n d"]:
     if rows.dtype != bool and not any(jnp.issubdtype(rows.dtype, kind) for kind in (np.integer, np.floating)):
         raise UserError(f"{what} must be real numbers, got dtype {rows.dtype}: convert them to float32 or float64")
     rows = rows.astype(np.promote_types(rows.dtype, np.float32), copy=False)
-    broken = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+    finite = [np.isfinite(rows[part]).all(axis=1) for part in neighbours.blocks(len(rows), 4 * rows.shape[1])]
+    broken = np.flatnonzero(~np.concatenate(finite))
     if len(broken):
         raise UserError(f"{what}: {len(broken)} of {len(rows)} rows hold NaN or infinity; the first is row {broken[0]}")
     if rows.dtype == np.float32:

@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 from cfd.devices import watchdog
 
 BLOCK_ELEMENTS = 2**25  # float32 distances per block on the device: 128 MB; blocks of float64 on the host are smaller
+CENTRE_ELEMENTS = 2**24  # float32 coordinates of centres that are on the device at a time: 64 MB
 SPARE_CANDIDATES = 4  # candidates beyond those needed: with them, the bounds nearly always exclude all other centres
 
 
@@ -35,7 +36,10 @@ class Frame(NamedTuple):
 
     def place(self, rows: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
         """The rows in this frame, in float64."""
-        return (rows.astype(np.float64) - self.mean) * self.scale
+        placed = rows.astype(np.float64)
+        placed -= self.mean
+        placed *= self.scale
+        return placed
 
 
 def squared_to_kth(x: Float[np.ndarray, "n d"], k: int) -> Float[np.ndarray, " n"]:
@@ -143,6 +147,7 @@ def candidates(
 ) -> Iterator[tuple[slice, Int[np.ndarray, "r c"], Float[np.ndarray, "r c"], Float[np.ndarray, " r"]]]:
     """Yields, for each block of rows of x: the rows, `count` centres, the squared distances to them, and a bound.
 
+    The memory depends neither on the number of rows nor on that of centres, of which a part is on the device at a time.
     The centres are those whose squared distance − offset may be smallest. Of every other centre, the squared distance
     − offset is at least the bound.
     """
@@ -151,23 +156,37 @@ def candidates(
     # Stability of Numerical Algorithms, section 3.1). The rest allows for rounding of x, c and the result, and for
     # accelerators that multiply float32 in several passes. The product of the last columns subtracts this error.
     error = (dim + 64) * 2.0**-23
-    columns, squares = np.empty((len(centres), dim + 1), np.float32), np.empty(len(centres))
-    for rows in blocks(len(centres), 8 * dim):
-        placed = frame.place(centres[rows])
-        columns[rows, :dim], squares[rows] = placed, np.einsum("md,md->m", placed, placed)
-    columns[:, dim] = error * np.sqrt(squares)
-    offset = offset * frame.scale**2
-    # The last term covers numbers that are too small for float32.
-    constant = squares - offset - 2.0**-21 * (squares + np.abs(offset)) - dim * 2.0**-120
-    with np.errstate(over="ignore"):  # a ball beyond float32's range covers all: −∞ bounds its distances from below
-        device_centres, device_constant = jnp.asarray(columns), jnp.asarray(constant.astype(np.float32))
-    for rows in blocks(len(x), max(len(centres), 4 * dim)):
-        watchdog.alive(slow=True)
+    parts = list(blocks(len(centres), dim, CENTRE_ELEMENTS))
+
+    def on_device(part: slice) -> tuple[Array, Array]:
+        size = part.stop - part.start
+        columns, squares = np.empty((size, dim + 1), np.float32), np.empty(size)
+        for rows in blocks(size, 8 * dim):
+            placed = frame.place(centres[part][rows])
+            columns[rows, :dim], squares[rows] = placed, np.einsum("md,md->m", placed, placed)
+        columns[:, dim] = error * np.sqrt(squares)
+        own = offset[part] * frame.scale**2
+        # The last term covers numbers that are too small for float32.
+        constant = squares - own - 2.0**-21 * (squares + np.abs(own)) - dim * 2.0**-120
+        with np.errstate(over="ignore"):  # a ball beyond float32's range covers all: −∞ bounds its distances from below
+            return jnp.asarray(columns), jnp.asarray(constant.astype(np.float32))
+
+    count = min(count, len(centres))
+    only = on_device(parts[0]) if len(parts) == 1 else None
+    for rows in blocks(len(x), max(parts[0].stop, 4 * dim)):
         placed = frame.place(x[rows])
         squares = np.einsum("nd,nd->n", placed, placed)
-        block = np.concatenate([placed, np.sqrt(squares)[:, None]], axis=1, dtype=np.float32)
-        found = nearest(jnp.asarray(block), device_centres, device_constant, min(count, len(centres)))
-        values, index = map(np.asarray, found)
+        block = jnp.asarray(np.concatenate([placed, np.sqrt(squares)[:, None]], axis=1, dtype=np.float32))
+        del placed
+        values, index = np.empty((len(squares), 0), np.float32), np.empty((len(squares), 0), np.int64)
+        for part in parts:
+            watchdog.alive(slow=True)
+            some, found = nearest(block, *(only or on_device(part)), min(count, part.stop - part.start))
+            values = np.concatenate([values, np.asarray(some)], axis=1)
+            index = np.concatenate([index, np.asarray(found) + part.start], axis=1)
+            if values.shape[1] > count:
+                best = np.argsort(-values, axis=1, kind="stable")[:, :count]
+                values, index = np.take_along_axis(values, best, axis=1), np.take_along_axis(index, best, axis=1)
         last = values[:, -1].astype(np.float64)
         beyond = squares - last - (dim + 64) * 2.0**-50 * (squares + np.abs(last))
         exact = x[rows].astype(np.float64)
@@ -199,11 +218,13 @@ def bounds(
     """
     dim, offset = x.shape[1], offset * frame.scale**2
     error = (dim + 64) * 2.0**-51
-    for part in blocks(len(rows), 4 * len(centres)):
+    parts = list(blocks(len(rows), 4 * len(centres)))
+    room = np.empty((parts[0].stop if parts else 0, len(centres)))  # for all parts: a new one each would need it twice
+    for part in parts:
         watchdog.alive(slow=True)
         placed = frame.place(x[rows[part]])
         own = np.einsum("nd,nd->n", placed, placed)
-        product, squares = np.empty((len(placed), len(centres))), np.empty(len(centres))
+        product, squares = room[: len(placed)], np.empty(len(centres))
         for some in blocks(len(centres), 8 * dim):
             others = frame.place(centres[some])
             product[:, some], squares[some] = placed @ others.T, np.einsum("md,md->m", others, others)
@@ -239,7 +260,7 @@ def squared_distances(
     return np.concatenate([np.empty(0), *parts])
 
 
-def blocks(count: int, width: int) -> Iterator[slice]:
-    """Slices of `count` rows, each of at most BLOCK_ELEMENTS / width rows."""
-    size = max(1, BLOCK_ELEMENTS // width)
+def blocks(count: int, width: int, elements: int | None = None) -> Iterator[slice]:
+    """Slices of `count` rows, each of at most `elements` / width rows, by default BLOCK_ELEMENTS / width."""
+    size = max(1, (elements or BLOCK_ELEMENTS) // width)
     return (slice(first, min(first + size, count)) for first in range(0, count, size))

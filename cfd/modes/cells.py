@@ -82,7 +82,7 @@ def missing_cells(folder: str, cells: list[Cell]) -> list[Cell]:
     if there:
         if jax.process_index() == 0:
             print(f"{len(there)} of {len(cells)} cells are in {folder}/sweep.csv already.", flush=True)
-        progress.report(f"{len(results.read_rows(folder))} rows")
+        progress.report(f"{results.count_rows(folder)} rows")
     say_if_measured_before(folder, [cell for name, cell in by_name.items() if name not in there])
     return [cell for name, cell in by_name.items() if name not in there]
 

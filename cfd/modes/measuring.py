@@ -180,7 +180,7 @@ def finish(folder: str, cell: Measuring | None, *, wait: bool = True) -> Measuri
             error = caught
     if parallel.total(int(error is not None)):
         raise error or UserError(f"process 0 could not measure {cell.where}, and says why")
-    progress.report(f"{len(results.read_rows(folder))} rows")
+    progress.report(f"{results.count_rows(folder)} rows")
     return None
 
 

@@ -105,6 +105,11 @@ def read_rows(folder: str) -> list[Row]:
     return rows
 
 
+def count_rows(folder: str) -> int:
+    """The number of rows of sweep.csv. Unlike `read_rows`, it looks at no value, and is cheap after every row."""
+    return sum(line.strip() != "" for line in whole_lines(os.path.join(folder, "sweep.csv"))[1:])
+
+
 def _is_header(names: Sequence[str]) -> bool:
     """Whether these are the columns of sweep.csv, in this version or in an earlier one."""
     return len(set(names)) == len(names) and set(COLUMNS) - set(YOUNGER) <= set(names) <= set(COLUMNS)

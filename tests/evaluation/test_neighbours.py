@@ -89,6 +89,7 @@ def test_integers(dtype: Any, high: int) -> None:
 def test_ties_count_as_inside(k: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a grid of integers, many distances equal a radius, and many rows are equal."""
     monkeypatch.setattr(neighbours, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(neighbours, "CENTRE_ELEMENTS", block // 64)  # with 2**9, parts of two centres: fewer than k + 1
     numbers = np.random.default_rng(k)
     one, two = (numbers.integers(0, 4, (n, 3)).astype(np.float32) for n in (130, 90))
     assert_exact(one, two + np.float32(1.0), k)
@@ -112,6 +113,7 @@ def test_neither_blocks_nor_the_origin_matter(
     offset: float, k: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(neighbours, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(neighbours, "CENTRE_ELEMENTS", block)
     numbers = np.random.default_rng(0)
     reference, samples = (numbers.normal(offset, 1.0, (n, 48)).astype(np.float32) for n in (150, 170))
     found = assert_exact(reference, samples, k)

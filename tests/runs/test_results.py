@@ -28,6 +28,16 @@ def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
         assert next(csv.reader(file)) == list(results.COLUMNS)
 
 
+def test_rows_are_counted_as_they_are_read(tmp_path: Path) -> None:
+    """A last line that was cut short, and empty lines, are no rows."""
+    folder = str(swept(tmp_path / "run", 0.1))
+    path = tmp_path / "run" / "sweep.csv"
+    for text in ("", "\n", "5,0.0,0."):
+        path.write_text(path.read_text() + text)
+        assert results.count_rows(folder) == len(results.read_rows(folder)) == 4
+    assert results.count_rows(str(tmp_path)) == 0
+
+
 def test_the_name_of_the_distance_has_the_number_of_images_and_the_network() -> None:
     names = [(49_999, "classifier", "FID-49999"), (50_000, "inception", "FID"), (500, "dinov2", "FD-DINOv2-500")]
     for count, features, name in [*names, (50_000, "dinov2", "FD-DINOv2")]:
