@@ -83,7 +83,8 @@ def draw_curves(axes: Any, group: list[Row], real: figures.Interval | None) -> N
         for row in own:
             axes.axhline(row["fid"], color=style["color"], linestyle=":", linewidth=1, label=None if others else label)
     figures.floor(axes, real)
-    axes.set(xlabel="EMA length (σ_rel)", ylabel=group[0]["fid_name"], yscale="log")
+    axes.set(xlabel="EMA length (σ_rel)", ylabel=group[0]["fid_name"])
+    figures.logarithmic(axes)
     axes.set_title("dotted: the run's own EMA", fontsize="medium")
     axes.grid(alpha=0.3)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="x-small")

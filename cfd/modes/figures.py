@@ -197,6 +197,16 @@ def floor(axes: Any, real: Interval | None) -> None:
         axes.axhspan(*real, color="0.6", alpha=0.3, linewidth=0, label="real images", zorder=0)
 
 
+def logarithmic(axes: Any) -> None:
+    """A logarithmic vertical axis, with plain numbers."""
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0, 7.0)))
+    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
 def save_curve(
     path: str,
     curves: dict[str, list[dict]],

@@ -83,16 +83,11 @@ def pairs_of(rows: list[Row]) -> list[tuple[str, str]]:
 
 def frame(axes: Any, pair: tuple[str, str], rows: list[Row], real: figures.Interval | None) -> None:
     """The names of the axes, and FID of real images. FID is on a logarithmic scale, which keeps good fronts apart."""
-    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
-
     axes.set(xlabel=tables.measure_name(pair[0], rows), ylabel=tables.measure_name(pair[1], rows))
     axes.tick_params(labelsize="small")
     axes.grid(alpha=0.3)
     if pair[1] == "fid":
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0, 7.0)))
-        axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-        axes.yaxis.set_minor_locator(NullLocator())
+        figures.logarithmic(axes)
         figures.floor(axes, real)
 
 
