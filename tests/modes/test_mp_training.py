@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from linear import assert_same_bits
 from meshes import mesh_of
 from tiny import QUICK, tiny_config
 
 from cfd.devices import parallel
 from cfd.fields import FOREIGN
-from cfd.loading import load
+from cfd.loading import load, load_ema
 from cfd.modes import settings, train
 from cfd.modes.train_step import initial_state, train_step
 from cfd.networks.mp_unet import normalized
@@ -97,3 +98,16 @@ def test_a_run_is_trained_loaded_and_begun_from(tmp_path: Path, monkeypatch: pyt
         train.train(tiny_config(train__num_steps=1), str(tmp_path / "tuned"), init_from=place)
     train.train(tiny_config(**MP, train__num_steps=1), str(tmp_path / "tuned"), init_from=place)
     assert load(tmp_path / "tuned").step == 1
+
+
+@pytest.mark.slow
+def test_a_run_is_resumed_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Normalised weights, their EMA and both post-hoc averages: in two starts as in one."""
+    monkeypatch.setattr(parallel, "make_mesh", lambda **_: mesh_of(1))
+    fields = MP | dict(train__posthoc_ema=(0.05, 0.1), train__posthoc_every_steps=1)
+    train.train(tiny_config(**fields, train__num_steps=4), str(tmp_path / "one"))
+    for steps in (2, 4):
+        train.train(tiny_config(**fields, train__num_steps=steps), str(tmp_path / "two"))
+    for length in (None, 0.07):
+        one, two = (load_ema(tmp_path / name, "diffusion", None, length).params for name in ("one", "two"))
+        assert_same_bits(one, two)
