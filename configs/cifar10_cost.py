@@ -12,10 +12,11 @@ cost.png. For the student and the shared trunk, which are runs of their own:
     python -m cfd.main --config=cifar10_cost --workdir=runs/trunk --config.model.label_from=0 \\
         --config.eval.guides="('',)"
     python -m cfd.main --config=cifar10_cost --mode=distill --workdir=runs/student --init_from=runs/cifar10_cost \\
-        --config.eval.rules="()" --config.eval.guides="()" --config.eval.weights="(0.0, 0.1, 0.3, 1.0, 4.0)"
+        --config.distill.learning_rate=1e-2 --config.eval.rules="()" --config.eval.guides="()" \\
+        --config.eval.weights="(0.0, 0.1, 0.3, 1.0, 4.0)"
     python -m cfd.main --config=cifar10_cost --mode=cost --runs=runs/trunk,runs/student
 
-It has not been run yet.
+It has not been run yet, and the student's learning rate, that of digits, is a guess.
 """
 
 from ml_collections import ConfigDict

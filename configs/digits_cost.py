@@ -16,9 +16,9 @@ cost.csv and cost.png. A shared trunk and a student are runs of their own, which
         --config.eval.weights="(0.0, 0.1, 0.3, 1.0, 4.0)"
     python -m cfd.main --config=digits_cost --mode=cost --runs=runs/trunk,runs/student
 
-configs/README.md has the table. In short: the second score at every fourth step, with its difference extrapolated
-between, costs 1.25 times an unguided image and keeps FID within 2 % up to w = 1. The small guide is for w <= 0.1. A
-trunk that the class enters late (model.label_from) follows the class less well.
+configs/README.md has the table, and the command for three more rules. In short: the second score at every fourth step,
+with its difference extrapolated between, costs 1.25 times an unguided image and keeps FID within 2 % up to w = 1. The
+small guide is for w <= 0.1. A trunk that the class enters late (model.label_from) follows the class less well.
 """
 
 from ml_collections import ConfigDict
