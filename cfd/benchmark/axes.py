@@ -33,14 +33,14 @@ BATCH, CHANNELS = 32, 32
 
 
 class Work(NamedTuple):
-    """What is timed. `memory` is its memory in bytes by XLA's count; None stands for what the process shows."""
+    """A call to be timed. `memory` is its memory in bytes by XLA's count; None stands for the rise of the process's."""
 
     call: Callable[[], Any]
     memory: int | None = None
 
 
 class Axis(NamedTuple):
-    """What is measured at the sizes, and the exponents of time and memory that cannot be avoided.
+    """Work that is measured at several sizes, and the exponents of time and memory that cannot be avoided.
 
     `build(size)` gives the work. `virtual` says that the sizes are numbers of virtual CPU devices.
     """
