@@ -96,7 +96,7 @@ def cost(config: Config, folder: str, others: Sequence[str], out: str) -> str:
 
 
 def counted_rows(config: Config, folder: str, rows: Sequence[Row], mesh: Mesh, images: int) -> list[Counted]:
-    """The rows of a run with what is counted of them, to be sampled in batches of `images`."""
+    """The rows of a run, each with its evaluations and operations, and with a function that samples `images` of it."""
     run = settings.open_run(config, folder)
     check_settings(run.config, folder, rows)
     _, guide_at = guides.open_guides(run.config, run, mesh, sorted({row["guide"] for row in rows}))

@@ -28,6 +28,7 @@ from cfd.modes.train_step import make_optimizer
 from cfd.networks.model import build
 from cfd.networks.weight import is_of_weight
 from cfd.runs import files, workdir
+from cfd.runs.digest import leaves
 from cfd.runs.steps import steps_of
 
 WEIGHTS: dict[str, Callable[[Array], Array] | None] = {"eps": None, "x": x_weight, "v": v_weight}
@@ -238,11 +239,8 @@ def only_weight(params: Any) -> Any:
     Adam without weight decay does not change a parameter whose gradient is always 0.
     """
 
-    def one(path: Any, x: Array) -> Array:
-        key = jax.tree_util.keystr(path, simple=True, separator="/")
-        return x if is_of_weight(key) else jax.lax.stop_gradient(x)
-
-    return jax.tree.map_with_path(one, params)
+    kept = [x if is_of_weight(key) else jax.lax.stop_gradient(x) for key, x in leaves(params)]
+    return jax.tree.unflatten(jax.tree.structure(params), kept)
 
 
 def divided(mesh: Mesh, params: Any) -> Any:

@@ -25,6 +25,7 @@ from cfd.losses import v_weight
 from cfd.modes import distill, finetune, sample, settings, students, train
 from cfd.modes.finetune import Source
 from cfd.networks.model import Model, build
+from cfd.networks.weight import is_of_weight
 from cfd.process import cosine
 from cfd.runs import checkpoint, workdir
 from cfd.runs.digest import leaves
@@ -119,7 +120,8 @@ def test_a_student_begins_as_the_conditional_score_of_its_teacher_to_the_bit(tea
         ours = model.apply(params, z, logsnr, labels, w=jnp.full(4, w))
         np.testing.assert_array_equal(ours, run.eps_fn(z, logsnr, labels))
     # At w = 0, it remains that, whatever the layers of w have learned.
-    other = jax.tree.map_with_path(lambda path, x: x + 0.1 if "weight" in str(path) else x, params)
+    changed = [x + 0.1 if is_of_weight(key) else x for key, x in leaves(params)]
+    other = jax.tree.unflatten(jax.tree.structure(params), changed)
     ours = model.apply(other, z, logsnr, labels, w=jnp.zeros(4))
     np.testing.assert_array_equal(ours, run.eps_fn(z, logsnr, labels))
 

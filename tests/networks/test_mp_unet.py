@@ -257,36 +257,3 @@ def test_fields_and_their_defaults_are_those_of_the_other_network() -> None:
     mine, theirs = ({name: f.default for name, f in net.__dataclass_fields__.items()} for net in (MPUNet, UNet))
     assert mine.items() <= theirs.items()
     assert set(theirs) - set(mine) == {"resblock_updown", "scale_shift_norm", *FOREIGN["mp"]} & set(theirs)
-
-
-@pytest.mark.parametrize(
-    ("fields", "size", "message"),
-    [
-        (dict(channel_mult=(1, 2)), 9, "z is 9x9, but 2 levels need sides divisible by 2"),
-        (dict(channel_mult=(1, 2), image_size=9, attention_resolutions=()), 8, "image_size is 9x9, but 2 levels"),
-        (dict(attention_resolutions=(8, 4)), 8, r"is \(8, 4\); .* works at \[8\]: choose among these"),
-        (dict(head_channels=48), 8, "head_channels = 48"),
-        (dict(head_channels=0), 8, "num_heads = 0"),
-        (dict(time="linear"), 8, "adm_linear"),
-    ],
-)
-def test_invalid_fields_are_refused_with_a_reason(fields: dict, size: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        shapes_of(MPUNet(**dict(SMALL, **fields)), size)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (dict(z=jnp.zeros((8, 8, 3))), r"z has shape \(8, 8, 3\); this network takes \[B, H, W, 3\]"),
-        (dict(z=jnp.zeros((2, 8, 8, 1))), r"z has shape \(2, 8, 8, 1\); this network takes \[B, H, W, 3\]"),
-        (dict(logsnr=jnp.zeros(())), r"logsnr has shape \(\); give one value per image of z, shape \(2,\)"),
-        (dict(labels=jnp.zeros(2)), "labels have dtype float32: give them as int32"),
-        (dict(labels=jnp.array([0, 4])), "label 4 is not below the number of classes, 4"),
-    ],
-)
-def test_inputs_that_do_not_fit_are_refused(change: dict, message: str) -> None:
-    net: Any = MPUNet(**SMALL)
-    inputs = dict(zip(("z", "logsnr", "labels"), inputs_of(2), strict=True)) | change
-    with pytest.raises(ValueError, match=message):
-        net.apply({"params": random_params()}, **inputs)

@@ -16,6 +16,7 @@ from cfd.fields import FIELDS, NETWORK
 from cfd.guidance import NULL_LABEL
 from cfd.networks.classifier import Classifier
 from cfd.networks.model import module
+from cfd.networks.mp_unet import MPUNet
 from cfd.networks.unet import UNet
 
 SMALL: dict[str, Any] = dict(
@@ -45,7 +46,7 @@ def test_outputs_are_those_of_the_original_network(name: str) -> None:
     assert sum(x.size for x in jax.tree.leaves(ours.params)) == stored["parameters"]
 
 
-def init(net: UNet, size: int) -> dict:
+def init(net: Any, size: int) -> dict:
     """Random values for all parameters, also for those that are initialised to zero."""
     inputs = (jnp.zeros((1, size, size, 3)), jnp.zeros(1), jnp.zeros(1, jnp.int32))
     shapes = jax.eval_shape(net.init, jax.random.key(0), *inputs)["params"]
@@ -131,6 +132,7 @@ def test_an_untrained_network_returns_zero() -> None:
     assert not apply(jax.random.key(0)).any()
 
 
+@pytest.mark.parametrize("network", [UNet, MPUNet])
 @pytest.mark.parametrize(
     ("fields", "size", "message"),
     [
@@ -142,9 +144,9 @@ def test_an_untrained_network_returns_zero() -> None:
         (dict(time="linear"), 8, "adm_linear"),
     ],
 )
-def test_invalid_fields_are_refused_with_a_reason(fields: dict, size: int, message: str) -> None:
+def test_invalid_fields_are_refused_with_a_reason(network: Any, fields: dict, size: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        init(UNet(**dict(SMALL, **fields)), size)
+        init(network(**dict(SMALL, **fields)), size)
 
 
 @pytest.mark.parametrize("network", [UNet, Classifier])
@@ -194,6 +196,7 @@ def test_attention_of_another_size_stays_at_its_level() -> None:
         assert names == {"down_0_0_attn", "mid_attn", "up_0_0_attn", "up_0_1_attn"}
 
 
+@pytest.mark.parametrize("network", [UNet, MPUNet])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -207,8 +210,8 @@ def test_attention_of_another_size_stays_at_its_level() -> None:
         (dict(labels=jnp.array([0, 255], jnp.uint8)), "label 255 is not below the number of classes, 4"),
     ],
 )
-def test_inputs_that_do_not_fit_are_refused(change: dict, message: str) -> None:
-    net: Any = UNet(**SMALL)
+def test_inputs_that_do_not_fit_are_refused(network: Any, change: dict, message: str) -> None:
+    net: Any = network(**SMALL)
     inputs = dict(zip(("z", "logsnr", "labels"), inputs_of(2), strict=True)) | change
     params = jax.tree.map(jnp.zeros_like, init(net, 8))
     with pytest.raises(ValueError, match=message):
