@@ -1,10 +1,12 @@
 """3x3 convolutions in float32 for a CPU: Winograd convolution, as in Lavin and Gray (arXiv:1509.09308).
 
-It needs one half to one third of the multiplications of the direct sum. Along the width it is F(4, 3): four outputs of
-a row are sums of six products, each of a sum of the six inputs and a sum of the three taps. Its points are 0, ±√½, ±√2
-and ∞. The usual points 0, ±1, ±2 and ∞ would double the rounding error. Along the height, the three taps are summed
-directly, or F(2, 3) is nested, with the points 0, ±1 and ∞. Errors are 1.5 to 2.8 times those of the direct sum (root
-mean square, 64 to 768 channels). The errors of the kernel's gradient are 1.1 times those of the direct sum.
+It needs one third of the multiplications of the direct sum: F(2, 3) along the height, nested in F(4, 3) along the
+width. In F(4, 3), four outputs of a row are sums of six products, each of a sum of the six inputs and a sum of the
+three taps. Its points are 0, ±√½, ±√2 and ∞. The usual points 0, ±1, ±2 and ∞ would double the rounding error. The
+points of F(2, 3) are 0, ±1 and ∞. Errors are 1.2 to 2.8 times those of the direct sum (root mean square, 64 to 768
+channels). The errors of the kernel's gradient are 1.1 times those of the direct sum.
+
+Results have the same bits on any number of threads: see `kernels.cpu.transposed_product`.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,27 +19,32 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float32
 
+from cfd.kernels.cpu import transposed_product
+
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 PADDING = ((0, 0), (1, 1), (1, 1), (0, 0))
 
 
 def pays(x: Array, kernel: Array) -> bool:
-    """Whether `convolve` takes x, and is faster than XLA's form: by measurement, for large inputs of many channels."""
-    b, height, width, _ = x.shape
-    tiled = height % 2 == 0 and width % 4 == 0
-    return x.dtype == jnp.float32 and tiled and min(kernel.shape[2:]) >= 64 and b * height * width >= 512
+    """Whether `convolve` takes x, and is as fast as XLA's form: by measurement, from 32 inputs and outputs."""
+    return x.dtype == jnp.float32 and min(kernel.shape[2:]) >= 32
+
+
+def convolve(x: Float32[Array, "b h w c"], kernel: Float32[Array, "3 3 c k"]) -> Float32[Array, "b h w k"]:
+    """The convolution with padding 1.
+
+    With at most 64 inputs and outputs, and fewer than 64 of one of them, only the kernel's gradient is Winograd's. The
+    tiles are 2x4. Zeros are added to an image that they do not divide, below and on the right.
+    """
+    height, width = x.shape[1:3]
+    if height % 2 or width % 4:
+        x = jnp.pad(x, ((0, 0), (0, -height % 2), (0, -width % 4), (0, 0)))
+        return _tiles(x, kernel)[:, :height, :width]
+    return _tiles(x, kernel)
 
 
 @jax.custom_vjp
-def convolve(x: Float32[Array, "b h w c"], kernel: Float32[Array, "3 3 c k"]) -> Float32[Array, "b h w k"]:
-    """The convolution with padding 1, on tiles of 2x4. Gain, as in `kernels.cpu`: 1.26 (forward pass: 1.41).
-
-    Raises ValueError if the tiles do not divide the image: h must be a multiple of 2, and w of 4.
-    """
-    if x.shape[1] % 2 or x.shape[2] % 4:
-        raise ValueError(
-            f"x is {x.shape[1]}x{x.shape[2]}, which tiles of 2x4 do not divide: call this only if `pays(x, kernel)`"
-        )
+def _tiles(x: Float32[Array, "b h w c"], kernel: Float32[Array, "3 3 c k"]) -> Float32[Array, "b h w k"]:
     return _convolve(x, kernel, False)
 
 
@@ -45,25 +52,14 @@ def convolve(x: Float32[Array, "b h w c"], kernel: Float32[Array, "3 3 c k"]) ->
 def _convolve(x: Float32[Array, "b h w c"], kernel: Array, transposed: bool) -> Float32[Array, "b h w k"]:
     """The convolution with a kernel [3, 3, c, k]; if `transposed`, with a kernel [3, 3, k, c] rotated by 180°.
 
-    The gradient of x is the transposed convolution of the output's gradient.
+    There are 6 · 4 products over an eighth of the positions. The gradient of x is the transposed convolution of the
+    output's gradient.
     """
-    if x.shape[3] >= 192:  # by measurement: with fewer channels, the matrix products are too small
-        return _f43_f23(x, kernel, transposed)
-    return _f43(x, kernel[::-1, ::-1].swapaxes(2, 3) if transposed else kernel)
-
-
-def _f43(x: Float32[Array, "b h w c"], kernel: Float32[Array, "3 3 c k"]) -> Float32[Array, "b h w k"]:
-    """F(4, 3) along the width: six 3x1 convolutions on a quarter of the width, with half of the multiplications."""
-    along_height = partial(
-        jax.lax.conv_general_dilated, window_strides=(1, 1), padding=((1, 1), (0, 0)), dimension_numbers=LAYOUT
-    )
-    columns = _hidden_sums(F43.inputs, _windows(4, 2, jnp.pad(x, ((0, 0), (0, 0), (1, 1), (0, 0))), 6))
-    taps = _hidden_sums(F43.taps, [kernel[:, i : i + 1] for i in range(3)])
-    return _interleave(F43.outputs, 3, list(map(along_height, columns, taps))).reshape(*x.shape[:3], -1)
-
-
-def _f43_f23(x: Float32[Array, "b h w c"], kernel: Array, transposed: bool) -> Float32[Array, "b h w k"]:
-    """F(2, 3) nested in F(4, 3): 6 · 4 products over an eighth of the positions, a third of the multiplications."""
+    if min(kernel.shape[2:]) < 64 >= max(kernel.shape[2:]):
+        # With few channels, the gain is smaller than the time that the transforms take to compile. XLA:CPU's form has
+        # the same bits on one core and on two for 32 to 64 channels, but not for 96.
+        kernel = kernel[::-1, ::-1].swapaxes(2, 3) if transposed else kernel
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), PADDING[1:3], dimension_numbers=LAYOUT)
     padded = jnp.pad(x, PADDING)
     order = -1 if transposed else 1  # reverses lists of slices, because a reversed array would be written to memory
 
@@ -79,7 +75,7 @@ def _f43_f23(x: Float32[Array, "b h w c"], kernel: Array, transposed: bool) -> F
 
 
 def _convolve_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return convolve(x, kernel), (x, kernel)
+    return _tiles(x, kernel), (x, kernel)
 
 
 def _convolve_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
@@ -87,19 +83,19 @@ def _convolve_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array,
     return _convolve(g, kernel, True), _kernel_gradient(x, g)
 
 
-convolve.defvjp(_convolve_forward, _convolve_backward)
+_tiles.defvjp(_convolve_forward, _convolve_backward)
 
 
 @jax.jit
 def _kernel_gradient(x: Float32[Array, "b h w c"], g: Float32[Array, "b h w k"]) -> Float32[Array, "3 3 c k"]:
-    """The gradient of the kernel: the transpose of `_f43_f23` as a linear map of the kernel. Gain 1.09."""
+    """The gradient of the kernel: the transpose of `_convolve` as a linear map of the kernel. Gain 1.09."""
     channels, outputs = x.shape[3], g.shape[3]
     padded = jnp.pad(x, PADDING)
 
     def gradients(input_row: Array, output_column: Array) -> Array:
         sums = _windows(2, 1, _weighted_sum(output_column, _windows(4, 2, g, 4)), 2)
         products = [
-            v.reshape(-1, channels).T @ u.reshape(-1, outputs)
+            transposed_product(v.reshape(-1, channels), u.reshape(-1, outputs))
             for v, u in zip(_tile_inputs(padded, input_row), _sums(F23.outputs.T, sums), strict=True)
         ]
         return _interleave(F23.taps.T, 0, products)
@@ -155,12 +151,6 @@ def _sums(matrix: Float32[np.ndarray, "m n"], terms: Sequence[Array]) -> list[Ar
     """`matrix` @ `terms`, an array for each row. Terms whose coefficient is 0 are left out."""
     rows = ([float(c) * x for c, x in zip(row, terms, strict=True) if c] for row in matrix)
     return [sum(row[1:], start=row[0]) for row in rows]
-
-
-def _hidden_sums(matrix: Float32[np.ndarray, "m n"], terms: Sequence[Array]) -> list[Array]:
-    """`_sums`, with coefficients that XLA:CPU does not see: it then compiles one loop instead of one for each row."""
-    rows = jax.lax.optimization_barrier(tuple(map(jnp.asarray, matrix)))
-    return [_weighted_sum(row, terms) for row in rows]
 
 
 @jax.jit

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from cfd.kernels import cpu, gpu, tpu, winograd
+from cfd.kernels import cpu, direct, gpu, tpu, winograd
 from cfd.kernels import group_norm as group_norm_kernel
 
 GROUPS = 32
@@ -69,21 +69,31 @@ def convolve(
         if not fast:
             return rounded(x, kernel)
         return jax.lax.platform_dependent(x, kernel, tpu=partial(tpu.linear, plain), default=rounded)
-    if kernel.ndim == 2 or not fast or stride > 1 or not winograd.pays(x, kernel):
+    on_cpu = plain
+    if kernel.ndim == 2 and x.dtype == jnp.float32:
+        on_cpu = partial(product, of_rows=cpu.product)
+    elif stride == 1 and direct.pays(x, kernel):
+        on_cpu = direct.convolve
+    elif stride == 1 and winograd.pays(x, kernel):
+        on_cpu = winograd.convolve
+    if not fast or on_cpu is plain:
         return plain(x, kernel)
-    return jax.lax.platform_dependent(x, kernel, cpu=winograd.convolve, default=plain)
+    return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=plain)
 
 
-def product(x: Float[Array, "b h w c"], kernel: Float[Array, "c k"]) -> Float[Array, "b h w k"]:
-    """The 1x1 convolution: Σ_c x[i, j, c] · kernel[c, k]."""
+def product(
+    x: Float[Array, "*b c"], kernel: Float[Array, "c k"], of_rows: Callable[[Array, Array], Array] = jnp.matmul
+) -> Float[Array, "*b k"]:
+    """Σ_c x[..., c] · kernel[c, k], a 1x1 convolution. `of_rows` computes it for x with two axes."""
     # The product has two axes, because XLA:CPU would copy the transpose of a 4-axis x for the kernel's gradient.
-    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
+    return of_rows(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], -1)
 
 
 class Dense(nn.Module):
     """y = x · kernel + bias along the last axis, in `dtype`. With `zero`, the kernel is initialised to 0.
 
-    It differs from `flax.linen.Dense` on a TPU alone, where the gradients of a network in bfloat16 are float32 sums.
+    It differs from `flax.linen.Dense` in gradients alone. On a TPU, those of a network in bfloat16 are float32 sums. On
+    a CPU, those of x with three axes or more have the same bits on any number of threads.
     """
 
     channels: int
@@ -113,14 +123,17 @@ def dense(
     def plain(x: Array, kernel: Array) -> Array:
         return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
 
-    def rounded(x: Array, kernel: Array, *bias: Array) -> Array:
-        y = _rounded(plain, x, kernel)
+    def rounded(x: Array, kernel: Array, *bias: Array, product: Callable[[Array, Array], Array] = plain) -> Array:
+        y = _rounded(product, x, kernel)
         return y + bias[0].astype(x.dtype).reshape((1,) * (y.ndim - 1) + (-1,)) if bias else y
 
     parameters = (kernel,) if bias is None else (kernel, bias)
-    if kernel.dtype == x.dtype or not fast:
+    if not fast or (kernel.dtype == x.dtype and (x.ndim == 2 or x.dtype != jnp.float32)):
         return rounded(x, *parameters)
     x, *parameters = cast_varying(x, *parameters)
+    if kernel.dtype == x.dtype:
+        on_cpu = partial(rounded, product=partial(product, of_rows=cpu.product))
+        return jax.lax.platform_dependent(x, *parameters, cpu=on_cpu, default=rounded)
     on_tpu = partial(tpu.linear if bias is None else tpu.dense, plain)
     return jax.lax.platform_dependent(x, *parameters, tpu=on_tpu, default=rounded)
 
@@ -147,10 +160,21 @@ def attention(
     if not fast:
         return plain(*(x.astype(jnp.float32) for x in (q, k, v))).astype(q.dtype)
     cudnn = {"cuda": gpu.attention} if gpu.cudnn_takes(q) else {}
-    on_tpu = tpu.attention if tpu.pays(q, k) else plain
+    on_tpu = tpu.attention if tpu.pays(q.shape[1], k.shape[1]) else plain
     # JAX's attention itself promotes 16 bits to float32, which `jax_numpy_dtype_promotion="strict"` would refuse.
     with jax.numpy_dtype_promotion("standard"):
         return jax.lax.platform_dependent(q, k, v, cpu=cpu.attention, tpu=on_tpu, default=plain, **cudnn)
+
+
+def self_attention(qkv: Float[Array, "b t 3 n d"], *, fast: bool = True) -> Float[Array, "b t n d"]:
+    """`attention` of the queries, keys and values of n heads, with each other."""
+
+    def plain(qkv: Array) -> Array:
+        return attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], fast=fast)
+
+    if not fast or not tpu.pays(qkv.shape[1], qkv.shape[1]):
+        return plain(qkv)
+    return jax.lax.platform_dependent(qkv, tpu=tpu.self_attention, default=plain)
 
 
 def group_norm(

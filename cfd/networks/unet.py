@@ -15,7 +15,7 @@ from jax import Array
 from jaxtyping import Bool, Float, PyTree, Shaped
 
 from cfd.arguments import concrete
-from cfd.networks.layers import Conv, Dense, attention, concatenate, group_norm
+from cfd.networks.layers import Conv, Dense, concatenate, group_norm, self_attention
 from cfd.networks.times import network_time, sinusoidal
 from cfd.networks.weight import Weight, WeightedSum, weight_input
 
@@ -340,7 +340,7 @@ class AttentionBlock(nn.Module):
         heads = heads_of(self, channels)
         qkv = Conv(3 * channels, self.dtype, size=1, fast=self.fast, name="qkv")(Norm(fast=self.fast, name="norm")(x))
         qkv = qkv.reshape(b, height * width, 3, heads, channels // heads)
-        h = attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], fast=self.fast).reshape(x.shape)
+        h = self_attention(qkv, fast=self.fast).reshape(x.shape)
         return x + Conv(channels, self.dtype, size=1, zero=True, fast=self.fast, name="out")(h)
 
 

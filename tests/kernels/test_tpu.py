@@ -1,5 +1,7 @@
 """The forms of the layers for a TPU, on this platform: against float64, and alone in programs lowered for TPUs."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -33,10 +35,29 @@ def test_gradients_of_attention_by_blocks_are_those_of_the_plain_form() -> None:
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
 
 
+def test_self_attention_is_that_of_its_queries_keys_and_values() -> None:
+    qkv, g = (jax.random.normal(jax.random.key(i), (2, 256, *shape)) for i, shape in enumerate(((3, 3, 8), (3, 8))))
+
+    def plain(qkv: Array) -> Array:
+        return layers.attention(*jnp.moveaxis(qkv, 2, 0), fast=False)
+
+    for form in (tpu.self_attention, layers.self_attention):
+        for ours, theirs in zip(value_and_gradient(form, qkv, g), value_and_gradient(plain, qkv, g), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+
+
+def value_and_gradient(f: Callable[[Array], Array], x: Array, g: Array) -> tuple[Array, Array]:
+    y, vjp = jax.vjp(f, x)
+    return y, *vjp(g)
+
+
 @pytest.mark.parametrize("t, s, loops", [(256, 256, True), (64, 64, False), (257, 257, False)])
 def test_only_large_attention_goes_by_blocks_and_only_on_a_tpu(t: int, s: int, loops: bool) -> None:
     for platform in ("tpu", "cpu", "rocm"):
         program = layers.attention.trace(*heads("bfloat16", t, s)).lower(lowering_platforms=(platform,)).as_text()
+        assert ("stablehlo.while" in program) == (loops and platform == "tpu")
+        qkv = jax.ShapeDtypeStruct((1, t, 3, 2, 8), jnp.bfloat16)
+        program = jax.jit(layers.self_attention).trace(qkv).lower(lowering_platforms=(platform,)).as_text()
         assert ("stablehlo.while" in program) == (loops and platform == "tpu")
 
 
@@ -95,7 +116,7 @@ def test_the_gradients_of_a_dense_layer_are_float32_sums(with_bias: bool, monkey
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("use_bias", [True, False])
 def test_a_dense_layer_is_that_of_flax_elsewhere(dtype: str, use_bias: bool) -> None:
-    """The same initialisation, outputs and gradients, to the bit."""
+    """The same initialisation, outputs and gradients, to the bit but for the order of sums in a kernel's gradient."""
     x = jax.random.normal(jax.random.key(0), (2, 3, 8))
     found = []
     for layer in (layers.Dense(5, dtype, use_bias=use_bias), nn.Dense(5, use_bias=use_bias, dtype=dtype)):
@@ -105,7 +126,7 @@ def test_a_dense_layer_is_that_of_flax_elsewhere(dtype: str, use_bias: bool) -> 
         found.append((params, y, vjp(jnp.ones_like(y))))
     for ours, theirs in zip(*map(jax.tree.leaves, found), strict=True):
         assert ours.dtype == theirs.dtype
-        np.testing.assert_array_equal(np.asarray(ours, np.float32), np.asarray(theirs, np.float32))
+        np.testing.assert_allclose(np.asarray(ours, np.float32), np.asarray(theirs, np.float32), rtol=2e-7)
 
 
 def test_the_gradient_of_a_kernel_is_summed_over_devices_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
