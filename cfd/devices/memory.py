@@ -1,11 +1,16 @@
 """The memory of the C library: XLA's arrays keep theirs between calls, and compilations return theirs.
 
-All of this is for glibc, the C library of most Linux distributions. With another one, nothing here does anything.
+That is for glibc, the C library of most Linux distributions. With another one, nothing is done. `frozen_objects` is for
+Python's own memory.
 """
 
 import ctypes
 import functools
+import gc
+import math
 import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -16,6 +21,14 @@ KEPT = 512 * 2**20
 """A freed block of fewer bytes stays with the process, which uses its memory for the next block."""
 MAPPED = 32 * 2**20
 """This is in place of KEPT with a glibc older than 2.35, which accepts no larger value."""
+LONG = {
+    "/jax/core/compile/jaxpr_to_mlir_module_duration": 0.05,
+    "/jax/core/compile/backend_compile_duration": 0.2,
+}
+"""Free memory returns to the operating system after these events of JAX, if they took so many seconds or longer.
+
+The first is the lowering of a program to XLA's input, just before its compilation.
+"""
 
 
 @functools.cache
@@ -30,7 +43,8 @@ def set_up() -> None:
     those above 64 MB on threads with a heap of their own. With one heap for all threads, compilations, and the steps
     after them, would take half as long again.
 
-    All free memory returns to the operating system after a compilation that took 0.2 s or longer.
+    All free memory returns to the operating system before and after a compilation that takes long. Otherwise, the
+    memory of a training step would stay with the process while a sampler is compiled.
     """
     if libc := _glibc():
         # Set both. If one is set alone, glibc fixes the other at 128 kB.
@@ -38,7 +52,7 @@ def set_up() -> None:
         if not libc.mallopt(M_MMAP_THRESHOLD, KEPT):
             libc.mallopt(M_MMAP_THRESHOLD, MAPPED)
         trim()
-    jax.monitoring.register_event_duration_secs_listener(_trim_after)
+    jax.monitoring.register_event_duration_secs_listener(_trim_at)
 
 
 def trim() -> None:
@@ -57,9 +71,26 @@ def trim() -> None:
                 libc.free(block)
 
 
-def _trim_after(event: str, duration_secs: float | int, **_: Any) -> None:
-    if duration_secs >= 0.2 and event == "/jax/core/compile/backend_compile_duration":
+def _trim_at(event: str, duration_secs: float | int, **_: Any) -> None:
+    if duration_secs >= LONG.get(event, math.inf):
         trim()
+
+
+@contextmanager
+def frozen_objects() -> Iterator[None]:
+    """Within the block, garbage collections pass over all objects that exist when it begins.
+
+    Otherwise, Python's full collections scan what tracing left behind, for 0.2 s each. If the host program has frozen
+    objects of its own, nothing is done, because only all objects can be unfrozen.
+    """
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _glibc() -> Any:

@@ -1,9 +1,9 @@
 """The training loop of both networks: build, restore, compile, then fetch, step, log, save and draw."""
 
-import gc
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from cfd.data.batches import batches
 from cfd.data.dataset import Dataset
-from cfd.devices import parallel, preemption, progress, seeds, watchdog, xla
+from cfd.devices import memory, parallel, preemption, progress, seeds, watchdog, xla
 from cfd.errors import UserError
 from cfd.fields import BEFORE
 from cfd.modes.train_step import LossFn, TrainState, initial_state, train_step
@@ -127,12 +127,16 @@ def fit(
     if jax.process_index() == 0:
         print(f"{sum(x.size for x in jax.tree.leaves(abstract.params)):,} parameters.", flush=True)
 
-    # Compile: before a new state exists, because the compiler needs gigabytes of its own.
-    step_fn = compile_step(
-        training, mesh, division, dataset, abstract, shardings, key_steps, loss_fn, optimizer, project, frozen
-    )
-    if state is None:
-        state = xla.jit_once(init_state, out_shardings=shardings)(key_init)
+    # Compile: before a new state exists, because the compiler needs gigabytes of its own. A thread compiles the program
+    # of the new state, because XLA compiles a part of the step on one core, and then imports what the log needs.
+    with ThreadPoolExecutor(1) as thread:
+        making = thread.submit(xla.compiled, init_state, key_init, out_shardings=shardings) if state is None else None
+        thread.submit(log.prepare)
+        step_fn = compile_step(
+            training, mesh, division, dataset, abstract, shardings, key_steps, loss_fn, optimizer, project, frozen
+        )
+    if making is not None:
+        state, making = making.result()(key_init), None
         if start_from is not None:
             params = start_from(state.params)
             state = state._replace(params=params, ema=jax.tree.map(jnp.copy, params))
@@ -169,7 +173,7 @@ def fit(
             # Step. The host runs ahead of the devices, so that they have work while it waits for data or is slow.
             state, metrics = step_fn(state, batch, key_steps, frozen)
             if step == start + 1:
-                at_end.enter_context(frozen_objects())
+                at_end.enter_context(memory.frozen_objects())
             if slow and unchecked:
                 jax.block_until_ready(unchecked[-1][1]["loss"])
             unchecked.append((step, metrics))
@@ -225,6 +229,7 @@ def fit(
             # Draw.
             if draw is not None and is_drawn and not stop:
                 picture = draw(step, state.ema)
+                memory.trim()  # the memory of the sampler
                 if picture is None:
                     stop = True
                 else:
@@ -295,23 +300,6 @@ def compile_step(
     )
     batch = parallel.batch_shapes(division, (dataset.image_size, dataset.image_size, dataset.channels))
     return xla.compiled(step_fn, abstract, batch, key, frozen, donate_argnums=0, out_shardings=(shardings, None))
-
-
-@contextmanager
-def frozen_objects() -> Iterator[None]:
-    """Within the block, garbage collections pass over all objects that exist when it begins.
-
-    Otherwise, Python's full collections scan what tracing left behind, for 0.2 s each. If the host program has frozen
-    objects of its own, nothing is done, because only all objects can be unfrozen.
-    """
-    if gc.get_freeze_count():
-        yield
-        return
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def data_state_of(dataset: Dataset, step: int, skipped_images: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -254,6 +255,52 @@ def test_nothing_is_compiled_if_nothing_is_left_to_train(
     board = sorted((straight / "tensorboard").iterdir())
     run(straight)
     assert "at step 6 of 6" in capsys.readouterr().out and sorted((straight / "tensorboard").iterdir()) == board
+
+
+def test_an_error_of_the_thread_that_compiles_the_initial_state_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = []
+    compiled = xla.compiled
+
+    def compile_badly(*arguments: Any, **options: Any) -> Any:
+        if threading.current_thread() is threading.main_thread():
+            return compiled(*arguments, **options)
+        threads.append(threading.current_thread())
+        raise jax.errors.JaxRuntimeError("out of memory")
+
+    monkeypatch.setattr(xla, "compiled", compile_badly)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="out of memory"):
+        run(tmp_path)
+    assert threads[0] is not threading.main_thread() and not threads[0].is_alive()
+
+
+def test_an_error_of_the_step_is_raised_after_that_thread_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt  # a second Ctrl-C
+
+    before = threading.active_count()
+    monkeypatch.setattr(xla, "compiled", fails)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    assert threading.active_count() <= before and gc.get_freeze_count() == 0
+
+
+def test_a_request_to_stop_during_compilation_ends_the_run_after_its_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = xla.compiled
+
+    def asked_meanwhile(*arguments: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return compiled(*arguments, **options)
+
+    monkeypatch.setattr(xla, "compiled", asked_meanwhile)
+    with preemption.stopping_on_request(), pytest.raises(preemption.Stopped, match="step 1 of 6"):
+        run(tmp_path)
+    assert saved(tmp_path)[0] == 1
 
 
 def test_isolated_non_finite_steps_do_not_stop_a_run(tmp_path: Path) -> None:
