@@ -6,6 +6,7 @@ step. With the published rates of a chip, they give the time that the step takes
 
 import contextlib
 import importlib.util
+import itertools
 import math
 import threading
 import time
@@ -72,11 +73,12 @@ def compile_ahead(setting: Setting) -> Iterator[dict[str, Any]]:
     size = IMAGE_SIZE[setting.network]
     fields = NETWORKS[setting.network] | dict(dtype=setting.dtype, remat=setting.remat)
     net, project = module(fields, size), build(fields, size, 3).project
+    compiler_options = xla.TPU_OPTIONS | (xla.TPU_FSDP_OPTIONS if setting.fsdp > 1 else {})
     for number, name in enumerate(setting.rows, 1):
         fun, arguments, options = program(name, net, project, mesh, setting.batch_size * mesh.size)
         with progress(f"Compiling {name} ({number} of {len(setting.rows)}) for {mesh.size} chips"):
             start = time.perf_counter()
-            compiled = jax.jit(fun, **options).lower(*arguments).compile()
+            compiled = jax.jit(fun, compiler_options=compiler_options, **options).lower(*arguments).compile()
             seconds = time.perf_counter() - start
         yield facts(setting, net, name, compiled) | {"compile_seconds": seconds}
 
@@ -184,6 +186,7 @@ def facts(setting: Setting, net: Any, name: str, compiled: Any) -> dict[str, Any
         "bytes_accessed": compiled.cost_analysis()["bytes accessed"],
         "main_memory_bytes": hlo.main_memory_bytes(computations),
         "least_bytes": least_bytes(net, name, setting.batch_size),
+        "least_bytes_padded": least_bytes(net, name, setting.batch_size, size_of=padded_size),
         "temporary_bytes": memory.temp_size_in_bytes,
         "argument_bytes": memory.argument_size_in_bytes,
         "collectives": hlo.summary(exchanged),
@@ -200,14 +203,26 @@ def facts(setting: Setting, net: Any, name: str, compiled: Any) -> dict[str, Any
     return found
 
 
-def least_bytes(net: Any, name: str, batch_size: int) -> float:
+def padded_size(shape: tuple[int, ...]) -> int:
+    """The elements of an array with the padding to whole tiles of 8 x 128, in the order of axes that needs the least.
+
+    Neither the axes nor their lengths are changed: a TPU's compiler can only choose which two are the last.
+    """
+    if len(shape) < 2:
+        return math.ceil(math.prod(shape) / 128) * 128
+    pairs = itertools.permutations(shape, 2)
+    return min(math.prod(shape) // (n * m) * math.ceil(n / 8) * 8 * math.ceil(m / 128) * 128 for n, m in pairs)
+
+
+def least_bytes(net: Any, name: str, batch_size: int, size_of: Callable[[tuple[int, ...]], int] = math.prod) -> float:
     """The least bytes of main memory, if each layer's output is written once and read once by each of its users.
 
     Layers are convolutions with their biases, norms with their SiLU, and attention. A sum of two branches is written by
     the last layer of one, which reads the other. In the gradient, a convolution reads its input and, twice, the
     gradient of its output; a norm reads its input and that gradient; attention reads q, k, v, its output and that
     gradient. Parameters are float32: each pass reads them once. AdamW and the EMA read the parameters, the EMA, two
-    moments and the gradient, and write all but the gradient. NaN for a network of other layers than ADM's.
+    moments and the gradient, and write all but the gradient. `size_of` gives the elements of an array of a shape. NaN
+    for a network of other layers than ADM's.
     """
     if not isinstance(net, UNet):
         return math.nan
@@ -216,7 +231,7 @@ def least_bytes(net: Any, name: str, batch_size: int) -> float:
     def note(call: Callable[..., Any], inputs: tuple, options: dict, context: nn.module.InterceptorContext) -> Any:
         outputs = call(*inputs, **options)
         if context.method_name == "__call__" and isinstance(context.module, Conv | Norm | AttentionBlock | ResBlock):
-            x, y = inputs[0].size, outputs.size
+            x, y = (size_of((batch_size, *array.shape[1:])) for array in (inputs[0], outputs))
             forward, backward = {
                 Conv: (x + y, 2 * x + 2 * y),
                 Norm: (x + y, 2 * x + y),
@@ -232,8 +247,8 @@ def least_bytes(net: Any, name: str, batch_size: int) -> float:
 
     with nn.intercept_methods(note):
         params = jax.eval_shape(apply, jax.eval_shape(lambda: seeds.key(0)))
-    size = 4 * sum(x.size for x in jax.tree.leaves(params))
-    forward, backward = (batch_size * width * elements for elements in sums)
+    size = 4 * sum(size_of(x.shape) for x in jax.tree.leaves(params))
+    forward, backward = (width * elements for elements in sums)
     if name == "train":
         return float(forward + backward + (2 + 1 + 9) * size)
     return float(PASSES[name] * (forward + size))
@@ -255,7 +270,7 @@ def table(setting: Setting, found: list[dict[str, Any]]) -> str:
         times = one["seconds"]
         lines.append(
             f"{one['program']:10s}{one['flops'] / 1e12:8.3g}{one['bytes_accessed'] / 1e9:11.4g}"
-            f"{one['main_memory_bytes'] / 1e9:11.4g}{one['main_memory_bytes'] / one['least_bytes']:9.2f}"
+            f"{one['main_memory_bytes'] / 1e9:11.4g}{one['main_memory_bytes'] / one['least_bytes_padded']:9.2f}"
             f"{one['temporary_bytes'] / 1e9:14.4g}{times['FLOPs'] * 1e3:10.3g}{times['memory'] * 1e3:9.3g}"
             f"{times['links'] * 1e3:10.3g}{setting.batch_size * chips / max(times.values()):13.4g}"
             f"  {one['collectives']}"

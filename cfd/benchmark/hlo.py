@@ -121,14 +121,26 @@ def _moved(computations: dict[str, Computation], around: Computation, one: Instr
     if one.operation == "custom-call" and "AllocateBuffer" in one.rest:
         return 0
     body = computations.get(_called(one, "calls"), {})
-    written = size(one.shape)
-    for inner in body.values():
-        if inner.root and inner.operation == "dynamic-update-slice" and written:
-            written = size(body[inner.operands[1]].shape, everywhere=True)
-    return written + sum(
+    return _written(body, one.shape) + sum(
         _read(body, number, size(around[operand].shape))
         for number, operand in enumerate(one.operands)
         if operand in around
+    )
+
+
+def _written(body: Computation, shape: str) -> int:
+    """The bytes that an operation writes of its result of this shape: of an array that it updates, only the slice."""
+    roots = [one for one in body.values() if one.root]
+    if roots and roots[0].operation == "tuple":
+        roots = [body[name] for name in roots[0].operands]
+    arrays = ["{}[{}]{}".format(*array) for array in ARRAY.findall(shape)]
+    if len(roots) != len(arrays):
+        return size(shape)
+    return sum(
+        size(body[root.operands[1]].shape, everywhere=True)
+        if root.operation == "dynamic-update-slice" and size(array)
+        else size(array)
+        for root, array in zip(roots, arrays, strict=True)
     )
 
 

@@ -20,8 +20,6 @@ from PIL import Image
 from cfd.benchmark.side import IMAGE_SIZE, NETWORKS, WEIGHTS, Built, Setting, common_input, seconds
 from cfd.convert.adm_network import Hidden, adm_network
 from cfd.convert.adm_weights import adm_params
-from cfd.data.batches import batches
-from cfd.data.sources import open_dataset
 from cfd.devices import memory, seeds, xla
 from cfd.guidance import NULL_LABEL
 from cfd.losses import eps_loss
@@ -41,14 +39,17 @@ def our_side(setting: Setting) -> Built:
     net, project = module(fields, size), build(fields, size, 3).project
     z, t, labels = map(jnp.asarray, common_input(setting))
     logsnr = adm_logsnr(t, "cosine")
-    if setting.peer:
+
+    def init(key: Array) -> Any:
+        return net.init(key, z[:1], logsnr[:1], labels[:1])["params"]
+
+    def parameters() -> Any:
+        if not setting.peer:
+            return xla.compiled(init, seeds.key(0))(seeds.key(0))
         with np.load(os.path.join(setting.folder, WEIGHTS)) as file:
             state = dict(file)
         hidden = Hidden(z.shape[1], 64, 0, "new", "cosine")
-        params = adm_params(adm_network({k: x.shape for k, x in state.items()}, hidden), state)
-        del state
-    else:
-        params = jax.jit(net.init)(seeds.key(0), z[:1], logsnr[:1], labels[:1])["params"]
+        return adm_params(adm_network({k: x.shape for k, x in state.items()}, hidden), state)
 
     def eps_fn(params: Any) -> Callable[[Array, Array, Array], Array]:
         return lambda z, logsnr, labels: net.apply({"params": params}, z, logsnr, labels)[..., :3]  # pyright: ignore
@@ -89,17 +90,19 @@ def our_side(setting: Setting) -> Built:
         compile_seconds[name] = time.perf_counter() - start
         return program
 
-    current = [params]  # all rows read it, and a training step replaces it
+    # As in training, the programs are compiled before the parameters exist.
+    current = [jax.eval_shape(init, seeds.key(0))]  # all rows read it, and a training step replaces it
     rows: dict[str, Callable[[], Any]] = {}
     for name, program in programs.items():
         if name in setting.rows or (name == "forward" and setting.peer):
-            program = compiled(name, program, params)
+            program = compiled(name, program, current[0])
             rows[name] = lambda program=program: program(current[0])
+    if "train" in setting.rows:
+        rows["train"] = our_train_step(compiled, loss_fn, project, current, {"image": to_uint8(z), "label": labels})
+    current[0] = parameters()
     output = np.asarray(rows["forward"]()) if "forward" in rows else None
     if "forward" not in setting.rows:
         rows.pop("forward", None)  # and its program, which is not part of the memory that is measured
-    if "train" in setting.rows:
-        rows["train"] = our_train_step(compiled, loss_fn, project, current, {"image": to_uint8(z), "label": labels})
     if "input" in setting.rows:
         rows["input"] = input_pipeline(setting)
 
@@ -151,19 +154,27 @@ def our_train_step(
     current: list[Any],
     batch: dict[str, Array],
 ) -> Callable[[], dict[str, Array]]:
-    """`train_step` on a state that each call replaces. It also replaces the parameters in `current`."""
+    """`train_step` on a state that each call replaces. It also replaces the parameters in `current`.
+
+    `current` may hold the shapes of the parameters until the first call, which begins with those that it then holds.
+    """
     on_cpu = jax.default_backend() == "cpu"
     optimizer, step = training(loss_fn, project, replicated=True, join_vectors=on_cpu)
-    build = jax.jit(lambda p: initial_state(lambda _: p, optimizer, seeds.key(0)), donate_argnums=0)
+
+    def build(params: Any) -> TrainState:
+        return initial_state(lambda _: params, optimizer, seeds.key(0))
+
     key = seeds.key(1)
     program = compiled("train", step, jax.eval_shape(build, current[0]), batch, key, donate_argnums=0)
-    state: TrainState = build(current[0])
-    current[0] = state.params
+    state: TrainState | None = None
 
     def once() -> dict[str, Array]:
         nonlocal state
-        state, metrics = program(state, batch, key)
-        current[0] = state.params
+        if state is None:
+            state = jax.block_until_ready(xla.compiled(build, current[0], donate_argnums=0)(current[0]))
+            memory.trim()
+        after, metrics = program(state, batch, key)
+        state, current[0] = after, after.params
         return metrics
 
     return once
@@ -171,6 +182,9 @@ def our_train_step(
 
 def input_pipeline(setting: Setting) -> Callable[[], Any]:
     """`next` on batches of JPEG files of the network's size in a folder. A file is decoded when its batch is built."""
+    from cfd.data.batches import batches  # Grain takes 32 MB, which are not part of the other rows' memory
+    from cfd.data.sources import open_dataset
+
     size, noise = IMAGE_SIZE[setting.network], np.random.default_rng(0)
     folder = Path(setting.folder, "train", "class")
     folder.mkdir(parents=True)

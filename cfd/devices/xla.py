@@ -1,4 +1,4 @@
-"""XLA: compiler options for CPUs, a count of floating-point operations and the compilation cache."""
+"""XLA: compiler options, a count of floating-point operations and the compilation cache."""
 
 import functools
 import math
@@ -21,11 +21,26 @@ from cfd.errors import UserError
 #   until the backward pass.
 # - The disabled pass removes `optimization_barrier` before instructions are merged and fused, which would undo
 #   `jax.checkpoint`.
-CPU_OPTIONS = {
+# - The other disabled pass only checks XLA's own work, and takes a twelfth of the time to compile a training step.
+# - Programs run as fast with level 1 of LLVM's optimizations as with level 3, the default, and take four fifths of the
+#   time to compile.
+CPU_OPTIONS: dict[str, str | bool | int] = {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
     "xla_cpu_copy_insertion_use_region_analysis": True,
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
-    "xla_disable_hlo_passes": "cse_barrier_expander",
+    "xla_disable_hlo_passes": "cse_barrier_expander,hlo-verifier",
+    "xla_backend_optimization_level": 1,
+}
+
+# In a program for several chips, XLA's reshape mover places the cast of a gradient to float32, at the beginning of a
+# norm's gradient, directly behind the convolution that gives it. XLA fuses the two, and writes the gradient in float32.
+TPU_OPTIONS: dict[str, str | bool | int] = {"xla_disable_hlo_passes": "reshape-mover"}
+
+# A part of the reduce-scatters of the gradient then runs while the chip computes. Sums of at most 2 MB are combined.
+TPU_FSDP_OPTIONS: dict[str, str | bool | int] = {
+    "xla_enable_async_reduce_scatter_fusion": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": True,
+    "xla_tpu_ars_combiner_threshold_in_bytes": 2**21,
 }
 
 
@@ -34,45 +49,53 @@ def jit(fun: Callable, **kwargs: Any) -> Callable:
     return jax.jit(fun, compiler_options=compiler_options(), **kwargs)
 
 
-def jit_once(fun: Callable, **kwargs: Any) -> Callable:
-    """`jax.jit` for a program that runs once, such as an initialisation, with the same results.
-
-    Of LLVM's optimizations, XLA:CPU then makes only those that compile quickly. The program of a network's random
-    initialisation takes half of the time to compile, and that of a small classifier takes a quarter.
-    """
-    options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else {}
-    return jax.jit(fun, compiler_options=options, **kwargs)
-
-
 def compiled(fun: Callable, *arguments: Any, **kwargs: Any) -> Compiled:
     """`jit(fun, **kwargs)`, compiled for arguments like these: arrays, or their shapes with their shardings.
+
+    If parameters among them are divided over "fsdp", the options are also those of `fsdp_options`.
 
     Only the program stays in memory, not the traces it was compiled from.
     """
     # JAX keeps its traces as long as the function lives. The `partial` is a new function, which ends with this call.
-    program = jit(functools.partial(fun), **kwargs).lower(*arguments).compile()
+    options = compiler_options() | (fsdp_options() if _are_divided(arguments) else {})
+    program = jax.jit(functools.partial(fun), compiler_options=options, **kwargs).lower(*arguments).compile()
     memory.trim()
     return program
 
 
-@functools.cache
-def compiler_options() -> dict[str, str | bool]:
-    """The compiler options for the default backend: those of CPU_OPTIONS that its compiler knows on a CPU, or none.
+def _are_divided(arguments: tuple[Any, ...]) -> bool:
+    """Whether an array is divided over the mesh axis "fsdp" alone, as `parallel.with_shardings` divides parameters."""
+    shardings = (getattr(x, "sharding", None) for x in jax.tree.leaves(arguments))
+    return any("fsdp" in tuple(x.spec) for x in shardings if isinstance(x, jax.sharding.NamedSharding))
 
-    XLA's versions differ in the options that they know: jaxlib 0.7.2 knows two of the four.
+
+@functools.cache
+def compiler_options() -> dict[str, str | bool | int]:
+    """The compiler options for the default backend: of CPU_OPTIONS or TPU_OPTIONS, those that its compiler knows.
+
+    XLA's versions differ in the options that they know.
     """
-    if jax.default_backend() != "cpu":
-        return {}
-    rejected = {name: reason for name, value in CPU_OPTIONS.items() if (reason := _rejection(name, value))}
+    return _accepted({"cpu": CPU_OPTIONS, "tpu": TPU_OPTIONS}.get(jax.default_backend(), {}))
+
+
+@functools.cache
+def fsdp_options() -> dict[str, str | bool | int]:
+    """Further options for programs with divided parameters: of TPU_FSDP_OPTIONS on a TPU, those that it knows."""
+    return _accepted(TPU_FSDP_OPTIONS if jax.default_backend() == "tpu" else {})
+
+
+def _accepted(options: dict[str, str | bool | int]) -> dict[str, str | bool | int]:
+    """The options that the default backend's compiler knows. A line says which it does not know."""
+    rejected = {name: reason for name, value in options.items() if (reason := _rejection(name, value))}
     if rejected:
         logging.warning(
-            "this XLA rejects %s: on the CPU, a step may be slower, and `remat` may save no memory",
+            "this XLA rejects %s: a step may be slower, and may need more memory",
             "; ".join(f"{name} ({reason})" for name, reason in rejected.items()),
         )
-    return {name: value for name, value in CPU_OPTIONS.items() if name not in rejected}
+    return {name: value for name, value in options.items() if name not in rejected}
 
 
-def _rejection(name: str, value: str | bool) -> str:
+def _rejection(name: str, value: str | bool | int) -> str:
     """The reason why XLA rejects a compiler option, or "" if it accepts the option."""
     try:
         jax.jit(lambda: jax.lax.optimization_barrier(0), compiler_options={name: value}).lower().compile()
@@ -94,7 +117,7 @@ def flops(fun: Callable, *arguments: Any) -> float:
         return math.nan
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
     with jax.default_device(cpu):
-        lowered: Any = jax.jit(fun).trace(*shapes).lower(lowering_platforms=("rocm",))
+        lowered: Any = jax.jit(functools.partial(fun)).trace(*shapes).lower(lowering_platforms=("rocm",))
     return lowered.cost_analysis()["flops"]
 
 

@@ -305,7 +305,8 @@ def train_classifier(net: Any, dataset: Dataset, *, num_steps: int, flip: bool, 
         params = net.init(key, image)["params"]
         return params, optimizer.init(params)
 
-    params, opt_state = xla.jit_once(init)(seeds.key(seed))
+    key = seeds.key(seed)
+    params, opt_state = xla.compiled(init, key)(key)
 
     def loss_fn(params: Any, images: Array, labels: Array) -> Array:
         logits = net.apply({"params": params}, images)[1]

@@ -136,7 +136,9 @@ def with_joined_vectors(update: Callable[..., Any], state: TrainState, loss: Arr
     it would gather arrays that are divided over devices.
     """
     leaves, structure = jax.tree.flatten(state.params)
-    ends = np.cumsum([x.size for x in leaves if x.ndim == 1], dtype=int)
+    sizes = np.array([x.size for x in leaves if x.ndim == 1], np.uint32)
+    # XLA:CPU cannot see these numbers. Otherwise it would compile a loop for each vector instead of one for each size.
+    starts = materialize_on_cpu(list(np.cumsum(sizes, dtype=np.uint32) - sizes))
 
     def is_like_params(part: Any) -> bool:
         return jax.tree.structure(part) == structure
@@ -154,7 +156,8 @@ def with_joined_vectors(update: Callable[..., Any], state: TrainState, loss: Arr
     def take_apart(part: Any) -> Any:
         if not isinstance(part, list):
             return part
-        vectors, others = iter(jnp.split(materialize_on_cpu(part[0]), ends)), iter(part[1:])
+        joined, others = materialize_on_cpu(part[0]), iter(part[1:])
+        vectors = (jax.lax.dynamic_slice_in_dim(joined, *at) for at in zip(starts, sizes.tolist(), strict=True))
         return jax.tree.unflatten(structure, [next(vectors if x.ndim == 1 else others) for x in leaves])
 
     state, grads = jax.tree.map(join, (state, grads), is_leaf=is_like_params)

@@ -57,6 +57,33 @@ def test_bytes_are_those_of_main_memory_in_every_iteration() -> None:
     assert hlo.main_memory_bytes(hlo.parse(PROGRAM)) == 3 * 4096 + 7 * 2 * 4096
 
 
+# A copy of a row of %x to %y and to vector memory: the row is read once, and written to main memory once.
+ROWS = """HloModule jit_f
+
+%copy_row (p: f32[10,1024], q: f32[10,1024], i: s32[]) -> (f32[10,1024], f32[1,1024]) {
+  %p = f32[10,1024]{1,0:T(8,128)} parameter(0)
+  %q = f32[10,1024]{1,0:T(8,128)} parameter(1)
+  %i = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  %row = f32[1,1024]{1,0:T(1,128)} dynamic-slice(%p, %i, %zero), dynamic_slice_sizes={1,1024}
+  %u = f32[10,1024]{1,0:T(8,128)} dynamic-update-slice(%q, %row, %i, %zero)
+  ROOT %t = (f32[10,1024]{1,0:T(8,128)}, f32[1,1024]{1,0:T(1,128)S(1)}) tuple(%u, %row)
+}
+
+ENTRY %main (x: f32[10,1024], y: f32[10,1024], j: s32[]) -> f32[10,1024] {
+  %x = f32[10,1024]{1,0:T(8,128)} parameter(0)
+  %y = f32[10,1024]{1,0:T(8,128)} parameter(1)
+  %j = s32[]{:T(128)S(6)} parameter(2)
+  %f = (f32[10,1024]{1,0:T(8,128)}, f32[1,1024]{1,0:T(1,128)S(1)}) fusion(%x, %y, %j), kind=kLoop, calls=%copy_row
+  ROOT %z = f32[10,1024]{1,0:T(8,128)} get-tuple-element(%f), index=0
+}
+"""
+
+
+def test_an_array_that_is_updated_in_place_is_written_only_where_it_changes() -> None:
+    assert hlo.main_memory_bytes(hlo.parse(ROWS)) == 2 * 4096
+
+
 def test_collectives_have_kinds_bytes_and_whether_the_chip_computes_meanwhile() -> None:
     found = hlo.collectives(hlo.parse(PROGRAM))
     assert found == [hlo.Collective("all-gather", 2048, True), hlo.Collective("all-reduce", 4096, False)]

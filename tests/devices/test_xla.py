@@ -13,10 +13,11 @@ import pytest
 from flax.linen.initializers import lecun_normal
 from jax import Array
 from jax.extend.core import Jaxpr
+from jax.sharding import NamedSharding
 from permissions import obeyed
 from tiny import QUICK, tiny_config
 
-from cfd.devices import seeds, xla
+from cfd.devices import parallel, seeds, xla
 from cfd.modes import settings
 from cfd.modes.train import diffusion
 from cfd.networks.model import build
@@ -90,6 +91,28 @@ def test_a_compiler_gets_the_options_that_it_knows_and_one_line_names_the_others
     assert "xla_disable_hlo_passes" not in record.message
 
 
+def test_each_backend_has_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The options of another backend, which this one's compiler may not know."""
+    monkeypatch.setattr(xla, "_rejection", lambda name, value: "")
+    expected = {"tpu": (xla.TPU_OPTIONS, xla.TPU_FSDP_OPTIONS), "cpu": (xla.CPU_OPTIONS, {}), "cuda": ({}, {})}
+    for backend, options in expected.items():
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        found = xla.compiler_options.__wrapped__(), xla.fsdp_options.__wrapped__()
+        assert found == options
+
+
+def test_only_programs_with_divided_parameters_get_the_options_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch is divided over both axes of the mesh, and is none."""
+    mesh = parallel.make_mesh(2, 4)
+    batch = jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=NamedSharding(mesh, parallel.BATCH))
+    whole, divided = (parallel.with_shardings(m, batch) for m in (parallel.make_mesh(8, 1), mesh))
+    asked = []
+    monkeypatch.setattr(xla, "fsdp_options", lambda: asked.append(True) or {})
+    for arguments, count in (((whole, batch), 0), (([divided], batch), 1)):
+        xla.compiled(lambda x, y: None, *arguments)
+        assert len(asked) == count
+
+
 @pytest.mark.parametrize("mode", [0o720, 0o702])
 def test_a_cache_of_programs_that_others_can_write_to_is_refused(tmp_path: Path, mode: int) -> None:
     folder = tmp_path / "cache"
@@ -99,11 +122,12 @@ def test_a_cache_of_programs_that_others_can_write_to_is_refused(tmp_path: Path,
         xla.use_compilation_cache(str(folder))
 
 
-def test_a_program_that_runs_once_initialises_to_the_same_bits() -> None:
+def test_the_compiler_options_leave_the_bits_of_an_initialisation() -> None:
     def init(key: Array) -> list[Array]:
         return [lecun_normal()(key, (3, 3, 8, 16)), jnp.sin(jax.random.normal(key, (9, 7))) / 3.0]
 
-    jax.tree.map(np.testing.assert_array_equal, xla.jit_once(init)(seeds.key(3)), jax.jit(init)(seeds.key(3)))
+    key = seeds.key(3)
+    jax.tree.map(np.testing.assert_array_equal, xla.compiled(init, key)(key), jax.jit(init)(key))
 
 
 def test_a_program_keeps_nothing_of_what_it_was_made_from() -> None:
@@ -120,6 +144,8 @@ def test_a_program_keeps_nothing_of_what_it_was_made_from() -> None:
     program = xla.compiled(fun, x)
     assert traced() == 0
     np.testing.assert_array_equal(program(x), -np.asarray(x))
+    assert xla.flops(fun, x) == x.size
+    assert traced() == 0
     xla.jit(fun).lower(x).compile()
     assert traced() > 0
 
