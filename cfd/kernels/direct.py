@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float32
 
-PADDING = ((0, 0), (1, 1), (1, 1), (0, 0))
+from cfd.kernels.winograd import PADDING
+
 FEW = 8
 
 
