@@ -2,7 +2,7 @@
 
 Sums over positions are matrix products with ones, many times faster than XLA's reductions. The softmax of attention
 runs over an axis that is not the last. XLA:CPU is XLA's compiler for CPUs. The functions that choose by platform may be
-called on any: `materialize_on_cpu`, `barrier_gradients`, `channel_means`, `group_means`, `add_bias_gradient`.
+called on any: `materialize_on_cpu`, `barrier_gradients`, `channel_means`, `group_means`, `bias_gradient`.
 
 A form's gain is the time without it / with it, of the loss and its gradient: on one core, in `cfd.benchmark`'s small
 network and in that of the config digits.
@@ -49,13 +49,19 @@ def transposed_product(x: Float[Array, "*b n c"], g: Float[Array, "*b n k"]) -> 
 
 @jax.custom_vjp
 def product(x: Float[Array, "*b n c"], kernel: Float[Array, "*b c k"]) -> Float[Array, "*b n k"]:
-    """x · kernel, with `transposed_product` for the gradient of the kernel."""
+    """x · kernel, with `product_gradients`."""
     return x @ kernel
 
 
+def product_gradients(
+    x: Float[Array, "*b n c"], kernel: Float[Array, "*b c k"], g: Float[Array, "*b n k"]
+) -> tuple[Float[Array, "*b n c"], Float[Array, "*b c k"]]:
+    """The gradients of x and of the kernel, given g, that of x · kernel. The latter is a `transposed_product`."""
+    return g @ kernel.mT, transposed_product(x, g)
+
+
 product.defvjp(
-    lambda x, kernel: (product(x, kernel), (x, kernel)),
-    lambda residuals, g: (g @ residuals[1].mT, transposed_product(residuals[0], g)),
+    lambda x, kernel: (x @ kernel, (x, kernel)), lambda residuals, g: product_gradients(residuals[0], residuals[1], g)
 )
 
 
@@ -98,16 +104,14 @@ def moments(x: Float[Array, "b n c"], num_groups: int) -> tuple[Float[Array, "b 
     return mean, group_means(channel_means(jnp.square(x - mean[:, None]), fold=True), num_groups)
 
 
-def add_bias_gradient(_: None, g: Float[Array, "b h w c"]) -> tuple[Float[Array, "b h w c"], Float[Array, "c"]]:
-    """The gradients of x + bias, given that of the sum: g for x; for the bias, g summed over images and positions.
+def bias_gradient(g: Float[Array, "b h w c"]) -> Float[Array, "c"]:
+    """The gradient of a bias: g summed over images and positions, in float32.
 
-    The sum is float32. It is built from `channel_means`, and is therefore a matrix product on a CPU. Gain 1.06 in both
-    networks.
+    It is built from `channel_means`, and is therefore a matrix product on a CPU. Gain 1.06 in both networks.
     """
     b, height, width, channels = g.shape
-    g = materialize_on_cpu(g)
     means = channel_means(g.reshape(b, height * width, channels).astype(jnp.float32))
-    return g, height * width * means.sum(axis=0)
+    return height * width * means.sum(axis=0)
 
 
 def attention(

@@ -22,7 +22,6 @@ def pays(x: Array, kernel: Array) -> bool:
     return x.dtype == jnp.float32 and (min(kernel.shape[2:]) <= FEW or x.size // x.shape[3] < 128)
 
 
-@jax.custom_vjp
 def convolve(x: Float32[Array, "b h w c"], kernel: Float32[Array, "3 3 c k"]) -> Float32[Array, "b h w k"]:
     """The convolution with padding 1."""
     return _convolve(x, kernel)
@@ -43,19 +42,14 @@ def _convolve(x: Float32[Array, "b h w c"], kernel: Float32[Array, "3 3 c k"]) -
     return jnp.moveaxis(jax.lax.optimization_barrier(sum(terms, start=jnp.zeros((), jnp.float32))), 0, 3)
 
 
-def _convolve_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return convolve(x, kernel), (x, kernel)
-
-
-def _convolve_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    x, kernel = residuals
+def gradients(
+    x: Float32[Array, "b h w c"], kernel: Float32[Array, "3 3 c k"], g: Float32[Array, "b h w k"]
+) -> tuple[Float32[Array, "b h w c"], Float32[Array, "3 3 c k"]]:
+    """The gradients of x and of the kernel, given g, that of the output."""
     dx = _convolve(g, kernel[::-1, ::-1].swapaxes(2, 3))
     if _has_few_outputs(x.shape[3], g.shape[3]):
         return dx, _kernel_gradient(g, x)[::-1, ::-1].swapaxes(2, 3)
     return dx, _kernel_gradient(x, g)
-
-
-convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
 @jax.jit

@@ -106,14 +106,14 @@ def _linear_forward(plain: Callable[[Array, Array], Array], x: Array, kernel: Ar
     return linear(plain, x, kernel), (x, kernel)
 
 
-def _linear_backward(
-    plain: Callable[[Array, Array], Array], residuals: tuple[Array, Array], g: Array
+def linear_gradients(
+    plain: Callable[[Array, Array], Array], x: Float[Array, "*b c"], kernel: Float[Array, "*window c k"], g: Array
 ) -> tuple[Array, Array]:
-    x, kernel = residuals
+    """The gradients of x and of the kernel, given g, that of `linear(plain, x, kernel)`."""
     # A float32 product on a TPU rounds its operands to bfloat16, which they are already, and its sum is float32.
     (dx,) = jax.linear_transpose(lambda x: plain(x, kernel.astype(x.dtype)), x)(g)
     (dkernel,) = jax.linear_transpose(lambda k: plain(x.astype(jnp.float32), k), kernel)(g.astype(jnp.float32))
     return dx, dkernel
 
 
-linear.defvjp(_linear_forward, _linear_backward)
+linear.defvjp(_linear_forward, lambda plain, residuals, g: linear_gradients(plain, residuals[0], residuals[1], g))

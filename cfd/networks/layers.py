@@ -9,6 +9,7 @@ of the time to trace a training step.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -46,39 +47,100 @@ class Conv(nn.Module):
         if not self.fast:
             y = convolve(x, kernel.astype(self.dtype), self.stride, fast=False).astype(jnp.float32)
             return (y + bias[None, None, None]).astype(self.dtype)
-        x, kernel, bias = cpu.barrier_gradients(cast_varying(x, kernel, bias))
-        return add_bias(convolve(x, kernel, self.stride), bias)
+        return convolve(x, kernel, self.stride, bias)
 
 
 def convolve(
-    x: Float[Array, "b h w c"], kernel: Float[Array, "... c k"], stride: int, *, fast: bool = True
+    x: Float[Array, "b h w c"],
+    kernel: Float[Array, "... c k"],
+    stride: int,
+    bias: Float[Array, "k"] | None = None,
+    *,
+    fast: bool = True,
 ) -> Float[Array, "b h2 w2 k"]:
-    """y[i, j, k] = Σ_{u, v, c} x[s·i + u − 1, s·j + v − 1, c] · kernel[u, v, c, k], with stride s and padding 1.
+    """y[i, j, k] = Σ_{u, v, c} x[s·i + u − 1, s·j + v − 1, c] · kernel[u, v, c, k] + bias[k], with stride s, padding 1.
 
-    A kernel of shape [c, k] is 1x1, without padding and stride: y[i, j, k] = Σ_c x[i, j, c] · kernel[c, k]. A kernel of
-    another dtype than x is rounded to that of x.
+    A kernel of shape [c, k] is 1x1, without padding and stride: y[i, j, k] = Σ_c x[i, j, c] · kernel[c, k] + bias[k].
+    Kernel and bias are rounded to the dtype of x. The gradient of the bias is summed in float32.
     """
-    strides, padding = (stride, stride), ((1, 1), (1, 1))
-    plain = partial(
-        jax.lax.conv_general_dilated, window_strides=strides, padding=padding, dimension_numbers=winograd.LAYOUT
-    )
-    if kernel.ndim == 2:
-        plain = product
+    parameters = (kernel,) if bias is None else (kernel, bias)
+    if fast:
+        return _convolve(stride, *cast_varying(x, *parameters))
+    y = _rounded(_plain_convolution(stride, kernel), x, kernel)
+    return y if bias is None else y + bias.astype(x.dtype)[None, None, None]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _convolve(stride: int, x: Float[Array, "b h w c"], *parameters: Array) -> Float[Array, "b h2 w2 k"]:
+    return _output(stride, x, *parameters)
+
+
+@partial(jax.jit, static_argnums=0)
+def _output(stride: int, x: Float[Array, "b h w c"], kernel: Array, *bias: Array) -> Float[Array, "b h2 w2 k"]:
+    y: Array = _by_platform({name: form.output for name, form in _forms(stride, x, kernel).items()}, x, kernel)
+    return y + bias[0].astype(x.dtype)[None, None, None] if bias else y
+
+
+@partial(jax.jit, static_argnums=0)
+def _gradients(stride: int, residuals: tuple[Array, ...], g: Float[Array, "b h2 w2 k"]) -> tuple[Array, ...]:
+    """The gradients of x and of the parameters."""
+    x, kernel, *bias = residuals
+    g = cpu.materialize_on_cpu(g)
+    forms = {name: form.gradients for name, form in _forms(stride, x, kernel).items()}
+    gradients = _by_platform(forms, x, kernel, g)
+    return cpu.materialize_on_cpu((*gradients, cpu.bias_gradient(g)) if bias else gradients)
+
+
+_convolve.defvjp(lambda stride, *arrays: (_output(stride, *arrays), arrays), _gradients)
+
+
+class Form(NamedTuple):
+    """Functions of one platform for the convolution of x and a kernel, and for its gradients."""
+
+    output: Callable[[Array, Array], Array]
+    """(x, kernel) -> y."""
+    gradients: Callable[[Array, Array, Array], tuple[Array, Array]]
+    """(x, kernel, the gradient of y) -> the gradients of x and of the kernel."""
+
+
+def _forms(stride: int, x: Float[Array, "b h w c"], kernel: Float[Array, "... c k"]) -> dict[str, Form]:
+    """{platform: form} for convolutions of these shapes and dtypes. All platforms without a form take "default"."""
+    plain = _plain_convolution(stride, kernel)
+    rounded = partial(_rounded, plain)
+    forms = {"default": Form(rounded, lambda x, kernel, g: jax.vjp(rounded, x, kernel)[1](g))}
     if kernel.dtype != x.dtype:
-        rounded = partial(_rounded, plain)
-        if not fast:
-            return rounded(x, kernel)
-        return jax.lax.platform_dependent(x, kernel, tpu=partial(tpu.linear, plain), default=rounded)
-    on_cpu = plain
-    if kernel.ndim == 2 and x.dtype == jnp.float32:
-        on_cpu = partial(product, of_rows=cpu.product)
-    elif stride == 1 and direct.pays(x, kernel):
-        on_cpu = direct.convolve
-    elif stride == 1 and winograd.pays(x, kernel):
-        on_cpu = winograd.convolve
-    if not fast or on_cpu is plain:
-        return plain(x, kernel)
-    return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=plain)
+        forms["tpu"] = Form(rounded, partial(tpu.linear_gradients, plain))
+    elif kernel.ndim == 2 and x.dtype == jnp.float32:
+        forms["cpu"] = Form(plain, _product_gradients)
+    elif stride == 1 and kernel.ndim == 4 and direct.pays(x, kernel):
+        forms["cpu"] = Form(direct.convolve, direct.gradients)
+    elif stride == 1 and kernel.ndim == 4 and winograd.pays(x, kernel):
+        forms["cpu"] = Form(winograd.convolve, winograd.gradients)
+    return forms
+
+
+def _by_platform(functions: dict[str, Callable[..., Any]], *arrays: Array) -> Any:
+    if len(functions) == 1:
+        return functions["default"](*arrays)
+    return jax.lax.platform_dependent(*arrays, **functions)
+
+
+def _plain_convolution(stride: int, kernel: Float[Array, "... c k"]) -> Callable[[Array, Array], Array]:
+    if kernel.ndim == 2:
+        return product
+    return partial(
+        jax.lax.conv_general_dilated,
+        window_strides=(stride, stride),
+        padding=((1, 1), (1, 1)),
+        dimension_numbers=winograd.LAYOUT,
+    )
+
+
+def _product_gradients(
+    x: Float[Array, "b h w c"], kernel: Float[Array, "c k"], g: Float[Array, "b h w k"]
+) -> tuple[Float[Array, "b h w c"], Float[Array, "c k"]]:
+    dx, dkernel = cpu.product_gradients(x.reshape(-1, x.shape[-1]), kernel, g.reshape(-1, g.shape[-1]))
+    return dx.reshape(x.shape), dkernel
 
 
 def product(
@@ -142,15 +204,6 @@ def _rounded(plain: Callable[[Array, Array], Array], x: Array, kernel: Array) ->
     return plain(x, kernel.astype(x.dtype))
 
 
-@jax.custom_vjp
-def add_bias(x: Float[Array, "b h w c"], bias: Float[Array, "c"]) -> Float[Array, "b h w c"]:
-    """y[i, j, k] = x[i, j, k] + bias[k], in the dtype of x. The gradient of the bias is summed in float32."""
-    return x + bias.astype(x.dtype)[None, None, None]
-
-
-add_bias.defvjp(lambda x, bias: (add_bias(x, bias), None), cpu.add_bias_gradient)
-
-
 @partial(jax.jit, static_argnames="fast")
 def attention(
     q: Float[Array, "b t n d"], k: Float[Array, "b s n d"], v: Float[Array, "b s n d"], *, fast: bool = True
@@ -166,6 +219,7 @@ def attention(
         return jax.lax.platform_dependent(q, k, v, cpu=cpu.attention, tpu=on_tpu, default=plain, **cudnn)
 
 
+@partial(jax.jit, static_argnames="fast")
 def self_attention(qkv: Float[Array, "b t 3 n d"], *, fast: bool = True) -> Float[Array, "b t n d"]:
     """`attention` of the queries, keys and values of n heads, with each other."""
 

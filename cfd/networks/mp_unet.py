@@ -25,7 +25,7 @@ from jax import Array
 from jaxtyping import Float, Shaped
 
 from cfd.kernels import cpu
-from cfd.networks.layers import attention, cast_varying, concatenate, convolve
+from cfd.networks.layers import concatenate, convolve, self_attention
 from cfd.networks.times import network_time, sinusoidal
 from cfd.networks.unet import (
     check_labels,
@@ -230,7 +230,7 @@ class Attention(nn.Module):
         heads = heads_of(self, channels)
         qkv = Conv(3 * channels, self.dtype, size=1, fast=self.fast, name="qkv")(x)
         qkv = pixel_norm(qkv.reshape(b, height * width, 3, heads, channels // heads))
-        h = attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], fast=self.fast).reshape(x.shape)
+        h = self_attention(qkv, fast=self.fast).reshape(x.shape)
         return mp_sum(x, Conv(channels, self.dtype, size=1, fast=self.fast, name="out")(h), RESIDUAL)
 
 
@@ -252,18 +252,8 @@ class Conv(nn.Module):
         if not self.fast:
             return convolve(x, kernel, 1, fast=False)
 
-        # Without these barriers, XLA:CPU recomputes x, and the gradient of y, inside transposes for the kernel's
-        # gradient.
-        def rounded(x: Array, kernel: Array) -> Array:
-            x, kernel = cpu.barrier_gradients((x, kernel.astype(x.dtype)))
-            return convolve(x, kernel, 1)
-
-        x, kernel = cast_varying(cpu.materialize_on_cpu(x), kernel)
-        if kernel.dtype == x.dtype:
-            return cpu.barrier_gradients(rounded(x, kernel))
-        # Only a TPU's convolution takes a float32 kernel, because only there is the kernel's gradient a float32 sum.
-        y = jax.lax.platform_dependent(x, kernel, tpu=lambda x, kernel: convolve(x, kernel, 1), default=rounded)
-        return cpu.barrier_gradients(y)
+        # Without the barrier, XLA:CPU recomputes x inside the transpose for the kernel's gradient.
+        return convolve(cpu.materialize_on_cpu(x), kernel, 1)
 
 
 def unit(weight: Float[Array, "*n k"]) -> Float[Array, "*n k"]:

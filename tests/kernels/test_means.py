@@ -36,6 +36,5 @@ def test_the_means_of_an_image_are_the_same_bits_in_every_batch() -> None:
 
 def test_a_bias_gradient_is_the_sum_of_the_gradient() -> None:
     g = jax.random.normal(seeds.key(0), (2, 4, 6, 32))
-    unchanged, of_bias = xla.jit(lambda g: cpu.add_bias_gradient(None, g))(g)
-    np.testing.assert_array_equal(unchanged, g)
+    of_bias = xla.jit(cpu.bias_gradient)(g)
     np.testing.assert_allclose(of_bias, np.sum(np.asarray(g), axis=(0, 1, 2), dtype=np.float64), rtol=1e-5, atol=1e-5)

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Float, Float64
 from tiny import QUICK
 
-from cfd.networks.layers import Conv, add_bias, attention, group_norm
+from cfd.networks.layers import Conv, attention, convolve, group_norm
 
 Inputs = tuple[Array, Array, Array]
 
@@ -183,11 +183,15 @@ def test_channels_that_the_groups_do_not_divide_are_refused() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_add_bias_has_the_values_and_gradients_of_a_sum(dtype: str) -> None:
-    """With x in bfloat16, the bias is still a float32 parameter, and its gradient is summed in float32."""
+def test_the_bias_of_a_convolution_has_the_values_and_gradients_of_a_sum(dtype: str) -> None:
+    """With x in bfloat16, the bias is still a float32 parameter, and its gradient is summed in float32.
+
+    The kernel is the identity, so that the convolution changes nothing.
+    """
     x, bias, cotangent = (normal(i, shape) for i, shape in enumerate([(3, 8, 6, 5), (5,), (3, 8, 6, 5)]))
     x, cotangent = x.astype(dtype), cotangent.astype(dtype)
-    y, pullback = jax.vjp(add_bias, x, bias)
+    identity = jnp.eye(5, dtype=dtype)
+    y, pullback = jax.vjp(lambda x, bias: convolve(x, identity, 1, bias), x, bias)
     assert y.dtype == dtype
     np.testing.assert_array_equal(y, x + bias.astype(dtype)[None, None, None])
     of_x, of_bias = pullback(cotangent)
