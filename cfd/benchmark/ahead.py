@@ -4,13 +4,14 @@ The compiler tells the FLOPs, the bytes, the temporary memory and the collective
 step. With the published rates of a chip, they give the time that the step takes at least.
 """
 
-import contextlib
 import importlib.util
 import itertools
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -27,9 +28,8 @@ from cfd.devices import parallel, seeds, xla
 from cfd.errors import UserError, reason_of
 from cfd.losses import eps_loss
 from cfd.modes.train_step import initial_state
-from cfd.networks.layers import Conv
+from cfd.networks import layers, mp_unet, unet
 from cfd.networks.model import build, module
-from cfd.networks.unet import AttentionBlock, Norm, ResBlock, UNet
 from cfd.sampling import guided_sample
 
 PROGRAMS = ("forward", "train", "w0", "guided")
@@ -49,6 +49,10 @@ class Chip(NamedTuple):
 
 CHIPS = {"v5e": Chip(197e12, 800e9, 200e9), "v6e": Chip(918e12, 1600e9, 400e9)}
 """From docs.cloud.google.com/tpu/docs/v6e, which compares both. The links' 1,600 and 3,200 Gbps are all four ports."""
+
+
+HOST = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
+"""The environment of a TPU's host. Without it, libtpu prints errors. It does not change the chips to compile for."""
 
 
 class Setting(NamedTuple):
@@ -76,10 +80,10 @@ def compile_ahead(setting: Setting) -> Iterator[dict[str, Any]]:
     compiler_options = xla.TPU_OPTIONS | (xla.TPU_FSDP_OPTIONS if setting.fsdp > 1 else {})
     for number, name in enumerate(setting.rows, 1):
         fun, arguments, options = program(name, net, project, mesh, setting.batch_size * mesh.size)
-        with progress(f"Compiling {name} ({number} of {len(setting.rows)}) for {mesh.size} chips"):
-            start = time.perf_counter()
-            compiled = jax.jit(fun, compiler_options=compiler_options, **options).lower(*arguments).compile()
-            seconds = time.perf_counter() - start
+        words = f"Compiling {name} ({number} of {len(setting.rows)}) for {mesh.size} chips"
+        start = time.perf_counter()
+        compiled = aside(words, jax.jit(fun, compiler_options=compiler_options, **options).lower(*arguments).compile)
+        seconds = time.perf_counter() - start
         yield facts(setting, net, name, compiled) | {"compile_seconds": seconds}
 
 
@@ -97,6 +101,8 @@ def mesh_of(setting: Setting) -> Mesh:
 
     options: dict[str, Any] = {"chips_per_host_bounds": [1, 1, 1]} if shape == "1x1" else {}
     options |= {"num_slices": setting.slices} if setting.slices > 1 else {}
+    missing = {name: value for name, value in HOST.items() if name not in os.environ}
+    os.environ.update(missing)
     try:
         devices = topologies.get_topology_desc(setting.compile_for, "tpu", **options).devices
     except (jax.errors.JaxRuntimeError, RuntimeError) as error:
@@ -104,6 +110,9 @@ def mesh_of(setting: Setting) -> Mesh:
             f"libtpu cannot be used ({reason_of(error)}): if another program uses it, wait until that one ends, or set "
             "ALLOW_MULTIPLE_LIBTPU_LOAD=1"
         ) from None
+    finally:
+        for name in missing:
+            del os.environ[name]
     if len(devices) // setting.slices % setting.fsdp:
         raise UserError(
             f"--fsdp is {setting.fsdp}, which does not divide the {len(devices) // setting.slices} chips of a slice: "
@@ -153,23 +162,25 @@ def program(
     return sample, (params, image_rows(key.dtype), labels), dict(out_shardings=rows)
 
 
-@contextlib.contextmanager
-def progress(words: str) -> Iterator[None]:
-    """Within the block, prints `words` at once, and every 30 s how long it has taken."""
-    done, start = threading.Event(), time.perf_counter()
+def aside(words: str, call: Callable[[], Any]) -> Any:
+    """`call()`, in a thread. Prints `words` at once, and every 30 s how long it has taken.
+
+    A signal, such as that of Ctrl-C, interrupts the wait. In the main thread, Python would handle it only after XLA has
+    compiled, which takes minutes.
+    """
+    result, start = Future[Any](), time.perf_counter()
     print(f"{words}: this takes minutes.", flush=True)
 
-    def speak() -> None:
-        while not done.wait(30.0):
-            print(f"{words}: {time.perf_counter() - start:.0f} s so far.", flush=True)
+    def run() -> None:
+        try:
+            result.set_result(call())
+        except BaseException as error:
+            result.set_exception(error)
 
-    speaker = threading.Thread(target=speak, daemon=True)
-    speaker.start()
-    try:
-        yield
-    finally:
-        done.set()
-        speaker.join()
+    threading.Thread(target=run, daemon=True).start()
+    while not wait([result], timeout=30.0).done:
+        print(f"{words}: {time.perf_counter() - start:.0f} s so far.", flush=True)
+    return result.result()
 
 
 def facts(setting: Setting, net: Any, name: str, compiled: Any) -> dict[str, Any]:
@@ -214,31 +225,39 @@ def padded_size(shape: tuple[int, ...]) -> int:
     return min(math.prod(shape) // (n * m) * math.ceil(n / 8) * 8 * math.ceil(m / 128) * 128 for n, m in pairs)
 
 
+LAYERS: dict[type, tuple[tuple[int, int], tuple[int, int]]] = {
+    layers.Conv: ((1, 1), (2, 2)),
+    mp_unet.Conv: ((1, 1), (2, 2)),
+    unet.Norm: ((1, 1), (2, 1)),
+    unet.ResBlock: ((0, 1), (0, 1)),
+    mp_unet.Block: ((0, 1), (0, 1)),
+    unet.AttentionBlock: ((0, 5), (0, 9)),
+    mp_unet.Attention: ((0, 5), (0, 9)),
+}
+"""{layer: (passes over its input and its output in the forward pass, the same in its gradient)}.
+
+Convolutions include their biases, and the norms of ADM their SiLU. Attention reads q, k and v and writes
+its output. The last layer of a residual branch reads the other branch to add it. In the gradient, a convolution reads
+its input and, twice, the gradient of its output; a norm reads its input and that gradient; attention reads q, k, v, its
+output and that gradient. All else is taken as a part of one of these.
+"""
+
+
 def least_bytes(net: Any, name: str, batch_size: int, size_of: Callable[[tuple[int, ...]], int] = math.prod) -> float:
     """The least bytes of main memory, if each layer's output is written once and read once by each of its users.
 
-    Layers are convolutions with their biases, norms with their SiLU, and attention. A sum of two branches is written by
-    the last layer of one, which reads the other. In the gradient, a convolution reads its input and, twice, the
-    gradient of its output; a norm reads its input and that gradient; attention reads q, k, v, its output and that
-    gradient. Parameters are float32: each pass reads them once. AdamW and the EMA read the parameters, the EMA, two
-    moments and the gradient, and write all but the gradient. `size_of` gives the elements of an array of a shape. NaN
-    for a network of other layers than ADM's.
+    LAYERS has the bytes of each layer. Parameters are float32: each pass reads them once. AdamW and the EMA read the
+    parameters, the EMA, two moments and the gradient, and write all but the gradient. `size_of` gives the elements of
+    an array of a shape.
     """
-    if not isinstance(net, UNet):
-        return math.nan
     width, sums = jnp.dtype(net.dtype).itemsize, [0, 0]  # elements that pass forward and backward
 
     def note(call: Callable[..., Any], inputs: tuple, options: dict, context: nn.module.InterceptorContext) -> Any:
         outputs = call(*inputs, **options)
-        if context.method_name == "__call__" and isinstance(context.module, Conv | Norm | AttentionBlock | ResBlock):
+        if context.method_name == "__call__" and type(context.module) in LAYERS:
             x, y = (size_of((batch_size, *array.shape[1:])) for array in (inputs[0], outputs))
-            forward, backward = {
-                Conv: (x + y, 2 * x + 2 * y),
-                Norm: (x + y, 2 * x + y),
-                ResBlock: (y, y),
-                AttentionBlock: (y + 4 * y, y + 8 * y),
-            }[type(context.module)]
-            sums[0], sums[1] = sums[0] + forward, sums[1] + backward
+            for place, (of_input, of_output) in enumerate(LAYERS[type(context.module)]):
+                sums[place] += of_input * x + of_output * y
         return outputs
 
     def apply(key: Array) -> Any:

@@ -19,9 +19,9 @@ COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
 INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)$")
 FREE = {
     "parameter", "get-tuple-element", "tuple", "bitcast", "constant", "copy-done", "slice-done", "async-done",
-    "after-all", "partition-id", "replica-id", "iota",
+    "after-all", "partition-id", "replica-id", "iota", "send-done", "recv-done",
 }  # fmt: skip
-"""Operations that move nothing. A copy is counted where it starts."""
+"""Operations that move nothing. A copy and a transfer between slices are counted where they start."""
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -114,47 +114,68 @@ def _moved(computations: dict[str, Computation], around: Computation, one: Instr
         source, result = ARRAY.findall(one.shape)[:2]
         moved = size("{}[{}]{}".format(*result), everywhere=True)
         return moved * sum("S(" not in layout for *_, layout in (source, result))
-    if one.operation in ("slice", "dynamic-slice"):
-        return 2 * size(one.shape)
-    if one.operation == "dynamic-update-slice":
-        return 2 * size(around[one.operands[1]].shape) if one.operands[1] in around else 0
+    if one.operation in ("send", "recv"):  # the shape is (array, ...)
+        return size("{}[{}]{}".format(*ARRAY.findall(one.shape)[0]))
     if one.operation == "custom-call" and "AllocateBuffer" in one.rest:
         return 0
-    body = computations.get(_called(one, "calls"), {})
-    return _written(body, one.shape) + sum(
-        _read(body, number, size(around[operand].shape))
-        for number, operand in enumerate(one.operands)
-        if operand in around
-    )
+    operands = {number: around[name].shape for number, name in enumerate(one.operands) if name in around}
+    if one.operation == "fusion":
+        body = computations[_called(one, "calls")]
+    else:  # as a fusion of this instruction alone
+        body = {
+            one.operands[number]: Instruction(x, "parameter", f"{number})", False) for number, x in operands.items()
+        }
+        body["result"] = one._replace(root=True)
+    read = (_read(computations, body, number, size(shape)) for number, shape in operands.items())
+    return _written(computations, body, one.shape) + sum(read)
 
 
-def _written(body: Computation, shape: str) -> int:
-    """The bytes that an operation writes of its result of this shape: of an array that it updates, only the slice."""
-    roots = [one for one in body.values() if one.root]
-    if roots and roots[0].operation == "tuple":
-        roots = [body[name] for name in roots[0].operands]
+def _written(computations: dict[str, Computation], body: Computation, shape: str) -> int:
+    """The bytes that a fusion writes of its result of this shape: of an array that it updates, only the slice."""
+    (root,) = (name for name, one in body.items() if one.root)
+    roots = body[root].operands if body[root].operation == "tuple" else [root]
     arrays = ["{}[{}]{}".format(*array) for array in ARRAY.findall(shape)]
     if len(roots) != len(arrays):
         return size(shape)
-    return sum(
-        size(body[root.operands[1]].shape, everywhere=True)
-        if root.operation == "dynamic-update-slice" and size(array)
-        else size(array)
-        for root, array in zip(roots, arrays, strict=True)
-    )
+    return sum(_changed(computations, body, root, array) for root, array in zip(roots, arrays, strict=True))
 
 
-def _read(body: Computation, number: int, whole: int) -> int:
+def _changed(computations: dict[str, Computation], body: Computation, name: str, shape: str) -> int:
+    one = body[_origin(body, name)]
+    if one.operation == "fusion":
+        return _written(computations, computations[_called(one, "calls")], shape)
+    in_place = one.operation == "dynamic-update-slice" and body[_origin(body, one.operands[0])].operation == "parameter"
+    return size(body[one.operands[1]].shape, everywhere=True) if in_place and size(shape) else size(shape)
+
+
+def _origin(body: Computation, name: str) -> str:
+    """The instruction whose result `name` is, in another shape."""
+    return _origin(body, body[name].operands[0]) if body[name].operation == "bitcast" else name
+
+
+def _read(computations: dict[str, Computation], body: Computation, number: int, whole: int) -> int:
     """The bytes that a fusion reads of its operand `number` of `whole` bytes: less, if it only takes slices of it."""
     names = [name for name, one in body.items() if one.operation == "parameter" and one.rest.startswith(f"{number})")]
-    users = [one for one in body.values() if set(names) & set(one.operands)]
-    if not whole or not users:
+    return min(whole, sum(_taken(computations, body, name, whole) for name in names))
+
+
+def _taken(computations: dict[str, Computation], body: Computation, name: str, whole: int) -> int:
+    if body[name].root:
         return whole
-    if all(one.operation in ("slice", "dynamic-slice") for one in users):
-        return sum(size(one.shape, everywhere=True) for one in users)
-    if all(one.operation == "dynamic-update-slice" and one.operands[0] in names for one in users):
-        return 0
-    return whole
+    taken = 0
+    for user, one in body.items():
+        if name not in one.operands:
+            continue
+        place = one.operands.index(name)
+        if one.operation in ("slice", "dynamic-slice") and place == 0:
+            taken += size(one.shape, everywhere=True)
+        elif one.operation == "bitcast":
+            taken += _taken(computations, body, user, whole)
+        elif one.operation == "fusion":
+            taken += _read(computations, computations[_called(one, "calls")], place, whole)
+        elif one.operation != "dynamic-update-slice" or place > 0:
+            return whole
+    return taken
 
 
 def collectives(computations: dict[str, Computation]) -> list[Collective]:

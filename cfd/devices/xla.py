@@ -32,9 +32,17 @@ CPU_OPTIONS: dict[str, str | bool | int] = {
     "xla_backend_optimization_level": 1,
 }
 
-# In a program for several chips, XLA's reshape mover places the cast of a gradient to float32, at the beginning of a
-# norm's gradient, directly behind the convolution that gives it. XLA fuses the two, and writes the gradient in float32.
-TPU_OPTIONS: dict[str, str | bool | int] = {"xla_disable_hlo_passes": "reshape-mover"}
+# - In a program for several chips, XLA's reshape mover places the cast of a gradient to float32, at the beginning of a
+#   norm's gradient, directly behind the convolution that gives it. XLA fuses the two, and writes the gradient in
+#   float32.
+# - With the other options, most sums of gradients over the chips run while the chips compute. Sums of at most 2 MB are
+#   combined: larger ones would have to wait for more gradients.
+TPU_OPTIONS: dict[str, str | bool | int] = {
+    "xla_disable_hlo_passes": "reshape-mover",
+    "xla_enable_async_all_reduce": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True,
+    "xla_jf_crs_combiner_threshold_in_bytes": 2**21,
+}
 
 # A part of the reduce-scatters of the gradient then runs while the chip computes. Sums of at most 2 MB are combined.
 TPU_FSDP_OPTIONS: dict[str, str | bool | int] = {

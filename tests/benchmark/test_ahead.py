@@ -3,6 +3,9 @@
 import importlib.util
 import json
 import math
+import os
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +111,21 @@ def test_the_least_bytes_with_padding_are_those_of_padded_arrays() -> None:
 INPUTS = (((1, 8, 8, 3), "float32"), ((1,), "float32"), ((1,), "int32"))
 
 
-def test_networks_of_other_layers_have_no_least_bytes() -> None:
-    assert math.isnan(ahead.least_bytes(MPUNet(image_size=8, num_classes=10), "train", 1))
+def test_the_least_bytes_of_a_magnitude_preserving_network_can_be_counted_by_hand() -> None:
+    """The same levels as above. There are no norms, and the constant 1 is a channel of the input.
+
+    Convolutions of vectors of one position: the time's, and those of the embedding of 128 channels in five blocks.
+    """
+    fields: dict[str, Any] = TINY | dict(dtype="bfloat16")
+    net = MPUNet(image_size=8, **{k: v for k, v in fields.items() if k not in ("resblock_updown", "scale_shift_norm")})
+    convolutions = [(4, 32), *[(32, 32)] * 6, *[(64, 32), (32, 32), (64, 32)] * 2, (32, 3), (32, 96), (32, 32)]
+    vectors = (32 + 128) + 5 * (128 + 32)
+    passed = 64 * sum(x + y for x, y in convolutions) + vectors
+    added = 64 * 6 * 32
+    inputs = [jax.ShapeDtypeStruct(*s) for s in INPUTS]
+    size = 4 * sum(x.size for x in jax.tree.leaves(jax.eval_shape(net.init, jax.random.key(0), *inputs)))
+    assert ahead.least_bytes(net, "forward", 1) == 2 * (passed + added + 64 * 4 * 32) + size
+    assert ahead.least_bytes(net, "train", 1) == 2 * (3 * passed + 2 * added + 64 * 12 * 32) + 12 * size
 
 
 def test_the_table_has_the_roofline_of_the_slowest_part() -> None:
@@ -125,6 +141,35 @@ def test_the_table_has_the_roofline_of_the_slowest_part() -> None:
     lines = ahead.table(SETTING, [one]).splitlines()
     assert lines[0].startswith("small, 8 images per chip, bfloat16, 4 chips of v5e, fsdp = 1; ")
     assert lines[2].split() == ["train", "2", "4", "3", "1.50", "1", "2", "4", "1", "8000", "none"]
+
+
+def test_a_call_aside_gives_its_result_or_its_error(capsys: pytest.CaptureFixture) -> None:
+    assert ahead.aside("Adding", lambda: 1 + 1) == 2
+    assert capsys.readouterr().out == "Adding: this takes minutes.\n"
+    for error in (KeyError("a"), TimeoutError()):
+
+        def fail(error: Exception = error) -> None:
+            raise error
+
+        with pytest.raises(type(error)):
+            ahead.aside("Failing", fail)
+
+
+def test_a_signal_ends_the_wait_for_a_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call itself goes on until the test lets it end."""
+    goes_on = threading.Event()
+    compiling = lambda setting: iter([ahead.aside("Compiling", lambda: (stop(), goes_on.wait()))])  # noqa: E731
+    monkeypatch.setattr(ahead, "compile_ahead", compiling)
+
+    def stop() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    try:
+        with pytest.raises(SystemExit) as end:
+            benchmark.main(["--compile_for=v5e:2x2"])
+        assert end.value.code == "error: stopped by SIGINT; 0 of 2 programs are compiled"
+    finally:
+        goes_on.set()
 
 
 @pytest.mark.skipif(not HAS_LIBTPU, reason="needs libtpu")

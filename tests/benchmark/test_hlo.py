@@ -84,6 +84,66 @@ def test_an_array_that_is_updated_in_place_is_written_only_where_it_changes() ->
     assert hlo.main_memory_bytes(hlo.parse(ROWS)) == 2 * 4096
 
 
+# %row and %update are fusions within fusions, as in the loops of attention.
+NESTED = """HloModule jit_f
+
+%row (p.1: f32[10,1024], i.1: s32[]) -> f32[1,1024] {
+  %p.1 = f32[10,1024]{1,0:T(8,128)} parameter(0)
+  %i.1 = s32[] parameter(1)
+  %v.1 = f32[10,1024]{1,0:T(8,128)} bitcast(%p.1)
+  ROOT %d.1 = f32[1,1024]{1,0:T(1,128)} dynamic-slice(%v.1, %i.1), dynamic_slice_sizes={1,1024}
+}
+
+%update (p.2: f32[10,1024], r.2: f32[1,1024], i.2: s32[]) -> f32[10,1024] {
+  %p.2 = f32[10,1024]{1,0:T(8,128)} parameter(0)
+  %r.2 = f32[1,1024]{1,0:T(1,128)} parameter(1)
+  %i.2 = s32[] parameter(2)
+  ROOT %u.2 = f32[10,1024]{1,0:T(8,128)} dynamic-update-slice(%p.2, %r.2, %i.2)
+}
+
+%outer (p.3: f32[10,1024], q.3: f32[10,1024], i.3: s32[]) -> f32[10,1024] {
+  %p.3 = f32[10,1024]{1,0:T(8,128)} parameter(0)
+  %q.3 = f32[10,1024]{1,0:T(8,128)} parameter(1)
+  %i.3 = s32[] parameter(2)
+  %f.3 = f32[1,1024]{1,0:T(1,128)} fusion(%p.3, %i.3), kind=kLoop, calls=%row
+  %n.3 = f32[1,1024]{1,0:T(1,128)} negate(%f.3)
+  %g.3 = f32[10,1024]{1,0:T(8,128)} fusion(%q.3, %n.3, %i.3), kind=kLoop, calls=%update
+  ROOT %b.3 = f32[10,1024]{1,0:T(8,128)} bitcast(%g.3)
+}
+
+%filled (p.4: f32[1,1024], i.4: s32[]) -> f32[10,1024] {
+  %p.4 = f32[1,1024]{1,0:T(1,128)} parameter(0)
+  %i.4 = s32[] parameter(1)
+  %c.4 = f32[] constant(0)
+  %z.4 = f32[10,1024]{1,0:T(8,128)} broadcast(%c.4), dimensions={}
+  ROOT %u.4 = f32[10,1024]{1,0:T(8,128)} dynamic-update-slice(%z.4, %p.4, %i.4)
+}
+
+ENTRY %main (x: f32[10,1024], y: f32[10,1024], j: s32[]) -> f32[10,1024] {
+  %x = f32[10,1024]{1,0:T(8,128)} parameter(0)
+  %y = f32[10,1024]{1,0:T(8,128)} parameter(1)
+  %j = s32[]{:T(128)S(6)} parameter(2)
+  LINE
+}
+"""
+
+
+@pytest.mark.parametrize(
+    "line, expected",
+    [
+        ("ROOT %z = f32[10,1024]{1,0:T(8,128)} fusion(%x, %y, %j), kind=kLoop, calls=%outer", 4096 + 4096),
+        ("ROOT %z = f32[1,1024]{1,0:T(1,128)S(1)} fusion(%x, %j), kind=kLoop, calls=%row", 4096),
+        ("ROOT %z = f32[1,1024]{1,0:T(1,128)S(1)} dynamic-slice(%x, %j), dynamic_slice_sizes={1,1024}", 4096),
+        ("ROOT %z = f32[1,1024]{1,0:T(1,128)} slice(%x), slice={[0:1], [0:1024]}", 2 * 4096),
+        ("ROOT %z = f32[16,1024]{1,0:T(8,128)} add(%x, %x)", 2 * 4 * 16 * 1024),  # one array, read once
+        ("ROOT %z = f32[10,1024]{1,0:T(8,128)} fusion(%r, %j), kind=kLoop, calls=%filled", 4 * 16 * 1024),  # from 0
+    ],
+)
+def test_of_a_slice_only_its_own_bytes_count(line: str, expected: int) -> None:
+    """10 rows are stored as 16."""
+    assert hlo.main_memory_bytes(hlo.parse(NESTED.replace("LINE", line))) == expected
+
+
 def test_collectives_have_kinds_bytes_and_whether_the_chip_computes_meanwhile() -> None:
     found = hlo.collectives(hlo.parse(PROGRAM))
     assert found == [hlo.Collective("all-gather", 2048, True), hlo.Collective("all-reduce", 4096, False)]
@@ -99,7 +159,8 @@ EXCHANGES = """HloModule jit_g
 }
 
 %async_collective_fusion.1 (p.2: f32[1024]) -> f32[1024] {
-  %m.2 = f32[1024]{0:T(256)} multiply(%p.2, %p.2)
+  %p.2 = f32[1024]{0:T(256)} parameter(0)
+  ROOT %m.2 = f32[1024]{0:T(256)} multiply(%p.2, %p.2)
   %g.2 = bf16[1024]{0:T(1024)} all-gather(%q.2), channel_id=5, frontend_attributes={chain_id="1"}
 }
 
@@ -150,6 +211,11 @@ def test_collectives_in_steps_and_between_slices_count_once_each() -> None:
         hlo.Collective(between, 8192, False),
     ]
     assert "2 all-gather (6.14e-06 GB, 33% overlapped)" in hlo.summary(found)
+
+
+def test_a_transfer_between_slices_reads_what_it_sends_and_writes_what_it_receives() -> None:
+    """Two arrays of 4,096 and 8,192 bytes each way. The fusion moves 2 * 4,096, and the scatter 4,096 + 1,024."""
+    assert hlo.main_memory_bytes(hlo.parse(EXCHANGES)) == 2 * (4096 + 8192) + 2 * 4096 + 4096 + 1024
 
 
 @pytest.mark.parametrize(
