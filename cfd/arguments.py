@@ -94,10 +94,18 @@ def row_weights(weight: Callable[[Array], Array], logsnr: Float[Array, "b"]) -> 
     return weights
 
 
+def check_floating(x: Any) -> None:
+    """Raises ValueError if x is an array of integers, such as images that are uint8."""
+    dtype = getattr(x, "dtype", None)
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"x has dtype {dtype}; data lie in [-1, 1]: give float32, of uint8 images x / 127.5 - 1")
+
+
 def check_data(x: Array, labels_shape: tuple[int, ...]) -> None:
     """Raises ValueError unless x holds floating numbers, and one example for each label, of which there are [B]."""
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"x has dtype {x.dtype}; data lie in [-1, 1]: give float32, of uint8 images x / 127.5 - 1")
+    if not isinstance(x, Array | np.ndarray):
+        raise ValueError(f"x is a {type(x).__name__}; give one array of float32, such as jnp.asarray(x)")
+    check_floating(x)
     if x.shape[:1] != labels_shape:
         raise ValueError(f"x has shape {x.shape} for labels of shape {labels_shape}; give one label per example, [B]")
 
@@ -108,11 +116,10 @@ def known_labels(labels: Int[Array, "b"], logits: Float[Array, "b k"], lowest: i
     Raises ValueError if a concrete label is another one, or if labels are not integers [B].
     """
     batch, num_classes = logits.shape
-    if labels.shape != (batch,) or not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise ValueError(
-            f"labels have dtype {labels.dtype} and shape {labels.shape}; a label is the number of a class: give int32 "
-            f"of shape ({batch},)"
-        )
+    given = isinstance(labels, Array | np.ndarray)
+    if not given or labels.shape != (batch,) or not jnp.issubdtype(labels.dtype, jnp.integer):
+        known = f"have dtype {labels.dtype} and shape {labels.shape}" if given else f"are a {type(labels).__name__}"
+        raise ValueError(f"labels {known}; a label is the number of a class: give int32 of shape ({batch},)")
     classes = f"0 to {num_classes - 1}" + (f", or {lowest} for no class" if lowest < 0 else "")
     check_numbers(
         "label",
@@ -152,6 +159,14 @@ def threefry(key: Key[Array, "*b"] | UInt32[Array, "*b 2"] | UInt32[Array, "*b 4
         )
     data = jax.random.key_data(key) if typed else jnp.asarray(key)
     return jax.random.wrap_key_data(data[..., :2], impl="threefry2x32")
+
+
+def random_signs(key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """−1 or 1 with equal probability, in float32: Rademacher numbers.
+
+    `jax.random.rademacher` draws others from the same key under `jax_enable_x64`.
+    """
+    return 2.0 * jax.random.bernoulli(key, jnp.float32(0.5), shape).astype(jnp.float32) - 1.0
 
 
 def image_keys(key: Key[Array, "*b"] | UInt32[Array, "*b 2"] | UInt32[Array, "*b 4"], batch: int) -> Key[Array, "b"]:

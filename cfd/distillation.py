@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Key, PyTree, UInt32
 
-from cfd.arguments import check_count, check_data, concrete, row_weights, threefry
+from cfd.arguments import check_count, check_data, check_numbers, check_returned, row_weights, threefry
 from cfd.attributes import is_student
 from cfd.guidance import NULL_LABEL, batch_size, check_output, guide, nulls_like
 from cfd.process import Schedule, cosine, diffuse, per_example, x_from_eps
@@ -62,7 +62,8 @@ def distillation_loss(
         )
     key_u, key_noise, key_w = jax.random.split(threefry(key), 3)
     rows = jnp.arange(len(x), dtype=jnp.float32)
-    logsnr = schedule((jax.random.uniform(key_u, ()) + rows / len(x)) % 1.0)
+    logsnr = schedule((jax.random.uniform(key_u, (), jnp.float32) + rows / len(x)) % 1.0)
+    check_returned("schedule", logsnr, rows.shape, "λ for each u")
     w = _spread(key_w, rows, lo, hi)
     z = diffuse(x, jax.random.normal(key_noise, x.shape, jnp.float32), logsnr)
     nulls = nulls_like(jax.tree.map(jnp.asarray, labels), null)
@@ -99,7 +100,7 @@ def halving_loss(
     check_data(x, (batch_size(labels),))
     key_i, key_noise, key_w = jax.random.split(threefry(key), 3)
     levels = jnp.append(grid(2 * count, schedule, clean_end=False), jnp.inf)
-    i = 2 * jax.random.randint(key_i, x.shape[:1], 0, count)
+    i = 2 * jax.random.randint(key_i, x.shape[:1], 0, count, jnp.int32)
     logsnr, middle, after = levels[i], levels[i + 1], levels[i + 2]
     w = _spread(key_w, jnp.arange(len(x), dtype=jnp.float32), lo, hi)
     z = diffuse(x, jax.random.normal(key_noise, x.shape, jnp.float32), logsnr)
@@ -145,7 +146,7 @@ def two_steps(
 def _spread(key: Key[Array, ""], rows: Float[Array, "b"], lo: float, hi: float) -> Float[Array, "b"]:
     """w in [lo, hi] with log(1 + w − lo) uniform, which any consecutive rows spread evenly."""
     golden = 0.5 * (math.sqrt(5.0) - 1.0)
-    uniform = (jax.random.uniform(key, ()) + golden * rows) % 1.0
+    uniform = (jax.random.uniform(key, (), jnp.float32) + golden * rows) % 1.0
     return lo + jnp.expm1(uniform * math.log1p(hi - lo))
 
 
@@ -158,10 +159,10 @@ def _weighted(squared: Array, weight: Callable[[Array], Array] | None, logsnr: A
 
 
 def _checked_range(weights: Sequence[float]) -> tuple[float, float]:
-    ends = [concrete(end) for end in weights]
-    if len(ends) != 2 or not all(end is None or (np.isfinite(end) and end >= -1.0) for end in ends):
-        raise ValueError(f"weights is {weights}; give the range of w as (lo, hi), two finite numbers >= -1")
-    lo, hi = ends
+    remedy = "give the range of w as (lo, hi), two finite numbers >= -1"
+    if np.ndim(weights) != 1 or len(weights) != 2:
+        raise ValueError(f"weights is {weights}; {remedy}")
+    lo, hi = (check_numbers("weights", end, lambda x: np.isfinite(x) & (x >= -1.0), remedy) for end in weights)
     if lo is not None and hi is not None and lo >= hi:
         raise ValueError(f"weights is {weights}; give the range of w as (lo, hi) with lo < hi")
     return weights[0], weights[1]

@@ -8,6 +8,7 @@ stiff, and does not return to the same image.
 The steps are uniform in λ, because the same steps in (z/α, σ/α), those of DDIM, lose an order for the density.
 """
 
+import math
 from typing import Any, SupportsIndex
 
 import jax
@@ -17,7 +18,7 @@ from jax.nn import log_sigmoid
 from jax.typing import ArrayLike
 from jaxtyping import Float, Key, PyTree, Real, UInt32
 
-from cfd.arguments import check_count, check_data, check_numbers, image_keys
+from cfd.arguments import check_count, check_data, check_numbers, image_keys, random_signs
 from cfd.guidance import NULL_LABEL, batch_size, check_trained, guided
 from cfd.process import alpha_sigma, check_ends, per_example
 
@@ -43,8 +44,10 @@ def flow(
     remedy = "a flow goes one way: give a grid [n + 1] with n >= 1 that rises or falls, in [-80, 80]"
 
     def one_way(x: Any) -> Any:
-        steps = x[1:] - x[:-1] if x.ndim == 1 and len(x) > 1 else x[:0]
-        return len(steps) > 0 and ((steps > 0).all() or (steps < 0).all()) and (abs(x) <= 80.0).all()
+        if x.ndim != 1 or len(x) < 2:
+            return False
+        steps = x[1:] - x[:-1]
+        return ((steps > 0).all() or (steps < 0).all()) and (abs(x) <= 80.0).all()
 
     known = check_numbers("logsnr", logsnr, one_way, remedy)
     if known is not None:
@@ -88,7 +91,7 @@ def log_likelihood(
     count = check_count("num_steps", num_steps)
     check_ends(logsnr_min, logsnr_max)
     check_trained(eps_fn, logsnr_min, logsnr_max)
-    probe = jax.vmap(lambda key: jax.random.rademacher(key, x.shape[1:], jnp.float32))(image_keys(key, batch))
+    probe = jax.vmap(lambda key: random_signs(key, x.shape[1:]))(image_keys(key, batch))
     field = velocity(eps_fn, labels, w, null)
     axes = tuple(range(1, x.ndim))
 
@@ -103,7 +106,7 @@ def log_likelihood(
     levels = jnp.linspace(first, last, count + 1)
     start = alpha_sigma(first)[0] * x, jnp.zeros(batch, jnp.float32) + jnp.sum(0.0 * x, axes)
     (z, volume), _ = jax.lax.scan(step, start, (levels[:-1], levels[1:]))
-    d = x.size // batch
+    d = math.prod(x.shape[1:])
     normal = -0.5 * jnp.sum(jnp.square(z), axes) - 0.5 * d * jnp.log(2.0 * jnp.pi)
     # The density of x = z/α has the factor α^d of the first λ.
     return normal + volume + 0.5 * d * log_sigmoid(first), z

@@ -41,8 +41,8 @@ def drop_labels(
         "p_uncond", p_uncond, lambda p: (p >= 0.0) & (p <= 1.0), "it is a probability: give a value in [0, 1]"
     )
     batch, labels = batch_size(labels), jax.tree.map(jnp.asarray, labels)
-    if jnp.shape(p_uncond) not in ((), (batch,)):
-        raise ValueError(f"p_uncond has shape {jnp.shape(p_uncond)}; give a scalar, or shape ({batch},)")
+    if (shape := jnp.asarray(p_uncond).shape) not in ((), (batch,)):
+        raise ValueError(f"p_uncond has shape {shape}; give a scalar, or shape ({batch},)")
     if is_zero(p_uncond):
         return labels
     dropped = jax.random.bernoulli(threefry(key), jnp.asarray(p_uncond, jnp.float32), (batch,))
@@ -115,6 +115,8 @@ def guide(
     Raises ValueError if a concrete w is not finite.
     """
     check_weight(w)
+    if callable(w) or isinstance(w, Interval):
+        raise ValueError(f"w is {w}; this is the mix at one λ: give its weight there, a number or one per row")
     w = per_example(w, eps_cond)
     return (1.0 + w) * eps_cond - w * eps_uncond
 
@@ -143,7 +145,7 @@ def guided(
         eps = evaluate(z, logsnr, labels, *([weight_at(w, logsnr, batch)] if student else []))
         if nulls is None:
             return eps
-        weight = w.w if isinstance(w, Interval) else w(logsnr) if callable(w) else w
+        weight = w.w if isinstance(w, Interval) else weight_of(w, logsnr, batch) if callable(w) else w
         weight = jnp.asarray(weight, jnp.float32)
         if isinstance(w, Interval):
             weight = jnp.where(w.contains(logsnr), weight, 0.0)
@@ -184,8 +186,8 @@ def check_weight(w: Any, batch: int | None = None) -> None:
             f"w is {w}; give numbers, or, for a function of λ, the function alone, with values of 0 outside"
         )
     check_numbers("w", weight, lambda x: abs(x) <= FLOAT32_MAX, "give finite guidance weights")
-    if not callable(weight) and batch is not None and jnp.shape(weight) not in ((), (batch,)):
-        raise ValueError(f"w has shape {jnp.shape(weight)}; give a scalar or one weight per label, shape ({batch},)")
+    if not callable(weight) and batch is not None and (shape := jnp.asarray(weight).shape) not in ((), (batch,)):
+        raise ValueError(f"w has shape {shape}; give a scalar or one weight per label, shape ({batch},)")
     if isinstance(w, Interval):
         remedy = "give logsnr_lo <= logsnr_hi, two numbers"
         lo, hi = (
@@ -194,6 +196,15 @@ def check_weight(w: Any, batch: int | None = None) -> None:
         )
         if lo is not None and hi is not None and lo > hi:
             raise ValueError(f"w is {w}, which contains no λ: {remedy}")
+
+
+def weight_of(w: Callable[[Array], Any], logsnr: Float[Array, "*t"], batch: int) -> Any:
+    """w(λ), a scalar or [B], of a function. Raises ValueError if it returns anything else, and as `check_weight`."""
+    weight = w(logsnr)
+    if callable(weight) or isinstance(weight, Interval):
+        raise ValueError(f"w is a function that returned {weight}; it must return the weight at λ, a number or [B]")
+    check_weight(weight, batch)
+    return weight
 
 
 def check_student_weight(eps_fn: Callable[..., Any], w: Any, **others: bool) -> None:
@@ -209,7 +220,8 @@ def weight_at(w: Any, logsnr: Float[Array, "*t"], batch: int) -> Float[Array, "b
     """
     if isinstance(w, Interval):
         w = jnp.where(w.contains(logsnr), jnp.asarray(w.w, jnp.float32), 0.0)
-    w = w(logsnr) if callable(w) else w
+    if callable(w):
+        w = weight_of(w, logsnr, batch)
     check_weight(w, batch)
     return jnp.broadcast_to(jnp.asarray(w, jnp.float32), (batch,))
 
@@ -306,12 +318,13 @@ def shift_mean(
     rule = sampler.rule if learned else sampler
     if not callable(rule):
         raise ValueError(f"sampler is {sampler!r}; it must be a step rule that adds noise: give ancestral(v)")
+    labels = jnp.asarray(labels)
 
     def step(z: Array, x: Array, logsnr: Array, logsnr_next: Array, *v: Array) -> tuple[Array, Array]:
         mean, std = rule(z, x, logsnr, logsnr_next, *v)
         if std is None:
             raise ValueError("the sampler adds no noise, so there is no Σ to shift by: use classifier_guidance")
-        logsnr = jnp.broadcast_to(logsnr, labels.shape)
+        logsnr = jnp.broadcast_to(logsnr, z.shape[:1])
         return mean + jnp.square(std) * _weighted_gradient(classifier_fn, w, z, logsnr, labels), std
 
     return LearnedVariance(step) if learned else step

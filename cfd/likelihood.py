@@ -134,7 +134,7 @@ def bound(
     batch = batch_size(labels)
     check_data(x, (batch,))
     if decoder is softmax_decoder:
-        check_numbers("x", x, _is_pixel, "the decoder knows 256 values: give x / 127.5 - 1 of uint8 images")
+        check_pixels(x)
     check_grid(logsnr, "logsnr")
     check_v(v)
     check_trained(eps_fn, logsnr[0], logsnr[-1])
@@ -183,7 +183,10 @@ def decoder_costs(
     all these chains, from one evaluation of `bound`. Raises ValueError as `bound` does.
     """
     check_grid(logsnr, "logsnr")
+    check_pixels(x)
     levels, d, keys = jnp.asarray(logsnr, jnp.float32), math.prod(x.shape[1:]), image_keys(key, len(x))
+    if not 0 <= first < len(levels):
+        raise ValueError(f"first is {first}; it is one of {len(levels)} levels: give an integer from 0 on, below that")
 
     def cost(at: tuple[Array, Array]) -> Array:
         t, logsnr = at
@@ -198,9 +201,14 @@ def _noise(keys: Array, t: Array, shape: tuple[int, ...]) -> Array:
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, t), shape, jnp.float32))(keys)
 
 
-def _is_pixel(x: np.ndarray) -> Any:
-    values = to_levels(x)
-    return (abs(x) < 1.001) & (abs(values - np.round(values)) < 0.01)
+def check_pixels(x: Any) -> None:
+    """Raises ValueError unless x has the values of uint8 images, k / 127.5 − 1. Traced numbers are not checked."""
+
+    def is_pixel(x: np.ndarray) -> Any:
+        values = to_levels(x)
+        return (abs(x) < 1.001) & (abs(values - np.round(values)) < 0.01)
+
+    check_numbers("x", x, is_pixel, "the decoder knows 256 values: give x / 127.5 - 1 of uint8 images")
 
 
 def rate_distortion(terms: Bound) -> tuple[Float[Array, "t"], Float[Array, "t"]]:
@@ -226,7 +234,7 @@ def class_scores(
     (arXiv:2207.12598), Section 3.2. All classes have the same noise. `options` are those of `bound`, `logsnr` among
     them. It costs `num_classes` bounds.
     """
-    count, d = check_count("num_classes", num_classes), math.prod(x.shape[1:])
+    count, d = check_count("num_classes", num_classes), math.prod(np.shape(x)[1:])
 
     def score(label: Int[Array, ""]) -> Array:
         return -math.log(2.0) * d * bound(key, eps_fn, x, jnp.full(len(x), label), **options).total
@@ -251,6 +259,7 @@ def best_grid(
             f"squared_error has shape {error.shape}, logsnr {levels.shape}, and num_steps is {count}: give one error "
             "per level, and num_steps from 2 to their number"
         )
+    check_numbers("squared_error", error, lambda x: (x >= 0.0) & (x < math.inf), "give a finite mean square per level")
     cost = 0.5 * error[:, None] * (np.exp(levels)[None, :] - np.exp(levels)[:, None])
     cost = np.where(levels[None, :] > levels[:, None], cost, np.inf)
     least, before = np.full(len(levels), np.inf), []

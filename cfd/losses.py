@@ -198,7 +198,7 @@ def variance_loss(
     key_t, key_eps, key_drop = jax.random.split(threefry(key), 3)
     labels = drop_labels(key_drop, labels, p_uncond, null)
     levels = jnp.asarray(logsnr, jnp.float32)
-    t = jax.random.randint(key_t, x.shape[:1], 0, len(levels))
+    t = jax.random.randint(key_t, x.shape[:1], 0, len(levels), jnp.int32)
     here, ahead = levels[t], levels[jnp.minimum(t + 1, len(levels) - 1)]
     eps = jax.random.normal(key_eps, x.shape, jnp.float32)
     z = diffuse(x, eps, here)

@@ -73,8 +73,10 @@ def coefficients(
     `kept` has the (σ_rel, step) of each stored average, none twice. One that is stored is given back. Otherwise, the
     shares c minimise ∫ (Σ c_i p_i(τ) − p(τ))² dτ among those whose sum is 1. The paper leaves the sum free; with it,
     weights that do not change are reconstructed exactly. The second result is the square root of this minimum relative
-    to ∫ p(τ)² dτ.
+    to ∫ p(τ)² dτ. Raises ValueError if no average is stored, or if a step is not at least 1.
     """
+    if not kept or min(step, *(at for _, at in kept)) < 1:
+        raise ValueError(f"kept is {kept} and step {step}; give the (sigma_rel, step) of stored averages, steps >= 1")
     if (sigma_rel, step) in kept:
         return np.array([float(one == (sigma_rel, step)) for one in kept]), 0.0
     gammas, steps = np.array([gamma_of(s) for s, _ in kept]), np.array([t for _, t in kept], np.float64)

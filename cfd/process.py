@@ -1,8 +1,8 @@
 """The variance-preserving process in log-SNR λ: z = α x + σ ε, α² = sigmoid(λ), σ² = sigmoid(−λ).
 
 Ho and Salimans, Classifier-Free Diffusion Guidance (arXiv:2207.12598), Section 2. Every function takes λ as a scalar or
-as [B], one value per row, and broadcasts it over the trailing axes of z. The formulas are arranged to keep float32
-precision at both ends, λ = ±20, where 1 − sigmoid(λ) would round to 0.
+as [B], one value per row, and broadcasts it over the trailing axes of z. The formulas keep float32 precision at both
+ends, λ = ±20, where 1 − sigmoid(λ) would round to 0.
 
 Numbers of any type are checked where they are concrete: a λ that is NaN is a ValueError. Traced numbers are not.
 """
@@ -20,7 +20,7 @@ from jax.scipy.special import ndtr, ndtri
 from jax.typing import ArrayLike
 from jaxtyping import Float, Real
 
-from cfd.arguments import check_numbers, check_returned
+from cfd.arguments import check_floating, check_numbers, check_returned
 
 Schedule = Callable[[Any], Array]
 """u in [0, 1] -> λ, falling: u = 0 is the clean end. With uniform u it is the density p(λ) of training."""
@@ -28,7 +28,6 @@ Schedule = Callable[[Any], Array]
 Prediction = Callable[[Array, Array, Any], Any]
 """(z [B, ...], λ [B], labels) -> ε, or something else that a network predicts, of the shape of z."""
 
-TIME = "it is the time of the schedule: give values in [0, 1]"
 INCREASING = "λ rises as noise falls: give finite values in [-80, 80], each larger than the one before"
 
 
@@ -43,8 +42,7 @@ def cosine_logsnr(
     Raises ValueError if u is outside [0, 1], and as `check_ends` does.
     """
     check_ends(logsnr_min, logsnr_max)
-    check_numbers("u", u, lambda x: (x >= 0.0) & (x <= 1.0), TIME)
-    u = jnp.asarray(u, jnp.float32)
+    u = as_time(u)
     b_clean = jnp.arctan(jnp.exp(-0.5 * jnp.asarray(logsnr_max, jnp.float32)))
     b_noise = jnp.arctan(jnp.exp(0.5 * jnp.asarray(logsnr_min, jnp.float32)))
     a = 0.5 * jnp.pi - b_clean - b_noise
@@ -70,8 +68,7 @@ def linear(logsnr_min: Real[ArrayLike, ""], logsnr_max: Real[ArrayLike, ""]) -> 
     check_ends(logsnr_min, logsnr_max)
 
     def schedule(u: Real[ArrayLike, "..."]) -> Array:
-        check_numbers("u", u, lambda x: (x >= 0.0) & (x <= 1.0), TIME)
-        u = jnp.asarray(u, jnp.float32)
+        u = as_time(u)
         return (1.0 - u) * jnp.asarray(logsnr_max, jnp.float32) + u * jnp.asarray(logsnr_min, jnp.float32)
 
     return schedule
@@ -91,8 +88,7 @@ def log_normal(
     centre, width = -2.0 * mean, 2.0 * std
 
     def schedule(u: Real[ArrayLike, "..."]) -> Array:
-        check_numbers("u", u, lambda x: (x >= 0.0) & (x <= 1.0), TIME)
-        u = jnp.asarray(u, jnp.float32)
+        u = as_time(u)
         low, high = jnp.asarray(logsnr_min, jnp.float32), jnp.asarray(logsnr_max, jnp.float32)
         first, last = (low - centre) / width, (high - centre) / width
         # The probabilities below and above λ. The smaller one keeps its relative precision in float32.
@@ -121,14 +117,19 @@ def tabulated(logsnr: Sequence[float] | Real[ArrayLike, "..."]) -> Schedule:
     table = jnp.asarray(logsnr, jnp.float32)
 
     def schedule(u: Real[ArrayLike, "..."]) -> Array:
-        check_numbers("u", u, lambda x: (x >= 0.0) & (x <= 1.0), TIME)
-        places = jnp.asarray(u, jnp.float32) * (len(table) - 1)
+        places = as_time(u) * (len(table) - 1)
         # By the integer and the fractional part: `jnp.interp` divides by differences of u, which costs precision.
         low = jnp.clip(jnp.floor(places), 0, len(table) - 2).astype(jnp.int32)
-        fraction = places - low
+        fraction = places - low.astype(jnp.float32)
         return (1.0 - fraction) * table[low] + fraction * table[low + 1]
 
     return schedule
+
+
+def as_time(u: Real[ArrayLike, "*b"]) -> Float[Array, "*b"]:
+    """The time u of a schedule, in float32. Raises ValueError if a concrete one is outside [0, 1]."""
+    check_numbers("u", u, lambda x: (x >= 0.0) & (x <= 1.0), "it is the time of the schedule: give values in [0, 1]")
+    return jnp.asarray(u, jnp.float32)
 
 
 def check_grid(logsnr: Any, name: str = "num_steps") -> None:
@@ -162,7 +163,8 @@ def alpha_sigma(logsnr: Real[ArrayLike, "*b"]) -> tuple[Float[Array, "*b"], Floa
 
 
 def diffuse(x: Float[Array, "..."], eps: Float[Array, "..."], logsnr: Real[ArrayLike, "*b"]) -> Float[Array, "..."]:
-    """z = α x + σ ε, a sample of q(z | x) if ε is standard normal: Eq. 1."""
+    """z = α x + σ ε, a sample of q(z | x) if ε is standard normal: Eq. 1. Raises ValueError for an x of integers."""
+    check_floating(x)
     alpha, sigma = alpha_sigma(per_example(logsnr, x))
     return alpha * x + sigma * eps
 
@@ -185,8 +187,7 @@ def from_x(x_fn: Prediction) -> Prediction:
     For a denoiser D(y, ς, c) of y = x + ς ε, such as EDM's (arXiv:2206.00364), it is
     `from_x(variance_exploding(lambda y, logsnr, c: D(y, jnp.exp(-0.5 * logsnr), c)))`.
 
-    The returned functions of all adapters raise ValueError if a network returns another shape than that of z, and keep
-    its `logsnr_range`.
+    The functions that all adapters return keep `logsnr_range`, and raise ValueError if a network returns another shape.
     """
     return _adapted(x_fn, "x_fn", "the data", eps_from_x)
 
@@ -301,11 +302,7 @@ def sub_vp(eps_fn: Prediction) -> Prediction:
 
 
 def _adapted(
-    predict: Prediction,
-    name: str,
-    meaning: str,
-    eps_of: Callable[[Array, Array, Array], Array],
-    given: Callable[..., Any] | None = None,
+    predict: Prediction, name: str, meaning: str, eps_of: Callable[[Array, Array, Array], Array], given: Any = None
 ) -> Prediction:
     """(z, λ, labels) -> eps_of(z, prediction, λ). It keeps the attribute `logsnr_range` of the network."""
 
@@ -329,10 +326,7 @@ def forward(
     Raises ValueError if λ' > λ.
     """
     remedy = "a step towards noise goes to a smaller λ: give logsnr_to <= logsnr_from"
-    start = check_numbers("logsnr_from", logsnr_from, lambda x: ~np.isnan(x), remedy)
-    end = check_numbers("logsnr_to", logsnr_to, lambda x: ~np.isnan(x), remedy)
-    if start is not None and end is not None and np.any(np.float32(end) > np.float32(start)):
-        raise ValueError(f"logsnr_from is {logsnr_from} and logsnr_to {logsnr_to}; {remedy}")
+    _check_order(remedy, logsnr_to=logsnr_to, logsnr_from=logsnr_from)
     logsnr, logsnr_to = per_example(logsnr_from, z), per_example(logsnr_to, z)
     kept = jnp.exp(0.5 * (log_sigmoid(logsnr_to) - log_sigmoid(logsnr)))
     return kept * z + jnp.sqrt(-jnp.expm1(logsnr_to - logsnr)) * jnp.exp(0.5 * log_sigmoid(-logsnr_to)) * eps
@@ -355,10 +349,7 @@ def posterior(
     Raises ValueError if λ' < λ or if v, unless it is per pixel, is outside [0, 1].
     """
     remedy = "an ancestral step goes to less noise: give logsnr_next >= logsnr"
-    start = check_numbers("logsnr", logsnr, lambda x: ~np.isnan(x), remedy)
-    end = check_numbers("logsnr_next", logsnr_next, lambda x: ~np.isnan(x), remedy)
-    if start is not None and end is not None and np.any(np.float32(end) < np.float32(start)):
-        raise ValueError(f"logsnr is {logsnr} and logsnr_next {logsnr_next}; {remedy}")
+    _check_order(remedy, logsnr=logsnr, logsnr_next=logsnr_next)
     if np.ndim(v) <= 1:  # a network's v is not bounded
         check_v(v)
     logsnr, logsnr_next, v = per_example(logsnr, z), per_example(logsnr_next, z), per_example(v, z)
@@ -368,6 +359,13 @@ def posterior(
     mean = kept * jnp.exp(log_alpha_next - log_alpha) * z + added * jnp.exp(log_alpha_next) * x
     log_variance = (1.0 - v) * log_sigmoid(-logsnr_next) + v * log_sigmoid(-logsnr)
     return mean, jnp.sqrt(added) * jnp.exp(0.5 * log_variance)
+
+
+def _check_order(remedy: str, **levels: Real[ArrayLike, "*b"]) -> None:
+    """Raises ValueError if the first of two λ is larger than the second, or if one is NaN."""
+    low, high = (check_numbers(name, level, lambda x: ~np.isnan(x), remedy) for name, level in levels.items())
+    if low is not None and high is not None and np.any(np.float32(low) > np.float32(high)):
+        raise ValueError(" and ".join(f"{name} is {level}" for name, level in levels.items()) + f"; {remedy}")
 
 
 def step_divergence(
@@ -395,6 +393,8 @@ def check_v(v: Real[ArrayLike, "*v"]) -> None:
 
 
 def per_example(value: Real[ArrayLike, "*b"], like: Array) -> Float[Array, "..."]:
-    """The value as a scalar, or as [B, 1, ..., 1] so that it broadcasts over `like` [B, ...]."""
+    """The value as a scalar, or as [B, 1, ..., 1] to broadcast over `like` [B, ...]. ValueError for other rows."""
     value = jnp.asarray(value, jnp.float32)
+    if any(1 not in (a, b) and a != b for a, b in zip(value.shape, np.shape(like), strict=False)):
+        raise ValueError(f"{value.shape} numbers for an array of shape {np.shape(like)}: give one, or one per row, [B]")
     return value if value.ndim == 0 else value.reshape(value.shape + (1,) * (like.ndim - value.ndim))

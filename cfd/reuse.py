@@ -5,7 +5,7 @@ image has its own Δ and its own rests, and its guide is evaluated if that of an
 therefore the same in every batch, and what it costs is not.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -72,6 +72,11 @@ def is_due(memory: Memory) -> Bool[Array, "b"]:
     return memory.rest <= 0
 
 
+def waited(memory: Memory) -> Memory:
+    """The memory after a step without guidance, at which neither score is mixed. The rests go on."""
+    return memory._replace(rest=memory.rest - 1)
+
+
 def rested(
     memory: Memory, eps_cond: Float[Array, "b ..."], logsnr: Float[Array, ""]
 ) -> tuple[Float[Array, "b ..."], Memory]:
@@ -80,7 +85,7 @@ def rested(
     if memory.slope is not None:
         since = jnp.where(jnp.isfinite(memory.at), logsnr - memory.at, 0.0)
         delta = delta + per_example(since, delta) * memory.slope
-    return eps_cond - delta, memory._replace(rest=memory.rest - 1)
+    return eps_cond - delta, waited(memory)
 
 
 def evaluated(
@@ -100,7 +105,12 @@ def evaluated(
         twice = jnp.isfinite(memory.at)
         step = jnp.where(twice, logsnr - memory.at, 1.0)
         slope = per_example(jnp.where(twice, 1.0 / step, 0.0), delta) * (delta - memory.delta)
-    now = Memory(jnp.where(may_rest, reuse.k - 1, 0), delta, 0.0 * memory.rest + logsnr, slope)
+    now = Memory(
+        jnp.where(may_rest, jnp.int32(reuse.k - 1), jnp.int32(0)),
+        delta,
+        0.0 * memory.rest.astype(jnp.float32) + logsnr,
+        slope,
+    )
 
     def chosen(ours: Array, theirs: Array) -> Array:
         return jnp.where(due.reshape(-1, *[1] * (ours.ndim - 1)), ours, theirs)
@@ -119,8 +129,15 @@ def evaluations(reuse: Reuse | None, steps: int) -> int:
     return steps if reuse is None or reuse.cosine > -1.0 else -(-steps // reuse.k)
 
 
+def check_reuse(reuse: Any) -> None:
+    """Raises ValueError unless `reuse` is of this file."""
+    if not isinstance(reuse, Reuse):
+        raise ValueError(f"reuse is {reuse!r}; give every(k), extrapolated(k) or similar(cosine, k), or None")
+    check_count("k", reuse.k)
+
+
 def _count(k: Number) -> int:
-    return check_count("k", int(k) if float(k).is_integer() else k)
+    return check_count("k", int(k) if isinstance(k, float | np.floating) and float(k).is_integer() else k)
 
 
 def _dot(a: Array, b: Array) -> Float[Array, "b"]:

@@ -21,8 +21,8 @@ from cfd.process import alpha_sigma, eps_from_x, per_example, x_from_eps
 
 Number = int | float | np.number | Array
 
-TINY = 1e-20
-"""Keeps the quotient of two norms finite where both are 0."""
+TINY = 1e-18
+"""Keeps the quotient of two norms finite where both are 0. Its square is a normal number of float32."""
 
 
 class Rule(NamedTuple):
@@ -55,7 +55,7 @@ def apg(eta: Number, norm: Number, momentum: Number) -> Rule:
     def mix(z: Array, eps_cond: Array, eps_guide: Array, logsnr: Array, w: Array, before: Array) -> Any:
         x = x_from_eps(z, eps_cond, logsnr)
         delta = x - x_from_eps(z, eps_guide, logsnr) + momentum * before
-        kept = delta * jnp.minimum(1.0, norm / jnp.maximum(_norm(delta), TINY))
+        kept = delta * jnp.minimum(1.0, norm / _norm(delta))
         parallel = x * _dot(kept, x) / jnp.maximum(_dot(x, x), TINY)
         return z, eps_from_x(z, x + per_example(w, z) * (kept + (eta - 1.0) * parallel), logsnr), delta
 
@@ -105,7 +105,7 @@ def rescale(phi: Number) -> Rule:
     def mix(z: Array, eps_cond: Array, eps_guide: Array, logsnr: Array, w: Array) -> tuple[Array, Array]:
         x_cond = x_from_eps(z, eps_cond, logsnr)
         x = x_from_eps(z, _linear(eps_cond, eps_guide, w), logsnr)
-        factor = _std(x_cond) / jnp.maximum(_std(x), TINY)
+        factor = _std(x_cond) / _std(x)
         return z, eps_from_x(z, x * (phi * factor + (1.0 - phi)), logsnr)
 
     return stateless(mix)
@@ -121,7 +121,7 @@ def power_law(alpha: Number) -> Rule:
 
     def mix(z: Array, eps_cond: Array, eps_guide: Array, logsnr: Array, w: Array) -> tuple[Array, Array]:
         delta = eps_cond - eps_guide
-        return z, eps_cond + per_example(w, z) * jnp.maximum(_norm(delta), TINY) ** alpha * delta
+        return z, eps_cond + per_example(w, z) * _norm(delta) ** alpha * delta
 
     return stateless(mix)
 
@@ -210,7 +210,7 @@ def cads(
     def annealed(c: Array, seed: Array, logsnr: Array) -> Array:
         gamma = jnp.clip((logsnr - logsnr_lo) / (logsnr_hi - logsnr_lo), 0.0, 1.0)
         key = jax.random.fold_in(jax.random.wrap_key_data(seed), jax.lax.bitcast_convert_type(logsnr, jnp.uint32))
-        noised = jnp.sqrt(gamma) * c + noise * jnp.sqrt(1.0 - gamma) * jax.random.normal(key, c.shape)
+        noised = jnp.sqrt(gamma) * c + noise * jnp.sqrt(1.0 - gamma) * jax.random.normal(key, c.shape, jnp.float32)
         rescaled = (noised - noised.mean()) / jnp.maximum(noised.std(), TINY) * c.std() + c.mean()
         return jnp.where(gamma < 1.0, psi * rescaled + (1.0 - psi) * noised, c)
 
@@ -226,7 +226,7 @@ def other_labels(key: Array, labels: Int[Array, "b"], num_classes: int) -> Int[A
     This is independent condition guidance: Sadat et al. (arXiv:2407.02687), which needs no network without classes.
     """
     check_numbers("num_classes", num_classes, lambda n: n >= 2, "give a number of classes of at least 2")
-    return (labels + jax.random.randint(key, labels.shape, 1, num_classes)) % num_classes
+    return (labels + jax.random.randint(key, labels.shape, 1, num_classes, jnp.int32)) % num_classes
 
 
 def constant(w: Number) -> Callable[[Array], Array]:
@@ -290,11 +290,13 @@ def _dot(a: Array, b: Array) -> Array:
 
 
 def _norm(x: Array) -> Array:
-    return jnp.sqrt(_dot(x, x))
+    """‖x‖ of each image, or a tiny number where that is 0: the gradient of the root would be NaN there."""
+    return jnp.sqrt(jnp.maximum(_dot(x, x), TINY**2))
 
 
 def _std(x: Array) -> Array:
-    return jnp.std(x, _axes(x), keepdims=True)
+    """The standard deviation of each image, or a tiny number, as `_norm`."""
+    return jnp.sqrt(jnp.maximum(jnp.var(x, _axes(x), keepdims=True), TINY**2))
 
 
 def _check(*, infinite: bool = False, **numbers: Any) -> None:

@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Key, PyTree, Real, UInt32
 
 from cfd import steps
-from cfd.arguments import concrete, image_keys, is_zero, warn_of_wrong_rows
+from cfd.arguments import check_returned, concrete, image_keys, is_zero, warn_of_wrong_rows
 from cfd.attributes import is_student, joint_scores
 from cfd.guidance import (
     NULL_LABEL,
@@ -28,10 +28,11 @@ from cfd.guidance import (
     check_weight,
     nulls_like,
     weight_at,
+    weight_of,
 )
 from cfd.guidance import guide as linear_mix
 from cfd.process import alpha_sigma, x_from_eps
-from cfd.reuse import Reuse, empty, evaluated, is_due, rested
+from cfd.reuse import Reuse, check_reuse, empty, evaluated, is_due, rested, waited
 from cfd.steps import (
     Langevin,
     LearnedVariance,
@@ -159,7 +160,10 @@ def guided_sample(
         _check_interval(w, num_steps, logsnr_min, logsnr_max)
     labels = jax.tree.map(jnp.asarray, labels)
     keys = image_keys(key, batch)
-    reuse = None if reuse is not None and reuse.k == 1 else reuse
+    _check_functions(rule, clip, eps_fn=eps_fn, guide=guide)
+    if reuse is not None:
+        check_reuse(reuse)
+        reuse = None if reuse.k == 1 else reuse
     guided_eps = _guided(eps_fn, guide, rule, reuse, labels, null, w, batch, doubled)
     if corrector is not None:
         steps.check_corrector(corrector)
@@ -168,16 +172,27 @@ def guided_sample(
         if isinstance(own_w, Interval):
             _check_interval(own_w, num_steps, logsnr_min, logsnr_max)
         corrector_eps = _guided(eps_fn, guide, rule, reuse, labels, null, own_w, batch, doubled)
-    if start is not None and (start.shape != (batch, *shape) or not jnp.issubdtype(start.dtype, jnp.floating)):
-        raise ValueError(
-            f"start has dtype {start.dtype} and shape {start.shape}; it is z at the first λ: give float32 of shape "
-            f"{(batch, *shape)}"
-        )
+    if start is not None:
+        start = jnp.asarray(start)
+        z_shape = (batch, *(shape if np.ndim(shape) else (shape,)))
+        if start.shape != z_shape or not jnp.issubdtype(start.dtype, jnp.floating):
+            raise ValueError(
+                f"start has dtype {start.dtype} and shape {start.shape}; it is z at the first λ: give float32 of shape "
+                f"{z_shape}"
+            )
     # The last λ' is never reached. A step of zero length there would make the gradients of some rules NaN.
     levels_next = jnp.concatenate([levels[1:], levels[-1:] + 1.0])
     step_rule, reach = _extrapolation(sampler, levels, levels_next)
 
-    threshold = clip if callable(clip) else (lambda x: jnp.clip(x, -1.0, 1.0)) if clip else lambda x: x
+    def threshold(x: Array) -> Array:
+        if not callable(clip):
+            return jnp.clip(x, -1.0, 1.0) if clip else x
+        clipped = clip(x)
+        check_returned("clip", clipped, x.shape, "x̃ after its threshold")
+        return clipped.astype(jnp.float32)
+
+    def unguided_memory(state: Any) -> Any:
+        return () if reuse is None else waited(state[1])
 
     def noise(*at: Array | int) -> Array:
         def of_image(key: Array) -> Array:
@@ -185,14 +200,20 @@ def guided_sample(
 
         return jax.vmap(of_image)(keys)
 
-    correct = (lambda z, *at: z) if corrector is None else _correction(corrector, corrector_eps, noise)
+    # The second is the memory of `reuse` after a step at which the sampler itself is not guided.
+    correct = (
+        (lambda z, t, logsnr, state: (z, unguided_memory(state)))
+        if corrector is None
+        else _correction(corrector, corrector_eps, noise, unguided_memory)
+    )
 
     def step(carry: tuple[Array, Array, Any], at: tuple[Array, Array, Array, Any]) -> tuple[Any, Any]:
         (z, x_before, state), (t, logsnr, logsnr_next, reach) = carry, at
-        z = correct(z, t, logsnr, state)
-        z, eps, v, state = guided_eps(z, logsnr, state)
+        z, memory = correct(z, t, logsnr, state)
+        z, eps, v, state = guided_eps(z, logsnr, state, memory)
         x = threshold(x_from_eps(z, eps, logsnr))
-        mean, std = step_rule(z, x if reach is None else x + reach * (x - x_before), logsnr, logsnr_next, v)
+        x_middle = x if reach is None else x + reach * (x - x_before)
+        mean, std = steps.checked_step(step_rule(z, x_middle, logsnr, logsnr_next, v), z)
         z_next = mean if std is None else mean + std * noise(t)
         return (jnp.where(t == len(levels), x, z_next), x, state), x if trajectory else None
 
@@ -241,21 +262,33 @@ def _extrapolation(sampler: Any, logsnr: Array, logsnr_next: Array) -> tuple[Any
     return steps.with_v(rule), steps.reach(logsnr, logsnr_next) if second_order else None
 
 
-def _correction(corrector: Langevin, eps_of: Any, noise: Any) -> Callable[[Array, Array, Array, Any], Array]:
-    """The function (z, t, λ, state) -> z that takes the steps of a corrector."""
+def _correction(corrector: Langevin, eps_of: Any, noise: Any, unguided_memory: Any) -> Callable[..., Any]:
+    """The function (z, t, λ, state) -> (z, memory of `reuse`) that takes the steps of a corrector."""
     c = jnp.asarray(corrector.c, jnp.float32)
 
-    def correct(z: Array, t: Array, logsnr: Array, state: Any) -> Array:
-        sigma = alpha_sigma(logsnr)[1]
+    def correct(z: Array, t: Array, logsnr: Array, state: Any) -> tuple[Array, Any]:
+        sigma, memory = alpha_sigma(logsnr)[1], unguided_memory(state)
 
-        def langevin(k: Array, z: Array) -> Array:
+        def langevin(k: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
+            z, _ = carry
             # If a rule moves z, the score follows from the x̃ that its z and ε imply: σ ε = z − α x̃.
-            moved, eps, _, _ = eps_of(z, logsnr, state)
-            return z - c * (z - moved + sigma * eps) + sigma * jnp.sqrt(2.0 * c) * noise(t, 1 + k)
+            moved, eps, _, (_, after) = eps_of(z, logsnr, state, memory)
+            return z - c * (z - moved + sigma * eps) + sigma * jnp.sqrt(2.0 * c) * noise(t, 1 + k), after
 
-        return jax.lax.fori_loop(0, operator.index(corrector.steps), langevin, z)
+        return jax.lax.fori_loop(0, operator.index(corrector.steps), langevin, (z, memory))
 
     return correct
+
+
+def _check_functions(rule: Any, clip: Any, **networks: Any) -> None:
+    """Raises ValueError for a rule without its functions, for a clip of another kind, and for what is no network."""
+    for name, network in networks.items():
+        if not callable(network) and (network is not None or name == "eps_fn"):
+            raise ValueError(f"{name} is {network!r}; give a function (z, logsnr, labels) -> eps")
+    if rule is not None and not (callable(getattr(rule, "init", None)) and callable(getattr(rule, "mix", None))):
+        raise ValueError(f"rule is {rule!r}; give the result of a function of cfd.rules, such as cfgpp(), or None")
+    if not (callable(clip) or isinstance(clip, bool | np.bool_)):
+        raise ValueError(f"clip is {clip!r}; give True, False, or a function of x̃, such as dynamic_threshold(99.5)")
 
 
 def _guided(
@@ -268,10 +301,10 @@ def _guided(
     w: Any,
     batch: int,
     doubled: bool,
-) -> Callable[[Array, Array, Any], tuple[Array, Array, Array | None, Any]]:
-    """The function (z, λ, state) -> (z, ε̃, v, state) of one or two networks.
+) -> Callable[[Array, Array, Any, Any], tuple[Array, Array, Array | None, Any]]:
+    """The function (z, λ, state, memory) -> (z, ε̃, v, state) of one or two networks.
 
-    The state is that of the rule, and the memory of `reuse`.
+    The state is that of the rule, and the memory of `reuse`. Where no guide is due by w, `memory` becomes its memory.
     """
     student = is_student(eps_fn)
     if student:
@@ -286,8 +319,8 @@ def _guided(
         output = network(z, jnp.broadcast_to(logsnr, z.shape[:1]), *inputs)
         return check_output("eps_fn" if network is eps_fn else "guide", output, z.shape)
 
-    def one(z: Array, logsnr: Array, state: Any) -> tuple[Array, Array, Array | None, Any]:
-        return z, *evaluate(eps_fn, z, logsnr, labels), state
+    def one(z: Array, logsnr: Array, state: Any, memory: Any) -> tuple[Array, Array, Array | None, Any]:
+        return z, *evaluate(eps_fn, z, logsnr, labels), (state[0], memory)
 
     def scores(z: Array, logsnr: Array) -> tuple[tuple[Array, Array | None], Array]:
         if joint is not None:
@@ -318,30 +351,34 @@ def _guided(
         return jax.lax.cond(jnp.any(is_due(memory)), fresh, resting, z, memory)
 
     def both(z: Array, logsnr: Array, state: Any, weight: Any) -> tuple[Array, Array, Array | None, Any]:
-        check_weight(weight, batch)
         weight = jnp.asarray(weight, jnp.float32)
         mixing, memory = state
         (eps_cond, v), eps_guide, memory = remembered(z, logsnr, memory)
         if rule is None:
             return z, linear_mix(eps_cond, eps_guide, weight), v, (mixing, memory)
-        z, eps, mixing = rule.mix(z, eps_cond, eps_guide, logsnr, weight, mixing)
-        return z, eps, v, (mixing, memory)
+        mixed = rule.mix(z, eps_cond, eps_guide, logsnr, weight, mixing)
+        if not isinstance(mixed, tuple) or len(mixed) != 3:
+            raise ValueError("rule.mix returned no triple; it must return (z, ε̃, state)")
+        for array in mixed[:2]:
+            check_returned("rule.mix", array, z.shape, "(z, ε̃, state), z and ε̃ each")
+        return *mixed[:2], v, (mixed[2], memory)
 
     if student:
-        return lambda z, logsnr, state: (z, *evaluate(eps_fn, z, logsnr, labels, weight_at(w, logsnr, batch)), state)
+        return lambda z, logsnr, state, _: (z, *evaluate(eps_fn, z, logsnr, labels, weight_at(w, logsnr, batch)), state)
     if isinstance(w, Interval):
-        return lambda z, logsnr, state: jax.lax.cond(
+        return lambda z, logsnr, state, memory: jax.lax.cond(
             w.contains(logsnr),
-            lambda z, state: both(z, logsnr, state, w.w),
-            lambda z, state: one(z, logsnr, state),
+            lambda z, state, _: both(z, logsnr, state, w.w),
+            lambda z, state, memory: one(z, logsnr, state, memory),
             z,
             state,
+            memory,
         )
     if callable(w):
-        return lambda z, logsnr, state: both(z, logsnr, state, w(logsnr))
+        return lambda z, logsnr, state, _: both(z, logsnr, state, weight_of(w, logsnr, batch))
     if unguided:
         return one
-    return lambda z, logsnr, state: both(z, logsnr, state, w)
+    return lambda z, logsnr, state, _: both(z, logsnr, state, w)
 
 
 def _interleave(a: Array, b: Array) -> Array:

@@ -12,7 +12,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float, Key, PyTree, Real, UInt32
 
-from cfd.arguments import check_data, check_numbers, threefry
+from cfd.arguments import check_data, check_numbers, random_signs, threefry
 from cfd.guidance import NULL_LABEL, batch_size, check_trained, guided
 from cfd.process import alpha_sigma, per_example
 
@@ -86,7 +86,7 @@ def conservativeness(
     _check(eps_fn, z, labels, logsnr)
     field = guided(eps_fn, labels, w, null)
     of_u, of_v = jax.random.split(threefry(key))
-    u, v = (jax.random.rademacher(k, z.shape, jnp.float32) for k in (of_u, of_v))
+    u, v = (random_signs(k, z.shape) for k in (of_u, of_v))
     levels = jnp.asarray(logsnr, jnp.float32)
     _, pull = jax.vjp(lambda z: field(z, levels), z.astype(jnp.float32))
     (of_u,), (of_v,) = pull(u), pull(v)
@@ -98,7 +98,7 @@ def _probed(key: Array, eps_fn: Any, z: Array, labels: PyTree, logsnr: Any) -> t
     """(ε̂, σ vᵀ J v [B], v)."""
     _check(eps_fn, z, labels, logsnr)
     field, levels = guided(eps_fn, labels, 0.0), jnp.asarray(logsnr, jnp.float32)
-    probe = jax.random.rademacher(threefry(key), z.shape, jnp.float32)
+    probe = random_signs(threefry(key), z.shape)
     eps, pull = jax.vjp(lambda z: field(z, levels), z.astype(jnp.float32))
     sigma = alpha_sigma(per_example(levels, z))[1]
     return eps, _dot(sigma * probe, pull(probe)[0]), probe

@@ -10,7 +10,7 @@ from jax.nn import log_sigmoid
 from jax.typing import ArrayLike
 from jaxtyping import Float, Real
 
-from cfd.arguments import check_count, check_numbers, is_zero
+from cfd.arguments import check_count, check_numbers, check_returned, is_zero
 from cfd.process import Schedule, alpha_sigma, check_ends, check_grid, check_v, cosine_logsnr, eps_from_x, posterior
 
 StepRule = Callable[[Array, Array, Array, Array], tuple[Array, Array | None]]
@@ -194,6 +194,19 @@ def with_v(rule: Any) -> Callable[[Array, Array, Array, Array, Array | None], tu
         return rule.rule(z, x, logsnr, logsnr_next, v)
 
     return learned
+
+
+def checked_step(returned: Any, z: Array) -> tuple[Array, Any]:
+    """(mean, std), what a step rule returned. Raises ValueError unless they fit z."""
+    meaning = "(mean, standard deviation of z at the next λ)"
+    if not isinstance(returned, tuple) or len(returned) != 2:
+        raise ValueError(f"the step rule returned no pair; it must return {meaning}, or (mean, None)")
+    mean, std = returned
+    check_returned("the step rule", mean, z.shape, meaning)
+    fits = all(a in (1, b) for a, b in zip(np.shape(std)[::-1], z.shape[::-1], strict=False))
+    if std is not None and (np.ndim(std) > z.ndim or not fits):
+        raise ValueError(f"the step rule returned a std of shape {np.shape(std)}; give [B, 1, ...], or {z.shape}")
+    return mean.astype(jnp.float32), std
 
 
 def reach(logsnr: Float[Array, "t"], logsnr_next: Float[Array, "t"]) -> Float[Array, "t"]:

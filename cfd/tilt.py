@@ -27,6 +27,7 @@ from jaxtyping import Float, Key, PyTree, Real, UInt32
 
 from cfd import steps
 from cfd.arguments import check_count, check_numbers, threefry
+from cfd.attributes import is_student
 from cfd.guidance import NULL_LABEL, check_output, check_trained, check_weight, guide, nulls_like
 from cfd.process import alpha_sigma, check_ends, x_from_eps
 
@@ -100,6 +101,8 @@ def tilted_sample(
     count, num_steps = check_count("num_particles", num_particles), check_count("num_steps", num_steps, 3)
     check_ends(logsnr_min, logsnr_max)
     check_trained(eps_fn, logsnr_min, logsnr_max)
+    if is_student(eps_fn):
+        raise ValueError("eps_fn is a student, which has no unconditional score: give the network that it learned from")
     if callable(w) or jnp.ndim(w) != 0:
         raise ValueError(f"w is {w!r}; the density has one exponent: give one number")
     check_weight(w)
@@ -174,6 +177,6 @@ def _churned(z: Array, x: Array, logsnr: Array, logsnr_next: Array, churn: Any) 
 def _systematic(key: Array, shares: Array) -> Array:
     """The parents [N] of N particles: particle i is copied N share_i times, rounded up or down. One uniform draw."""
     count = len(shares)
-    places = (jnp.arange(count) + jax.random.uniform(key, dtype=jnp.float32)) / count
+    places = (jnp.arange(count, dtype=jnp.float32) + jax.random.uniform(key, dtype=jnp.float32)) / count
     cumulative = jnp.cumsum(shares)
     return jnp.minimum(jnp.searchsorted(cumulative / cumulative[-1], places, side="right"), count - 1)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from recursion import jaxtyping_off
 
 from cfd.distillation import distillation_loss, halving_loss, two_steps
 from cfd.guidance import NULL_LABEL
@@ -192,10 +193,15 @@ def test_the_student_that_does_two_steps_in_one_has_no_loss():
     np.testing.assert_allclose(loss(lambda *a: student(*a) + 0.5), 0.25, rtol=1e-3)
 
 
-@pytest.mark.parametrize("weights", [(1.0, 1.0), (2.0, 0.0), (-2.0, 1.0), (0.0, float("inf")), (0.0,)])
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (2.0, 0.0), (-2.0, 1.0), (0.0, float("inf")), (0.0,), 4.0, ("0", "4")])
 def test_a_range_of_weights_must_be_one(weights):
-    with pytest.raises(ValueError, match="weights is"):
+    with jaxtyping_off(), pytest.raises(ValueError, match="weights is"):
         distillation_loss(KEY, tilted_eps, exact_eps, X, LABELS, weights=weights)
+
+
+def test_a_schedule_gives_a_noise_level_for_each_row():
+    with pytest.raises(ValueError, match=r"schedule returned shape \(\); it must return λ for each u"):
+        distillation_loss(KEY, tilted_eps, exact_eps, X, LABELS, weights=RANGE, schedule=lambda u: u[0])
 
 
 def test_a_student_cannot_teach_guidance():

@@ -9,6 +9,7 @@ import pytest
 from mixtures import gaussian_eps, mixture_eps
 
 from cfd.flow import flow, log_likelihood
+from cfd.guidance import Interval
 from cfd.process import alpha_sigma, linear
 from cfd.sampling import grid
 
@@ -105,10 +106,29 @@ def test_the_probe_is_unbiased_and_belongs_to_the_image() -> None:
     assert float(alone[0]) == pytest.approx(float(log_p[7]), abs=1e-4)
 
 
+def test_a_weight_must_be_one_for_all_or_one_per_image() -> None:
+    levels = np.array([-1.0, 1.0])
+    for w, words in (
+        (lambda logsnr: jnp.ones(3), r"w has shape \(3,\); give a scalar or one weight per label"),
+        (lambda logsnr: Interval(1.0, -1.0, 1.0), r"w is a function that returned Interval"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            flow(eps_fn, noise(), LABELS, logsnr=levels, w=w)
+
+
+def test_no_images_have_no_likelihood() -> None:
+    log_p, z = log_likelihood(
+        jax.random.key(0), eps_fn, noise()[:0], LABELS[:0], logsnr_min=-2.0, logsnr_max=2.0, num_steps=1
+    )
+    assert log_p.shape == (0,) and z.shape == noise()[:0].shape
+
+
 def test_grids_that_turn_round_are_refused() -> None:
     for wrong in ([0.0, 1.0, 0.5], [1.0, 1.0], [1.0], [0.0, 90.0], [0.0, math.nan]):
         with pytest.raises(ValueError, match="a flow goes one way: give a grid"):
             flow(eps_fn, noise(), LABELS, logsnr=np.array(wrong))
+    with pytest.raises(ValueError, match="logsnr is 64; a flow goes one way: give a grid"):
+        flow(eps_fn, noise(), LABELS, logsnr=64)
     alpha, _ = alpha_sigma(2.0)
     with pytest.raises(ValueError, match=r"logsnr_min is 3\.0 and logsnr_max 2\.0"):
         log_likelihood(jax.random.key(0), eps_fn, alpha * noise(), LABELS, logsnr_min=3.0, logsnr_max=2.0)

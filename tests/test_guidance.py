@@ -183,6 +183,13 @@ def test_weights_that_are_not_finite_are_refused(w):
                 use(*scores(), w)
 
 
+@pytest.mark.parametrize("w", [Interval(1.0, -5.0, 5.0), lambda logsnr: 1.0])
+def test_the_mix_at_one_noise_level_takes_a_number(w):
+    cond, uncond = scores()
+    with jaxtyping_off(), pytest.raises(ValueError, match=r"w is .*; this is the mix at one λ: give its weight there"):
+        guide(cond[:3], uncond[:3], w)  # an Interval is three numbers, for three rows
+
+
 def test_intervals_of_numbers_that_are_not_python_s():
     for lo, hi in ((np.float32(3), np.float32(-3)), (jnp.float32(1), 0.5)):
         with pytest.raises(ValueError, match="contains no λ: give logsnr_lo <= logsnr_hi"):

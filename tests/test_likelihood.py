@@ -8,9 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from mixtures import gaussian_eps, log_densities, mixture_eps
+from recursion import jaxtyping_off
 
 from cfd.guidance import Interval
-from cfd.likelihood import best_grid, bound, class_scores, gaussian_decoder, rate_distortion, softmax_decoder
+from cfd.likelihood import (
+    best_grid,
+    bound,
+    class_scores,
+    decoder_costs,
+    gaussian_decoder,
+    rate_distortion,
+    softmax_decoder,
+)
 from cfd.process import alpha_sigma, cosine, diffuse, linear
 from cfd.sampling import grid
 
@@ -242,6 +251,15 @@ def test_what_does_not_fit_is_refused() -> None:
             r"key has batch shape \(3,\) for 2 images",
         ),
         (lambda: gaussian_decoder(0.0), "variance is 0.0; give a positive number"),
+        (
+            lambda: bound(jax.random.key(0), eps_fn, x - 1.0, labels, logsnr=levels, v=np.full(3, 0.5)),
+            r"\(3,\) numbers for an array of shape \(2,\)",
+        ),
+        (lambda: decoder_costs(jax.random.key(0), x, logsnr=levels), "x is 0.0 at index 0, 0; the decoder knows"),
+        (lambda: decoder_costs(jax.random.key(0), x - 1.0, logsnr=levels, first=-1), "first is -1; it is one of 2"),
+        (lambda: decoder_costs(jax.random.key(0), x - 1.0, logsnr=levels, first=2), "first is 2; it is one of 2"),
+        (lambda: best_grid(np.array([1.0, np.nan]), levels, 2), "squared_error is nan at index 1; give a finite mean"),
+        (lambda: best_grid(np.array([-1.0, 1.0]), levels, 2), "squared_error is -1.0 at index 0"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with jaxtyping_off(), pytest.raises(ValueError, match=message):
             wrong()

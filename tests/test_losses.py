@@ -230,6 +230,7 @@ def test_bad_arguments_are_refused():
         ({"schedule": lambda u: u[0]}, r"schedule returned shape \(\); it must return λ for each u"),
         ({"weight": lambda logsnr: 1.0}, "weight returned a float; it must return one weight per row"),
         ({"x": jnp.zeros((N, 1), jnp.uint8)}, r"x has dtype uint8.*x / 127\.5 - 1"),
+        ({"x": np.zeros((N, 1)).tolist()}, r"x is a list; give one array of float32"),
         ({"x": column(0.0)[:1]}, r"x has shape \(1, 1\) for labels of shape \(20000,\)"),
     ]
     for arguments, message in cases:

@@ -112,6 +112,12 @@ def test_a_reconstruction_is_the_average_that_would_have_been_kept(sigma_rel: fl
     assert error == pytest.approx(np.linalg.norm(made - p) / np.linalg.norm(p), rel=0.02)
 
 
+@pytest.mark.parametrize(("kept", "step"), [([], 5), ([(0.05, 0), (0.1, 10)], 10), ([(0.05, 10)], 0)])
+def test_averages_of_no_step_are_refused(kept: list[tuple[float, int]], step: int) -> None:
+    with pytest.raises(ValueError, match=r"kept is \[.*and step .*steps >= 1"):
+        coefficients(kept, 0.07, step)
+
+
 def test_no_other_shares_are_nearer() -> None:
     """The least squares are a minimum: a step along any direction that keeps the sum makes the profile worse."""
     stored, wanted = STORED[-8:], (0.15, 640)

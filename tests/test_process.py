@@ -251,6 +251,19 @@ def test_numbers_of_any_type_mean_the_same(kind):
     np.testing.assert_array_equal(cosine_logsnr(kind(0.25), kind(-8.0), kind(9.0)), cosine_logsnr(0.25, -8.0, 9.0))
 
 
+def test_numbers_for_another_number_of_rows_and_images_of_integers_are_refused():
+    x = jnp.zeros((4, 2, 3, 1))
+    words = r"numbers for an array of shape \(4, 2, 3, 1\): give one, or one per row, \[B\]"
+    with jaxtyping_off():
+        for function in (diffuse, x_from_eps, eps_from_x):
+            with pytest.raises(ValueError, match=rf"\(3,\) {words}"):
+                function(x, x, jnp.zeros(3))
+        with pytest.raises(ValueError, match=rf"\(2, 3, 1\) {words}"):
+            posterior(x, x, 0.0, 1.0, jnp.full((2, 3, 1), 0.3))
+        with pytest.raises(ValueError, match=r"x has dtype uint8.*x / 127\.5 - 1"):
+            diffuse(x.astype(jnp.uint8), x, 0.0)
+
+
 def test_traced_noise_levels_are_not_checked():
     assert np.all(np.isnan(jax.jit(lambda logsnr: diffuse(X, X, logsnr))(math.nan)))
     assert np.all(np.isnan(jax.jit(lambda a, b: posterior(X, X, a, b, 0.3)[1])(3.0, -3.0)))

@@ -132,6 +132,22 @@ def test_an_unguided_start_leaves_the_state_as_it_was():
     np.testing.assert_allclose(late, sample(w=Interval(1.0, 18.0, 20.0)), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", OTHERS)
+def test_gradients_are_finite_where_the_two_scores_are_equal(name):
+    """There, norms of differences are 0, and with x̃ = 0 standard deviations too: the gradient of a root is infinite."""
+    rule, logsnr = OTHERS[name], jnp.float32(0.5)
+    eps = jax.random.normal(KEY, (6, 3))
+    for z in (jnp.ones((6, 3)), alpha_sigma(logsnr)[1] * eps):
+
+        def mixed(w, cond, z=z):
+            return jnp.sum(rule.mix(z, cond, eps, logsnr, w, rule.init(z))[1])
+
+        of_w, of_cond = jax.grad(mixed, argnums=(0, 1))(jnp.float32(1.0), eps)
+        assert np.isfinite(of_w) and np.isfinite(of_cond).all()
+        if name in ("apg", "power_law"):
+            assert of_w == 0.0  # w multiplies the difference
+
+
 def test_a_null_for_each_image_guides_each_away_from_its_own():
     keys, nulls = jax.random.split(KEY, 6), jnp.array([1, 2, 0, -1, -1, 1])
     draw = partial(guided_sample, eps_fn=exact, shape=(3,), num_steps=8, w=1.0)

@@ -26,6 +26,8 @@ from recursion import (
 )
 
 from cfd.guidance import Interval, classifier_guidance, shift_mean
+from cfd.reuse import Reuse
+from cfd.rules import Rule, cfgpp, dynamic_threshold, stateless
 from cfd.sampling import SecondOrder, ancestral, ddim, dpm_solver, guided_sample, schedule
 
 # Transformations
@@ -179,6 +181,28 @@ def test_a_bfloat16_network_gives_float32_images():
         ({"eps_fn": lambda z, *_: (z, z, z)}, r"eps_fn returned a tuple.*the noise of z.*\(8, 3\)"),
         ({"eps_fn": lambda z, *_: {"sample": z}}, "eps_fn returned a dict.*the noise of z"),
         ({"eps_fn": lambda z, *_: z.astype(jnp.int32)}, "eps_fn returned dtype int32.*float32"),
+        ({"w": lambda logsnr: Interval(1.0, -1.0, 1.0)}, r"w is a function that returned Interval.*a number or \[B\]"),
+        ({"eps_fn": None}, r"eps_fn is None; give a function \(z, logsnr, labels\)"),
+        ({"guide": "runs/digits"}, "guide is 'runs/digits'; give a function"),
+        ({"rule": cfgpp}, r"rule is <function cfgpp.*give the result of a function of cfd.rules, such as cfgpp\(\)"),
+        ({"rule": Rule(lambda z: (), lambda *given: given[:2])}, r"rule.mix returned no triple.*\(z, ε̃, state\)"),
+        ({"rule": stateless(lambda z, c, *_: (z, c[:, :1]))}, r"rule.mix returned shape \(8, 1\).*\(8, 3\)"),
+        ({"rule": Rule(lambda z: (), lambda *given: given[1])}, "rule.mix returned no triple"),
+        ({"reuse": 4}, r"reuse is 4; give every\(k\)"),
+        ({"reuse": Reuse(0)}, "k is 0; it is a count"),
+        ({"clip": 0.5}, r"clip is 0.5; give True, False, or a function of x̃"),
+        ({"clip": None}, "clip is None; give True"),
+        ({"clip": dynamic_threshold}, "clip returned a function.*x̃ after its threshold"),
+        ({"clip": lambda x: x[:, :1]}, r"clip returned shape \(8, 1\).*\(8, 3\)"),
+        ({"sampler": lambda z, x, *_: x}, r"the step rule returned no pair.*\(mean, standard deviation"),
+        ({"sampler": lambda z, x, *_: (x[:, :1], None)}, r"the step rule returned shape \(8, 1\).*\(8, 3\)"),
+        ({"sampler": lambda z, x, *_: (x, jnp.ones(8))}, r"a std of shape \(8,\); give \[B, 1, \.\.\.\]"),
+        (
+            {"sampler": ancestral(jnp.full(7, 0.3))},
+            r"\(7,\) numbers for an array of shape \(8, 3\): give one, or one per",
+        ),
+        ({"start": jnp.zeros((8, 2))}, r"start has dtype float32 and shape \(8, 2\).*\(8, 3\)"),
+        ({"start": [[0, 0, 0]] * 8}, r"start has dtype int32 and shape \(8, 3\).*float32"),
         ({"key": np.int64(7)}, r"key is .*7.*jax\.random\.key\(7\)"),
     ],
 )
@@ -186,6 +210,16 @@ def test_bad_arguments_are_refused(arguments, message):
     arguments = {"key": KEY, "eps_fn": network, "labels": LABELS, "shape": (3,), "w": 0.5, "num_steps": 2} | arguments
     with jaxtyping_off(), pytest.raises(ValueError, match=message):
         jax.eval_shape(lambda: guided_sample(**arguments))
+
+
+def test_lists_of_numbers_are_arrays():
+    def draw(**settings):
+        return guided_sample(KEY, network, LABELS, (3,), num_steps=2, **settings)
+
+    with jaxtyping_off():
+        np.testing.assert_array_equal(draw(w=[0.5] * 8), draw(w=jnp.full(8, 0.5)))
+        started = draw(w=0.5, start=np.ones((8, 3)).tolist())
+    np.testing.assert_array_equal(started, draw(w=0.5, start=jnp.ones((8, 3))))
 
 
 @pytest.mark.parametrize("v", [-0.1, 1.1, math.nan])

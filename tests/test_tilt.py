@@ -302,6 +302,13 @@ def test_labels_may_be_embeddings_and_null_another_class():
     np.testing.assert_allclose(given.samples, expected.samples, rtol=1e-4, atol=1e-5)
 
 
+def student(z, logsnr, labels, w):
+    return z
+
+
+student.weight_range = (0.0, 4.0)  # pyright: ignore[reportFunctionMemberAccess]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -320,6 +327,7 @@ def test_labels_may_be_embeddings_and_null_another_class():
         ({"null": 0.5}, r"null is 0\.5, which labels of dtype int32 cannot represent"),
         ({"key": RUNS}, r"key has batch shape \(4,\); give one key"),
         ({"key": 3}, r"key is 3; give a PRNG key"),
+        ({"eps_fn": student}, "eps_fn is a student, which has no unconditional score: give the network"),
         ({"eps_fn": lambda z, *_: z[:, 0]}, r"eps_fn returned shape \(5,\); it must return the noise of z"),
     ],
 )

@@ -37,7 +37,7 @@ class Quality(NamedTuple):
 def data(key: Key[Array, ""], count: int) -> Float[Array, "n 2"]:
     """Samples of the mixture, each mode with equal probability."""
     key_mode, key_noise = jax.random.split(key)
-    mode = jax.random.randint(key_mode, (count,), 0, len(CENTRES))
+    mode = jax.random.randint(key_mode, (count,), 0, len(CENTRES), jnp.int32)
     return jnp.asarray(CENTRES, jnp.float32)[mode] + STD * jax.random.normal(key_noise, (count, 2), jnp.float32)
 
 

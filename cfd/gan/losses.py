@@ -57,7 +57,7 @@ def levels(num_steps: int) -> Float[np.ndarray, " t"]:
 def pairs(key: Key[Array, ""], x: Float[Array, "b ..."], logsnr: Float[Array, "t"]) -> Pairs:
     """A true pair for each x, at a level drawn uniformly: z' ~ q(z' | x), z ~ q(z | z')."""
     key_t, key_next, key_z = jax.random.split(key, 3)
-    t = jax.random.randint(key_t, x.shape[:1], 0, len(logsnr))
+    t = jax.random.randint(key_t, x.shape[:1], 0, len(logsnr), jnp.int32)
     here, after = logsnr[t], jnp.append(logsnr[1:], DATA)[t]
     z_next = diffuse(x, jax.random.normal(key_next, x.shape, jnp.float32), after)
     return Pairs(z_next, forward(z_next, jax.random.normal(key_z, x.shape, jnp.float32), after, here), here, after)
@@ -108,7 +108,7 @@ def loss(
     of_g = jnp.mean(softplus(-logits(jax.lax.stop_gradient(discriminator), fake)))
     if penalty:
         of_d += jax.lax.cond(
-            jax.random.uniform(key_penalty) * penalty_every < 1.0,
+            jax.random.uniform(key_penalty, (), jnp.float32) * penalty_every < 1.0,
             lambda params: 0.5 * penalty * gradient_penalty(lambda z_next: logits(params, z_next), true.z_next),
             lambda params: jnp.zeros((), jnp.float32),
             discriminator,

@@ -96,6 +96,7 @@ def classifier_loss(
     Raises ValueError if x and labels do not agree, if a concrete label is no class, and if the classifier does not
     return logits [B, K]. Under `jit`, labels are not known; the loss and its gradient then are NaN.
     """
+    labels = jnp.asarray(labels)
     check_data(x, labels.shape)
     key_u, key_eps = jax.random.split(threefry(key))
     logsnr = schedule(jax.random.uniform(key_u, x.shape[:1], jnp.float32))

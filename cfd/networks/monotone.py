@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from cfd.arguments import check_numbers
-from cfd.process import TIME, Schedule, check_ends
+from cfd.process import Schedule, as_time, check_ends
 
 UNITS = 1024
 SCHEDULE = "schedule"
@@ -47,8 +46,7 @@ def monotone(params: dict[str, Float[Array, "..."]], logsnr_min: float, logsnr_m
         return before / (before + after)  # exactly 0 and 1 at the ends
 
     def schedule(u: Any) -> Array:
-        check_numbers("u", u, lambda x: (x >= 0.0) & (x <= 1.0), TIME)
-        u = jnp.asarray(u, jnp.float32)
+        u = as_time(u)
         shares = jax.vmap(share)(u.ravel()).reshape(u.shape)
         return (1.0 - shares) * logsnr_max + shares * logsnr_min
 

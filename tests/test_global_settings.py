@@ -1,0 +1,85 @@
+"""What a seed draws, and what compiles, under settings of JAX that hold for a whole program."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax_settings import jax_setting
+
+from cfd import distillation, flow, losses, process, reuse, rules, sampling, score_matching, tilt
+from cfd.gan import losses as gan_losses
+
+LABELS = np.array([0, 1, 2, 1], np.int32)
+X = jnp.asarray(np.random.default_rng(0).uniform(-1.0, 1.0, (4, 3)), jnp.float32)
+
+
+def eps_fn(z, logsnr, labels):
+    """Not linear, with a Jacobian that is not diagonal: every probe gives another trace."""
+    shift = 0.1 * labels.astype(jnp.float32)[:, None]
+    return jnp.tanh(z + shift) * jnp.roll(z, 1, axis=1)
+
+
+def with_v(z, logsnr, labels):
+    return eps_fn(z, logsnr, labels), jax.nn.sigmoid(z)
+
+
+def student(z, logsnr, labels, w):
+    return eps_fn(z, logsnr, labels) + w[:, None]
+
+
+DRAWS: dict[str, Any] = {
+    "eps_loss": lambda key: losses.eps_loss(key, eps_fn, X, LABELS, low_discrepancy=True),
+    "variance_loss": lambda key: losses.variance_loss(key, with_v, X, LABELS, logsnr=[-5.0, -1.0, 2.0, 5.0]),
+    "distillation_loss": lambda key: distillation.distillation_loss(
+        key, student, eps_fn, X, LABELS, weights=(0.0, 4.0)
+    ),
+    "halving_loss": lambda key: distillation.halving_loss(
+        key, student, student, X, LABELS, num_steps=4, weights=(0.0, 4.0), schedule=process.linear(-4.0, 4.0)
+    ),
+    "implicit_score_matching": lambda key: score_matching.implicit_score_matching(key, eps_fn, X, LABELS, logsnr=0.0),
+    "sliced_score_matching": lambda key: score_matching.sliced_score_matching(key, eps_fn, X, LABELS, logsnr=0.0),
+    "conservativeness": lambda key: score_matching.conservativeness(key, eps_fn, X, LABELS, logsnr=0.0),
+    "log_likelihood": lambda key: flow.log_likelihood(
+        key, eps_fn, X, LABELS, logsnr_min=-2.0, logsnr_max=2.0, num_steps=2
+    )[0],
+    "tilted_sample": lambda key: tilt.tilted_sample(
+        key, eps_fn, np.int32(0), (3,), w=1.0, num_particles=4, num_steps=3, logsnr_min=-2.0, logsnr_max=2.0
+    ),
+    "other_labels": lambda key: rules.other_labels(key, jnp.asarray(LABELS), 5),
+    "cads": lambda key: rules.cads(lambda z, logsnr, c: c, -2.0, 2.0, 0.5, 1.0)(
+        jnp.zeros((4, 3)), jnp.zeros(4), (X, jax.random.key_data(jax.random.split(key, 4)))
+    ),
+    "gan_pairs": lambda key: gan_losses.pairs(key, X, jnp.array([-4.0, 0.0, 4.0], jnp.float32)),
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_a_seed_draws_the_same_numbers_under_x64(name):
+    ours = jax.jit(DRAWS[name])(jax.random.key(3))
+    with jax_setting("jax_enable_x64", True):
+        wide = jax.jit(DRAWS[name])(jax.random.key(3))
+    for a, b in zip(jax.tree.leaves(wide), jax.tree.leaves(ours), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rests", [reuse.every(2), reuse.extrapolated(2), reuse.similar(0.5, 2)])
+def test_reuse_under_strict_promotion(rests):
+    with jax.numpy_dtype_promotion("strict"):
+        images = jax.eval_shape(
+            lambda key: sampling.guided_sample(key, eps_fn, LABELS, (3,), w=1.0, num_steps=4, reuse=rests),
+            jax.random.key(0),
+        )
+    assert images.dtype == jnp.float32
+
+
+def test_tables_and_particles_under_strict_promotion():
+    with jax.numpy_dtype_promotion("strict"):
+        np.testing.assert_allclose(process.tabulated([2.0, 0.0, -4.0])(jnp.array([0.25, 0.75])), [1.0, -2.0])
+        jax.eval_shape(DRAWS["tilted_sample"], jax.random.key(0))
+        levels = np.linspace(-2.0, 2.0, 5, dtype=np.float32)
+        schedule, weight = losses.lowest_variance(levels, np.ones((5, 2), np.float32))
+        np.testing.assert_allclose(schedule(jnp.array([0.0, 0.5, 1.0])), [2.0, 0.0, -2.0], atol=1e-6)
+        np.testing.assert_allclose(weight(jnp.array([-1.0, 1.0])), 1.0, rtol=1e-5)
