@@ -14,19 +14,31 @@ class Check(NamedTuple):
     words: str
 
 
+INT_LIMIT = 2**31
+"""Counts and steps are int32 on the devices."""
+FLOAT_LIMIT = (2 - 2**-23) * 2.0**127
+"""The largest float32. Other numbers are float32 on the devices."""
+
+
 def accepts(check: Check, value: Any) -> bool:
-    """Whether a value has the type and satisfies the condition. An int passes for a float, a bool only for a bool."""
+    """Whether a value has the type and satisfies the condition."""
+    return has_type(check, value) and check.holds(value)
+
+
+def has_type(check: Check, value: Any) -> bool:
+    """Whether a value has the type. An int passes for a float, a bool only for a bool."""
     types = (int, float) if check.type is float else (check.type,)
-    return isinstance(value, types) and (check.type is bool or not isinstance(value, bool)) and check.holds(value)
+    return isinstance(value, types) and (check.type is bool or not isinstance(value, bool))
 
 
 def at_least(low: int) -> Check:
-    return Check(int, lambda x: x >= low, f"an integer >= {low}")
+    return Check(int, lambda x: low <= x < INT_LIMIT, f"an integer >= {low} and < 2^31")
 
 
 def number(low: float, high: float = math.inf, *, above: bool = False) -> Check:
-    words = f"a number {'>' if above else '>='} {low:g}" + (f" and <= {high:g}" if high < math.inf else "")
-    return Check(float, lambda x: (x > low if above else x >= low) and x <= high and math.isfinite(x), words)
+    end = f" and <= {high:g}" if high < math.inf else ", finite in float32"
+    words = f"a number {'>' if above else '>='} {low:g}{end}"
+    return Check(float, lambda x: (x > low if above else x >= low) and x <= min(high, FLOAT_LIMIT), words)
 
 
 def one_of(*values: str) -> Check:
@@ -61,18 +73,20 @@ PATH = Check(
     "a path, or a URL gs://BUCKET/NAME (copy what another URL names to a disk or into a bucket)",
 )
 BOOL = Check(bool, lambda _: True, "True or False")
-FINITE = Check(float, math.isfinite, "a finite number")
+FINITE = Check(float, lambda x: abs(x) <= FLOAT_LIMIT, "a number, finite in float32")
 LENGTH = number(0.0, 12**-0.5, above=True)
 EMA = number(0.0, 12**-0.5)
 DECAY = Check(float, lambda x: 0 <= x < 1, "a number in [0, 1)")
 MAX_PIXELS = Check(int, lambda x: 1 <= x <= 178_956_970, "an integer in [1, 178956970], the limit of Pillow")
 CHANNELS = Check(int, lambda x: x in (1, 3), "1 or 3")
-BASE_CHANNELS = Check(int, lambda x: x > 0 and x % 8 == 0, "a multiple of 8, and of 32, the norm groups, if it has any")
+BASE_CHANNELS = Check(
+    int, lambda x: 0 < x < INT_LIMIT and x % 8 == 0, "a multiple of 8, and of 32, the norm groups, if it has any"
+)
 MULTIPLIERS = each(number(0.0, above=True), "a tuple of numbers > 0", empty=False)
 # Beyond ±88, α or σ is 0 in float32.
 LOGSNR = Check(float, lambda x: -80 <= x <= 80, "a number in [-80, 80]")
-WEIGHTS = "a tuple of guidance weights, each finite and >= -1 (w = -1 is the unconditional model)"
-INTERVAL = "() or (logsnr_lo, logsnr_hi) with lo <= hi"
+WEIGHTS = "a tuple of guidance weights, each finite in float32 and >= -1 (w = -1 is the unconditional model)"
+INTERVAL = "() or (logsnr_lo, logsnr_hi), finite in float32, with lo <= hi"
 SEEDS = each(SEED, "a tuple of integers in [0, 2^32), the seeds of JAX", empty=False)
 INTERVALS = distinct(
     Check(tuple, is_interval, INTERVAL), f"() for sample.interval, or a tuple of intervals, each {INTERVAL}"
@@ -99,7 +113,9 @@ def is_guide(value: str) -> bool:
 GUIDE = Check(str, is_guide, GUIDE_WORDS)
 WEIGHT_RANGE = "(lo, hi), two guidance weights with -1 <= lo <= 0 < hi"
 WITH_WEIGHTS = each(number(-1.0), WEIGHTS, empty=False)
-RULE_WORDS = "a rule, or (a rule, a tuple of its own weights in place of eval.weights, each finite and >= -1)"
+RULE_WORDS = (
+    "a rule, or (a rule, a tuple of its own weights in place of eval.weights, each finite in float32 and >= -1)"
+)
 
 
 def is_rule_of_grid(value: Any) -> bool:

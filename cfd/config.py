@@ -4,17 +4,25 @@ A config states what makes its experiment that experiment; `complete` adds the d
 others. `python -m cfd.main --config=NAME --mode=config` prints the result.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
 from ml_collections import ConfigDict
 
-from cfd.checks import PATH, TEXT, accepts
+from cfd import __version__
+from cfd.checks import PATH, TEXT, accepts, has_type
 from cfd.errors import UserError
 from cfd.fields import BEFORE, DEFAULTS, FIELDS, FOREIGN
 
 Config: TypeAlias = Any
 """A ConfigDict that holds every field of FIELDS, with the types given there, once `complete` has returned it."""
+
+ALWAYS_RECORDED = (
+    *(f"data.{name}" for name in ("source", "image_size", "channels", "num_classes")),
+    *(f"process.{name}" for name in ("logsnr_min", "logsnr_max")),
+)
+"""Fields that the config.json of every run records, also that of an imported network."""
 
 
 def complete(config: ConfigDict) -> Config:
@@ -72,6 +80,33 @@ def as_recorded(config: Config, recorded: Mapping[str, Any]) -> Config:
             group, _, field = name.rpartition(".")
             (old[group] if group else old)[field] = BEFORE[name]
     return old.lock()
+
+
+def recorded_fields(file: str | os.PathLike[str], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields, by full name, that the config.json `file` records, with tuples in place of the lists of JSON.
+
+    It may lack fields that are younger than the run, or that an imported network does not have. Raises ValueError, with
+    the file, for a field that this version does not have, for a value of another type than the field's, and if one of
+    ALWAYS_RECORDED is missing.
+    """
+    values = {name: as_tuples(value) for name, value in fields.items()}
+    if unknown := [name for name in values if name not in FIELDS]:
+        raise UserError(
+            f"{os.fspath(file)} has the field {unknown[0]}, which this version of cfd, {__version__}, does not have: "
+            "use the version that wrote it, which is a later one"
+        )
+    wrong = [f"{name} = {value!r}" for name, value in values.items() if not has_type(FIELDS[name].check, value)]
+    if wrong or (wrong := [f"no {name}" for name in ALWAYS_RECORDED if name not in values]):
+        raise UserError(
+            f"{os.fspath(file)} is damaged, because it has {wrong[0]}: restore it from checkpoints/<step>/meta or a "
+            "backup"
+        )
+    return values
+
+
+def as_tuples(value: Any) -> Any:
+    """A value of JSON with tuples in place of lists."""
+    return tuple(map(as_tuples, value)) if isinstance(value, list) else value
 
 
 def listing(config: Config) -> str:

@@ -8,19 +8,18 @@ table), cost (of guided images), report (a page to look at) and config (the whol
 
 import contextlib
 import os
-import runpy
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
 import jax
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
-from cfd.config import Config, check_name, complete, listing, with_defaults
+from cfd.config import Config, check_name, complete, listing
 from cfd.devices import memory, notices, output, parallel, preemption, watchdog, xla
 from cfd.devices.buckets import is_url
 from cfd.errors import UserError
@@ -40,6 +39,7 @@ from cfd.modes import (
     train,
     train_classifier,
 )
+from cfd.modes.named import load_config, named_run
 from cfd.runs import access, files, workdir
 from cfd.runs.errors_log import ERRORS, append_error
 
@@ -65,6 +65,7 @@ INIT_FROM = flags.DEFINE_string(
 def run_train(config: Config, folder: str, out: str) -> None:
     """The whole job: train, with the small guide if `eval` asks for one, then sweep the weights of `eval`."""
     finetune.check(config, folder, source_run())
+    train.check_run(config, folder)
     if config.eval.weights:
         sweep.check(config, folder, out)
         train.check_steps(config, folder)
@@ -144,6 +145,8 @@ MODES: dict[str, Callable[[Config, str, str], None]] = {
 }
 """{mode: what it does with a config, a run's folder and the folder that it writes to}."""
 TRAINING = ("train", "train_classifier", "distill")
+READ_BY = {"runs": ("compare", "cost"), "allow_fresh_start": TRAINING}
+"""The modes that read a flag that not all of them read. `out_folder` and `source_run` check the other two."""
 MODE = flags.DEFINE_enum("mode", "train", sorted((*MODES, "config")), "What to do.")
 
 
@@ -153,8 +156,6 @@ def main(argv: Sequence[str]) -> int:
     An error that a user can correct is printed in a line, and exits with code 1. Every other error is raised. The
     traceback of both is added to errors.log in the folder that the mode writes to, if there is such a folder.
     """
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; fields are set by --config.GROUP.FIELD=VALUE")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
     out, process = "", 0
@@ -176,6 +177,7 @@ def main(argv: Sequence[str]) -> int:
             if MODE.value == "config":
                 print(listing(config))
                 return 0
+            check_flags()
             folder = run_folder()
             out = out_folder(folder)
             source_run()
@@ -193,12 +195,27 @@ def main(argv: Sequence[str]) -> int:
         except UserError as error:
             note(traceback.format_exc())
             sys.exit(f"error: {in_one_line(error)}")
-        except Exception:
-            if problem := note(traceback.format_exc()):
+        except Exception as error:
+            problem = note(traceback.format_exc())
+            if isinstance(error, OSError) and (reason := of_storage(error, out)):
+                sys.exit(f"error: {reason}")
+            if problem:
                 print(problem, file=sys.stderr)
             raise
         finally:
             watchdog.off()
+
+
+def of_storage(error: OSError, out: str) -> str:
+    """The message about a full disk, or about a bucket that refuses or does not answer; "" for another error.
+
+    The folder `out` is the one that the mode writes to.
+    """
+    if error.errno in files.FULL:
+        return f"{out or error.filename} cannot be written ({error.strerror}): free space, and start again"
+    if is_url(str(error.filename)):
+        return f"{error.filename} was not read or written ({error.strerror}): start again when the bucket allows it"
+    return ""
 
 
 def say(text: str) -> None:
@@ -249,6 +266,15 @@ def check_is_run(folder: str) -> None:
         raise UserError(f"{folder} cannot be read ({error.strerror}): {files.how_to_allow(path)}") from None
 
 
+def check_flags() -> None:
+    """Raises UserError for a flag that the mode does not read."""
+    for flag, modes in READ_BY.items():
+        if flags.FLAGS[flag].value and MODE.value not in modes:
+            raise UserError(
+                f"--{flag} is read by --mode={' and '.join(modes)} alone, and not by {MODE.value}: leave it out"
+            )
+
+
 def run_folder() -> str:
     """The folder that --workdir or --config names, or runs/<config name>. Raises UserError if it cannot be one."""
     if WORKDIR.value is None:
@@ -288,86 +314,6 @@ def in_one_line(error: Exception) -> str:
     return text if " " in text else f"{type(error).__name__}: {text}"
 
 
-def config_folder() -> Path:
-    """The folder of the package's configs: inside the package in a wheel, beside it in a checkout."""
-    package = Path(__file__).parent
-    packaged = package / "configs"
-    return packaged if packaged.is_dir() else package.parent / "configs"
-
-
-def is_name(config: str) -> bool:
-    """Whether --config is the name of a config of the package: a word without a slash, an ending or a colon."""
-    return not any(mark in config for mark in "/.:")
-
-
-def named_run(config: str) -> str | None:
-    """The folder of a run that --config names, by itself or by its config.json; None if it names no folder.
-
-    A URL always names a run. Raises UserError if it is no URL of a bucket, or if the bucket cannot be read.
-    """
-    path = access.run_path("--config", config) if is_url(config) else os.path.expanduser(config)
-    if os.path.basename(path) == workdir.CONFIG:
-        return os.path.dirname(path) or "."
-    return path if is_url(path) or (os.path.isdir(path) and not is_name(config)) else None
-
-
-def config_file(name_or_file: str) -> str:
-    """The file of a config, from its name or from itself.
-
-    Raises ValueError, with the names to choose from, for an unknown name.
-    """
-    if not is_name(name_or_file):
-        return name_or_file
-    path = config_folder() / f"{name_or_file}.py"
-    if not path.is_file():
-        names = sorted(file.stem for file in config_folder().glob("*.py"))
-        raise UserError(
-            f"--config={name_or_file} names no config; choose one of {', '.join(names)}, or give a file, or the folder "
-            f"of a run, with a slash, such as runs/{name_or_file}"
-        )
-    return str(path)
-
-
-def reason_of(error: Exception, file: str) -> str:
-    """An error that a config file raised, in a line: its type, its text, and where it was raised.
-
-    The place is the line of the file and, if another file raised the error, the line there.
-    """
-    frames = traceback.extract_tb(error.__traceback__)
-    from_file = list(dropwhile(lambda frame: os.path.abspath(frame.filename) != os.path.abspath(file), frames))
-    ends = [from_file[0], from_file[-1]] if from_file else []
-    places = dict.fromkeys(f"{frame.filename}, line {frame.lineno}: {frame.line}" for frame in ends)
-    return ", at ".join((f"{type(error).__name__}: {error}", *places))
-
-
-def load_config(path: str) -> ConfigDict:
-    """The ConfigDict of a config, with all defaults, so that any field can be overridden.
-
-    For the folder of a run, it is the run's own config. Raises ValueError that says what the file is, or raises,
-    instead.
-    """
-    if (folder := named_run(path)) is not None:
-        return settings.config_of_run(folder)
-    path = config_file(path)
-    file, *argument = path.split(":", 1)
-    try:
-        if not os.path.isfile(file):
-            raise FileNotFoundError("there is no such file")
-        module = runpy.run_path(file)
-        if "get_config" not in module:
-            raise AttributeError("it has no get_config")
-        config = module["get_config"](*argument)
-        reason = f"get_config() gives {type(config).__name__}"
-    except Exception as error:  # a file can raise anything
-        config, reason = None, reason_of(error, file)
-    if not isinstance(config, ConfigDict):
-        raise UserError(
-            f"{path} is no config ({reason}): give a Python file with get_config() -> ConfigDict, the name of a config "
-            "of the package, such as digits, or the folder of a run"
-        )
-    return with_defaults(config)
-
-
 # The parser of ml_collections hides where some errors were raised, and uses a function that Python will remove.
 _PARSER: Any = flags.FLAGS["config"].parser
 _PARSER.parse = load_config
@@ -390,11 +336,33 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
                 raise UserError(f"--{flag} is given twice: give it once, as --{flag}='(A, B)'")
             if FIELDS[name].check.type is tuple:
                 tuples.add(name)
-        return flags.FLAGS(argv)
+        rest = flags.FLAGS(argv)
+        if len(rest) > 1:
+            raise UserError(
+                f"unexpected argument {rest[1]!r}: the config is given as --config=NAME, the mode as --mode=MODE, and "
+                "a field as --config.GROUP.FIELD=VALUE"
+            )
+        if CONFIG.value is None:
+            raise UserError(
+                "--config is missing: give the name of a config of the package, such as --config=digits, a Python "
+                "file, or the folder of a run"
+            )
+        return rest
+    except flags.IllegalFlagValueError as error:
+        sys.exit(f"error: {illegal_value(str(error))}")
     except (flags.Error, UserError) as error:
         sys.exit(f"error: {in_one_line(error)}")
+    except SystemExit as end:  # absl exits with 1 after it has printed the help
+        sys.exit(0 if any(argument.lstrip("-").startswith("help") for argument in argv[1:]) else end.code)
+
+
+def illegal_value(message: str) -> str:
+    """absl's message about a value that a flag cannot have. For a field of the config, it says what is expected."""
+    found = re.match(r"flag --config\.([\w.]+)=(.*?): ", message, re.DOTALL)
+    if not found:
+        return in_one_line(ValueError(message))
+    return f"config.{found[1]} is {found[2]!r}; expected {FIELDS[found[1]].check.words}"
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
     app.run(main, flags_parser=parse_flags)

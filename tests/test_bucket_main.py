@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 from gcs import FakeGcs, Request
 from jobs import Job, Start, starting
+from tiny import tiny_config
 
 from cfd import main
 from cfd.config import complete
 from cfd.errors import UserError
+from cfd.runs import workdir
 
 
 @pytest.fixture
@@ -73,3 +75,15 @@ def test_a_folder_without_a_run_is_named(bucket: FakeGcs) -> None:
     words = rf"{bucket.url}/run cannot be read \(.*403.*\): the owner of the bucket can allow it"
     with pytest.raises(UserError, match=words):
         main.check_is_run(f"{bucket.url}/run")
+
+
+def test_a_bucket_that_refuses_the_result_is_reported_in_a_line(start: Start, bucket: FakeGcs, tmp_path: Path) -> None:
+    url = f"{bucket.url}/run"
+    workdir.write_config(url, workdir.describe("diffusion", tiny_config().to_dict(), ("a", "b")))
+    bucket.fail = lambda request: 403 if request.query.get("name") == "run/report.html" else None
+    job = start(tmp_path / "notes", mode="report", workdir=url)
+    assert job.finish() == [1]
+    [line] = [line for line in job.text().splitlines() if line.startswith(("error: ", "Traceback"))]
+    assert line.startswith(f"error: {url}/report.html was not read or written (")
+    assert "403" in line and line.endswith("): start again when the bucket allows it")
+    assert b"Traceback" in bucket.objects["run/errors.log"].content

@@ -53,6 +53,11 @@ BAD = [
     ("train.p_uncond", math.nan),
     ("train.learning_rate", 0.0),
     ("train.learning_rate", math.inf),
+    ("train.learning_rate", 1e39),
+    ("train.sigmoid_bias", -1e39),
+    ("sample.w", (1e39,)),
+    ("sample.w", (10**400,)),
+    ("eval.weights", (0.0, 1e39)),
     ("train.ema_decay", 1.0),
     ("train.grad_clip", 0.0),
     ("train.nonfinite_limit", 0),
@@ -110,6 +115,13 @@ def test_a_bad_value_is_refused_by_name(name: str, value: Any) -> None:
         complete(changed(name, value))
     message = str(error.value)
     assert message.startswith(f"config.{name} is {value!r}; expected ") and "\n" not in message
+
+
+@pytest.mark.parametrize("name", ["train.num_steps", "eval.num_samples", "sample.num_steps", "train.watchdog_seconds"])
+def test_a_count_is_an_int32(name: str) -> None:
+    complete(changed(name, 2**31 - 1))
+    with pytest.raises(ValueError, match=rf"config\.{name} is 2147483648; expected an integer >= \d and < 2\^31"):
+        complete(changed(name, 2**31))
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,12 @@ def command(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         (["--config.train.lr=1"], ("config.train.lr is not a field", "learning_rate")),
         (["--config.train.num_steps=0"], ("config.train.num_steps is 0", "an integer >= 1")),
         (["--config.train.num_steps=ten"], ("train.num_steps", "ten")),
+        (["--config.train.num_steps=1e3"], ("config.train.num_steps is '1e3'; expected an integer >= 1",)),
+        (["--config.data.flip=yes"], ("config.data.flip is 'yes'; expected True or False",)),
+        (["--config.sample.w=(1.0, 2.0"], ("config.sample.w is '(1.0, 2.0'; expected a tuple of guidance weights",)),
+        (["digits"], ("unexpected argument 'digits'", "--config=NAME")),
+        (["--runs=x"], ("--runs is read by --mode=compare and cost alone, and not by train: leave it out",)),
+        (["--mode=sample", "--allow_fresh_start"], ("is read by --mode=train and train_classifier and distill alone",)),
         (["--config.train=3"], ("config.train is a group, not a field", "learning_rate")),
         (["--config.sample.w=(0.0,-2.0)"], ("config.sample.w is (0.0, -2.0)", ">= -1")),
         (["--config.train.p_uncond=nan"], ("config.train.p_uncond is nan", ">= 0 and <= 1")),
@@ -124,7 +130,7 @@ def test_a_mistake_is_reported_in_a_line(command: Command, arguments: list[str],
 
 
 def test_the_config_itself_can_be_the_mistake(command: Command) -> None:
-    assert "config" in command("--mode=train").err
+    assert "--config is missing: give the name of a config of the package, such as --config=digits" in command().err
     assert "nowhere.py" in command.fails("--config=nowhere.py")
     assert "--config is 's3://bucket/run'" in command.fails("--config=s3://bucket/run")
     broken = command.folder / "broken.py"
@@ -161,7 +167,15 @@ def test_the_config_itself_can_be_the_mistake(command: Command) -> None:
 def test_an_unknown_name_of_a_config_is_refused_with_the_names_to_choose_from(command: Command) -> None:
     error = command.fails("--config=imagenet")
     names = ", ".join(sorted(path.stem for path in (ROOT / "configs").glob("*.py")))
-    assert f"--config=imagenet names no config; choose one of {names}" in error
+    assert f"error: flag --config=imagenet: imagenet names no config; choose one of {names}" in error
+
+
+def test_the_help_is_no_error(command: Command) -> None:
+    code, out, err = command("--help")
+    assert (code, err) == (0, "") and "--workdir: The run's folder" in out
+    leaves = command.folder / "leaves.py"
+    leaves.write_text("raise SystemExit(3)\n")
+    assert command(f"--config={leaves}").code == 3
 
 
 def listed(command: Command, *arguments: str) -> dict[str, str]:

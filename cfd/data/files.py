@@ -198,7 +198,10 @@ def _tree(label: str, listed: Sequence[tuple[str, Any]]) -> _Tree:
         if name.endswith("/"):
             add(parts)
         elif parts:
-            tree.files[add(parts[:-1])][parts[-1]] = known
+            files = tree.files[add(parts[:-1])]
+            if parts[-1] in files:
+                raise UserError(f"{label} holds {'/'.join(parts)} twice: keep one of the two")
+            files[parts[-1]] = known
     return tree
 
 

@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -89,9 +90,8 @@ def open_place(path: str, by_table: bool) -> Place:
         return place
     for name in inside:
         if name not in (folders := place.entries("").folders):
-            raise UserError(
-                f"data.path is {path!r}, and {place.label} has no folder {name!r}: give one of {_some(folders)}"
-            )
+            there = f"one of {_some(folders)}" if folders else "the folder that contains one folder per class"
+            raise UserError(f"data.path is {path!r}, and {place.label} has no folder {name!r}: give {there}")
         place = place.enter(name)
     while not inside:
         folders, files, *_ = place.entries("")
@@ -109,7 +109,7 @@ def _on_disk(path: str) -> tuple[Place, tuple[str, ...] | None]:
         return folder_on_disk(root), None
     file = next((file for file in (root, *root.parents) if os.path.isfile(file)), None)
     if not path or file is None or file.suffix.lower() != ".zip":
-        unpack = " (unpack it first)" if file == root else ""
+        unpack = " (unpack it first)" if file == root and not is_image(root.name) else ""
         raise UserError(
             f"data.path is {path!r}, which is not a folder or a .zip file{unpack}: give the folder that contains one "
             "folder per class"
@@ -256,14 +256,15 @@ def _by_folders(place: Place, empty_classes: bool, unread: Unread) -> _Listed:
             "remove the file if the folders are the classes"
         )
     folders = sorted([*top.folders, *top.links])
-    if not folders:
-        raise UserError(
-            f"{place.label} contains no folder: put the images of each class into a folder named after the class"
-        )
-    for name in top.hidden:
+    for name in sorted(top.hidden):
         _count(unread, "hidden", name)
-    for name in top.files:
-        _count(unread, "beside the class folders" if is_image(name) else _suffix(name), name)
+    for name in sorted(top.files):
+        _count(unread, "beside the class folders" if folders and is_image(name) else _suffix(name), name)
+    if not folders:
+        there = f", but files ({_counted(unread)})" if unread else ""
+        raise UserError(
+            f"{place.label} contains no folder{there}: put the images of each class into a folder named after the class"
+        )
     names: list[str] = []
     sizes: list[int] = []
     classes: list[int] = []
@@ -318,7 +319,10 @@ def _by_table(place: Place, labels: str, unread: Unread) -> _Listed:
     table = read_table(content, label)
     for name in table.labels:
         if name not in found:
-            raise UserError(f"{label} lists {name!r}, which is not in {place.label}: add the file, or remove its line")
+            raise UserError(
+                f"{label} lists {name!r}, which is not in {place.label}{_alike(name, found)}: add the file, or correct "
+                "or remove its line"
+            )
         if not is_image(name):
             raise UserError(
                 f"{label} lists {name!r}, which is no {'/'.join(SUFFIXES)} file: convert it, or remove its line"
@@ -327,6 +331,16 @@ def _by_table(place: Place, labels: str, unread: Unread) -> _Listed:
         _count(unread, f"not in {labels}" if is_image(name) else _suffix(name), name)
     names = sorted(table.labels, key=lambda name: (table.labels[name], name))
     return table.class_names, names, [found[name] for name in names], [table.labels[name] for name in names]
+
+
+def _alike(name: str, found: Iterable[str]) -> str:
+    r"""The first of the names that differs from `name` only by case, "\" for "/" or its form in Unicode, in words."""
+
+    def alike(text: str) -> str:
+        return unicodedata.normalize("NFC", text.replace("\\", "/")).casefold()
+
+    there = next((other for other in found if alike(other) == alike(name)), None)
+    return "" if there is None else f" (there is {there!a})"
 
 
 def _identity(class_names: tuple[str, ...], names: list[str], sizes: list[int], classes: list[int]) -> str:

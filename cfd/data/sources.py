@@ -165,7 +165,8 @@ def check_classes(there: Sequence[str], whose: str, here: Sequence[str], split: 
     if lacking and not more:
         raise UserError(
             f"{split} lacks {_classes(lacking)}, which {whose} has: add its images, or, if there are none, an empty "
-            "folder of its name and data.empty_classes = True; or give data of the same classes"
+            "folder of its name and data.empty_classes = True, or in a CSV file of labels a row with its label and no "
+            "file; or give data of the same classes"
         )
     if more and not lacking:
         raise UserError(

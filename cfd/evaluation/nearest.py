@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 
 from cfd.data.dataset import Dataset
 from cfd.devices import parallel
+from cfd.errors import UserError
 from cfd.evaluation import neighbours
 from cfd.evaluation.features import FeatureNetwork
 from cfd.evaluation.reference import NEIGHBOUR_ROWS, decode_together, evenly_spaced
@@ -164,7 +165,10 @@ def read_nearest(folder: str) -> Nearest | None:
     path = nearest_path(folder)
     if not files.exists(path):
         return None
-    arrays: dict[str, Any] = dict(npz.read_npz(path, Nearest._fields))
+    try:
+        arrays: dict[str, Any] = dict(npz.read_npz(path, Nearest._fields))
+    except UserError as error:
+        raise UserError(f"{error}: remove it, and --mode=sweep writes it again") from error
     manifests = tuple(bytes(name).decode().strip() for name in arrays.pop("manifests"))
     return Nearest(manifests, **arrays)
 

@@ -1,9 +1,9 @@
-"""A denoising diffusion GAN on images: `python -m cfd.gan CONFIG.py WORKDIR [GROUP.FIELD=VALUE ...]`.
+"""A denoising diffusion GAN on images: `python -m cfd.gan CONFIG WORKDIR [GROUP.FIELD=VALUE ...]`.
 
-    python -m cfd.gan DIGITS.py runs/digits_gan --mlp=256 --latents=32 --penalty=0.05 --penalty_every=2 \\
+    python -m cfd.gan digits runs/digits_gan --mlp=256 --latents=32 --penalty=0.05 --penalty_every=2 \\
         train.num_steps=6000 train.learning_rate=5e-4 train.ema_decay=0.998
 
-DIGITS.py is the file of the config `digits`. The command trains on the data of the config, with the config's U-Net as
+CONFIG is what --config of `cfd.main` takes. The command trains on the data of the config, with the config's U-Net as
 the generator and its classifier as the discriminator, or with --mlp as MLPs. It draws eval.num_samples images in
 --levels steps, measures them as a sweep does, with the features that eval asks for, and writes gan.npz, gan.png and
 gan.json in the folder. The same command again resumes. To compare the figures with those of another run, copy its
@@ -21,7 +21,6 @@ import argparse
 import ast
 import json
 import os
-import runpy
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -32,17 +31,18 @@ import numpy as np
 import optax
 from jax import Array
 
-from cfd.config import Config, check_name, complete, with_classes, with_defaults
+from cfd.config import Config, check_name, complete, with_classes
 from cfd.devices import notices, output, parallel, preemption, seeds, watchdog, xla
 from cfd.errors import UserError
 from cfd.evaluation.reference import open_reference, reference_hash
 from cfd.evaluation.scores import score
-from cfd.fields import DEFAULTS
+from cfd.fields import DEFAULTS, FIELDS
 from cfd.gan import losses
 from cfd.gan.networks import Init, image_networks, mlp_networks
 from cfd.loading import load_ema
 from cfd.modes import figures, settings, sweep
 from cfd.modes.fit import fit
+from cfd.modes.named import load_config
 from cfd.modes.sampler import to_uint8
 from cfd.runs import access, files, manifest, npz, workdir
 from cfd.runs.results import fid_name
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments. A wrong one ends the command."""
     parser = argparse.ArgumentParser(prog="python -m cfd.gan", description="A denoising diffusion GAN on images.")
-    parser.add_argument("CONFIG", help="a Python file with get_config(), as of a config of this package")
+    parser.add_argument("CONFIG", help="the name of a config of the package, such as digits, a file, or a run's folder")
     parser.add_argument("WORKDIR", help="the folder of the run")
     parser.add_argument("FIELDS", nargs="*", help="fields of the config, as GROUP.FIELD=VALUE")
     parser.add_argument("--levels", type=int, default=4, help="T, evaluations of the generator per image")
@@ -92,12 +92,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def config_of(path: str, changes: Sequence[str]) -> Config:
-    """The complete config of a file, with fields changed. Raises UserError for a bad file, field or value."""
-    try:
-        config = with_defaults(runpy.run_path(path)["get_config"]())
-    except (OSError, KeyError, SyntaxError) as error:
-        raise UserError(f"CONFIG is {path!r}, which is no file with get_config(): {error}") from None
+def config_of(named: str, changes: Sequence[str]) -> Config:
+    """The complete config that CONFIG names, with fields changed. Raises UserError for a bad name, field or value."""
+    config: Config = load_config(named)
     for change in changes:
         name, _, text = change.partition("=")
         check_name(name)
@@ -106,7 +103,10 @@ def config_of(path: str, changes: Sequence[str]) -> Config:
             value: Any = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             value = text
-        (config[group] if group else config).update({field: value})
+        try:
+            (config[group] if group else config).update({field: value})
+        except TypeError:
+            raise UserError(f"config.{name} is {text!r}; expected {FIELDS[name].check.words}") from None
     return complete(config)
 
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from cfd.config import Config
+from cfd.config import Config, as_tuples, recorded_fields
 from cfd.devices import parallel
 from cfd.errors import UserError
 from cfd.fields import BEFORE, NETWORK, OF_TRANSFORMER, OF_UNETS
@@ -75,6 +75,7 @@ def check(config: Config, folder: str, init_from: str | None) -> None:
     content = workdir.read_config(run)
     if content["kind"] != "diffusion":
         raise UserError(f"{run} holds a {content['kind']} run: --init_from takes the run of a diffusion model")
+    recorded_fields(files.place(run, workdir.CONFIG), workdir.flatten(content["config"]))
     if content["config"]["model"].get("weight_range") and not config.model.weight_range:
         teacher = content.get("init_from", {}).get("run", "its teacher")
         raise UserError(
@@ -163,7 +164,7 @@ def read(source: Source) -> Ema:
 def check_network(config: Config, run: str, content: dict[str, Any]) -> None:
     """Raises ValueError, with the flags to give, unless the run's network is the config's, except for FREE."""
     data, model = content["config"]["data"], content["config"]["model"]
-    there = {name: settings.as_tuples(model.get(name, BEFORE[f"model.{name}"])) for name in (*NETWORK, *OTHERS)}
+    there = {name: as_tuples(model.get(name, BEFORE[f"model.{name}"])) for name in (*NETWORK, *OTHERS)}
     is_transformer = "transformer" in (there["network"], config.model.network)
     levels = set() if there["network"] == "transformer" else attended(data["image_size"], there)
     if there["network"] == "transformer":

@@ -18,7 +18,7 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from cfd.attributes import is_student
-from cfd.config import Config, as_recorded, complete, with_classes, with_defaults
+from cfd.config import Config, as_recorded, complete, recorded_fields, with_classes, with_defaults
 from cfd.data.sources import Dataset, check_classes, open_dataset
 from cfd.errors import UserError
 from cfd.fields import BEFORE, DEFAULTS, NETWORK
@@ -207,25 +207,19 @@ def config_of_run(folder: str) -> Config:
     """
     if not workdir.has_config(folder):
         raise UserError(
-            f"--config={folder} is a folder without {workdir.CONFIG}, which is no run: give the folder of a run, a "
+            f"{folder} is a folder without {workdir.CONFIG}, which is no run: give the folder of a run, a "
             "Python file, or the name of a config of the package, such as digits"
         )
     content = workdir.read_config(folder)
     if content["kind"] != "diffusion":
-        raise UserError(
-            f"--config={folder} is the run of a noisy classifier: give the folder of its diffusion model, which is "
-            f"usually {files.place(folder).parent}"
-        )
-    recorded = {name: as_tuples(value) for name, value in workdir.flatten(content["config"]).items()}
+        usual = f"its diffusion model, which is usually {files.place(folder).parent}"
+        other = usual if content["kind"] == "classifier" else "a diffusion model"
+        raise UserError(f"{folder} is the run of a {content['kind']}: give the folder of {other}")
+    recorded = recorded_fields(files.place(folder, workdir.CONFIG), workdir.flatten(content["config"]))
     fields = dict(BEFORE)
     if is_imported(content):
         fields |= {f"classifier.{name}": recorded[f"model.{name}"] for name in NETWORK if f"model.{name}" in recorded}
     return with_defaults(ConfigDict(unflatten_dict(fields | recorded, sep=".")))
-
-
-def as_tuples(value: Any) -> Any:
-    """A value of JSON with tuples in place of lists."""
-    return tuple(map(as_tuples, value)) if isinstance(value, list) else value
 
 
 def is_imported(content: dict[str, Any]) -> bool:
@@ -244,7 +238,8 @@ def of_run(config: Config, folder: str) -> Config:
     access.run_path("the run's folder", folder)
     if not workdir.has_config(folder):
         return config
-    recorded = workdir.flatten(workdir.read_config(folder)["config"])
+    place = files.place(folder, workdir.CONFIG)
+    recorded = recorded_fields(place, workdir.flatten(workdir.read_config(folder)["config"]))
     background = recorded.get("data.transparency", BEFORE["data.transparency"])
     if background not in ("refuse", config.data.transparency):  # a run that refused them has seen none
         raise UserError(
@@ -285,7 +280,7 @@ def open_run(config: Config, folder: str) -> Run:
         if (step, ema) not in cached:
             cached.clear()
             learned = config.sample.variance == "learned"
-            model = load(folder, None if step == -1 else step, ema or None, variance=learned)
+            model = load(folder, None if step == -1 else step, ema, variance=learned)
             cached.update({(step, ema): model, (model.step, ema): model})
         return cached[step, ema]
 

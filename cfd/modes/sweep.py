@@ -64,8 +64,8 @@ def sweep(config: Config, folder: str, out: str) -> list[Row]:
         raise UserError(
             "config.eval.weights is (): give the weights to sweep, such as --config.eval.weights='(0.0, 1.0)'"
         )
-    train = check(config, folder, out)
     run = settings.open_run(config, folder)
+    train = check(config, folder, out)
     config, mesh = run.config, parallel.make_mesh(**run.config.mesh)
     weights = {}
     # A step that is not there is named before the feature classifier is trained. The last that is loaded is used first.

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from cfd.config import Config, with_classes
 from cfd.devices import parallel, preemption
 from cfd.errors import UserError
-from cfd.fields import DEFAULTS, OF_UNETS
+from cfd.fields import BEFORE, DEFAULTS, OF_UNETS
 from cfd.losses import eps_loss, learned_loss, variance_loss
 from cfd.modes import figures, finetune, guides, rules, settings, students
 from cfd.modes.fit import fit, posthoc_every_steps
@@ -60,6 +60,19 @@ def train(config: Config, folder: str, *, init_from: str | None = None, allow_fr
         start_from=None if start is None else finetune.from_weights(start, config, dataset.class_names),
         project=settings.model_of(config).project,
     )
+
+
+def check_run(config: Config, folder: str) -> None:
+    """Raises ValueError if the folder holds a run of another config, which has begun.
+
+    `fit` checks it too, once the data set is open. Before a sweep looks at the run, the run must be the config's.
+    """
+    config = settings.of_run(config, folder)
+    if not workdir.has_begun(folder) or settings.is_imported(content := workdir.read_config(folder)):
+        return  # config.json has a part of the config of an imported network
+    names = content["class_names"]
+    config = with_classes(config, len(names))
+    workdir.check_config(folder, workdir.describe("diffusion", config.to_dict(), names), BEFORE)
 
 
 def check_steps(config: Config, folder: str) -> None:

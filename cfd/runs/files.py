@@ -22,6 +22,9 @@ AnyPath = Path | epath.Path
 # gcsfs, by which epath and Orbax reach a bucket, would otherwise answer from listings that other processes made stale.
 fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a full disk, of an exhausted quota, and of a file that has reached its size limit."""
+
 _MEMORY = tensorstore.Context()
 """Holds the content of memory://, which lasts as long as this process."""
 
@@ -114,14 +117,8 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None
     if not isinstance(path, Path):
         _result(store(path.parent).write(path.name, data), path)
         return
-    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(tmp, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(tmp, path)
-    fsync(path.parent)
+    with uploaded(path) as tmp:
+        tmp.write_bytes(data)
 
 
 def rewrite(path: str | os.PathLike[str], change: Callable[[bytes], bytes]) -> tuple[bytes, Any]:
@@ -228,7 +225,7 @@ def despite_a_full_disk(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        if not is_url(path) and e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if not is_url(path) and e.errno not in FULL:
             raise
         logging.error("%s was not written: %s", path, e.strerror)
 

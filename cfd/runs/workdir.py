@@ -12,7 +12,7 @@ All processes of the run must see the folder, in a bucket or on a file system wi
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -35,6 +35,14 @@ CONVENTIONS = {
     "images": "float32 [B, H, W, C] in [-1, 1]; uint8 is round((clip(x) + 1) * 127.5)",
 }
 """Recorded in every config.json. Manifests contain "w" and "images": a change of these words orphans old results."""
+
+PARTS: dict[str, Callable[[Any], bool]] = {
+    "kind": lambda x: isinstance(x, str),
+    "config": lambda x: isinstance(x, dict),
+    "class_names": lambda x: isinstance(x, list) and all(isinstance(name, str) for name in x),
+    "init_from": lambda x: x is None or (isinstance(x, dict) and x.keys() == {"run", "step", "weights_hash"}),
+}
+"""The parts of a config.json that are read, and a condition that each satisfies. "init_from" may be missing."""
 
 FREE_FIELDS = (
     "data.path",
@@ -206,9 +214,8 @@ def _parsed(path: str, text: bytes) -> dict[str, Any]:
         content = json.loads(text)
     except ValueError as e:
         raise UserError(f"{path} is not JSON ({e}): restore it from {CHECKPOINTS}/<step>/meta or a backup") from None
-    parts = {"kind": str, "config": dict, "class_names": list}
     content = content if isinstance(content, dict) else {}
-    if wrong := [f'"{name}"' for name, kind in parts.items() if not isinstance(content.get(name), kind)]:
+    if wrong := [f'"{name}"' for name, holds in PARTS.items() if not holds(content.get(name))]:
         raise UserError(
             f"{path} has no valid {', '.join(wrong)}: restore it from {CHECKPOINTS}/<step>/meta or a backup"
         )

@@ -42,7 +42,7 @@ def without_folders(path: Path):
         ({"image_size": 10**6, "in_memory": True}, None, r"17 images .* 51,000,000,000,000 bytes, .*in_memory = False"),
         ({"source": "webdataset"}, None, "data.source is 'webdataset'; it must be one of"),
         ({}, lambda path: (path / "cat").mkdir(), r"class folder .*/pics/cat contains no .* file: fill it or remove"),
-        ({}, without_folders, r"/pics contains no folder: put the images of each class"),
+        ({}, without_folders, r"/pics contains no folder, but files \(\.png: 17 \(00\.png\)\): put the images"),
     ],
 )
 def test_a_data_group_that_cannot_work_is_refused_with_the_remedy(

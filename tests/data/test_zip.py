@@ -66,6 +66,20 @@ def test_the_remedies_for_an_ambiguous_layout_work_in_a_zip_file(divided: Path):
     assert open_folder(f"{file}/train", num_classes=1).class_names == ("bee",)
     with pytest.raises(ValueError, match=r"\.zip has no folder 'tests': give one of ant, bee, train"):
         open_folder(f"{file}/tests")
+    with pytest.raises(
+        ValueError, match=r"/train/bee has no folder '0\.png': give the folder that contains one folder"
+    ):
+        open_folder(f"{file}/train/bee/0.png")
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("name", ["ant/03.png", "./ant//03.png"])
+def test_a_zip_file_that_holds_a_file_twice_is_refused(divided: Path, name: str):
+    file = packed(divided / "train")
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr(name, encoded(noise(0)))
+    with pytest.raises(ValueError, match=r"\.zip holds ant/03\.png twice: keep one of the two"):
+        open_folder(file)
 
 
 def test_a_zip_file_of_one_class_keeps_it(divided: Path):
@@ -114,6 +128,10 @@ def test_a_file_that_is_no_zip_file_is_refused(tmp_path: Path):
     write(tmp_path / "x.zip", b"PK\3\4 and no more")
     with pytest.raises(ValueError, match=r"x\.zip is not a \.zip file that can be read .*: make it again"):
         open_folder(tmp_path / "x.zip")
+    with zipfile.ZipFile(tmp_path / "nested.zip", "w") as archive:
+        archive.write(tmp_path / "x.zip", "x.zip")
+    with pytest.raises(ValueError, match=r"nested\.zip contains no folder, but files \(\.zip: 1 \(x\.zip\)\): put"):
+        open_folder(tmp_path / "nested.zip")
     deep = tmp_path / "deep.zip"
     with zipfile.ZipFile(deep, "w") as archive:
         archive.writestr("a/" * 2000 + "0.png", b"")

@@ -55,6 +55,17 @@ def write_samples(folder: Path, one: results.Row, images: np.ndarray) -> None:
         write(images, np.arange(len(images)))
 
 
+def test_a_damaged_file_is_named_with_the_remedy(tmp_path: Path) -> None:
+    assert nearest.read_nearest(str(tmp_path)) is None
+    for content in (b"", b"PK\3\4 and no more"):
+        (tmp_path / "nearest.npz").write_bytes(content)
+        with pytest.raises(ValueError, match=r"nearest\.npz is not a sound .*: remove it, and --mode=sweep"):
+            nearest.read_nearest(str(tmp_path))
+    npz.write_npz(tmp_path / "nearest.npz", {"images": np.zeros(3)})
+    with pytest.raises(ValueError, match=r"holds \['images'\], not .*: remove it, and --mode=sweep writes it again"):
+        nearest.read_nearest(str(tmp_path))
+
+
 def test_the_nearest_row_is_that_of_all_pairs() -> None:
     """Also among rows whose distances differ by less than the rounding of float32 products."""
     numbers = np.random.default_rng(0)

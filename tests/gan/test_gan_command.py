@@ -69,7 +69,9 @@ def test_the_mlps_do_too_and_labels_matter_to_them(classes: int) -> None:
 
 def test_errors_are_one_line_and_say_what_to_do(tmp_path: Path) -> None:
     for arguments, expected in (
-        (["nowhere.py", str(tmp_path)], "CONFIG is 'nowhere.py', which is no file with get_config"),
+        (["nowhere.py", str(tmp_path)], r"nowhere\.py is no config \(FileNotFoundError: there is no such file\): give"),
+        (["nowhere", str(tmp_path)], "nowhere names no config; choose one of cifar10, "),
+        ([CONFIG, str(tmp_path), "train.num_steps=many"], "config.train.num_steps is 'many'; expected an integer >= 1"),
         ([CONFIG, str(tmp_path), "train.num_step=3"], "train.num_step"),
         ([CONFIG, str(tmp_path), "train.num_steps=0"], "config.train.num_steps is 0; expected an integer >= 1"),
         (
@@ -80,6 +82,7 @@ def test_errors_are_one_line_and_say_what_to_do(tmp_path: Path) -> None:
         with pytest.raises(SystemExit, match=expected) as found:
             main(arguments)
         assert "\n" not in str(found.value)
+    assert config_of("digits", []) == config_of(CONFIG, [])
     assert config_of(CONFIG, ["train.num_steps=3", "data.split=test"]).data.split == "test"
     check_generator(config_of(CONFIG, ["model.label_from=-1"]))
     assert not list(tmp_path.iterdir())

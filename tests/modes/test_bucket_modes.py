@@ -102,7 +102,7 @@ def test_comparisons_are_those_of_a_disk(bucket: FakeGcs, tmp_path: Path) -> Non
 
 def test_a_run_in_a_bucket_is_a_config(bucket: FakeGcs) -> None:
     folder = f"{bucket.url}/run"
-    with pytest.raises(ValueError, match=rf"--config={folder} is a folder without config\.json"):
+    with pytest.raises(ValueError, match=rf"{folder} is a folder without config\.json"):
         settings.config_of_run(folder)
     begin(folder, train__p_uncond=0.25)
     assert settings.config_of_run(folder).train.p_uncond == 0.25

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from disk import file_size_limit
 from gcs import FakeGcs
 
 from cfd.runs import files
@@ -23,6 +24,15 @@ def test_a_file_is_read_as_it_was_last_written(folder: str) -> None:
         assert files.read_bytes(path) == content.encode()
         assert path.read_text(encoding="utf-8") == content
     assert files.names(folder) == ["deep"] and files.names(files.place(folder, "deep")) == ["x.txt"]
+
+
+def test_a_file_that_cannot_be_written_keeps_its_content_and_leaves_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    files.write_atomically(path, "old")
+    with file_size_limit(4), pytest.raises(OSError) as raised:
+        files.write_atomically(path, "new content")
+    assert raised.value.errno in files.FULL
+    assert path.read_text() == "old" and files.names(tmp_path) == ["x.json"]
 
 
 def test_a_large_file_is_whole_or_absent(folder: str) -> None:

@@ -174,7 +174,14 @@ def test_checkpoints_without_their_config_are_not_taken_for_this_run(tmp_path: P
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [({"config": []}, '"config"'), ({"class_names": None}, '"class_names"'), ({"kind": 0}, '"kind"')],
+    [
+        ({"config": []}, '"config"'),
+        ({"class_names": None}, '"class_names"'),
+        ({"class_names": [0, 1]}, '"class_names"'),
+        ({"kind": 0}, '"kind"'),
+        ({"init_from": "runs/old"}, '"init_from"'),
+        ({"init_from": {"run": "runs/old"}}, '"init_from"'),
+    ],
 )
 def test_a_part_that_a_config_lacks_is_named(tmp_path: Path, change: dict[str, Any], named: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config_json() | change))
