@@ -2,6 +2,7 @@
 
 import functools
 import math
+import numbers
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from jax import Array
 from jax.sharding import Sharding, SingleDeviceSharding
 from jaxtyping import Float, Int
 
+from cfd import checks
 from cfd.arguments import check_numbers
 from cfd.errors import UserError
 from cfd.guidance import without_null
@@ -130,7 +132,7 @@ def load(
     """The model in a run's folder, with the EMA weights of its newest undamaged step, or of `step`.
 
     `ema` is the length of another EMA, σ_rel of `cfd.posthoc_ema`, which is then reconstructed from the averages that
-    the run keeps (train.posthoc_ema). None is the run's own EMA.
+    the run keeps (train.posthoc_ema). None and 0.0 are the run's own EMA, as sample.ema says it.
 
     `eps_fn(z, logsnr, labels)` is a `jax.tree_util.Partial`. Pass it to a jitted function as an argument: its weights
     are then arguments too. The program of a function that closes over it contains them as constants.
@@ -252,6 +254,8 @@ def load_ema(
     if all checkpoints are, and ValueError for a run of another kind, for a step that does not exist, for one that was
     written with another config, and for a student of an earlier version, whose input w is gone.
     """
+    if ema is not None and not (isinstance(ema, numbers.Real) and checks.EMA.holds(ema)):
+        raise UserError(f"ema is {ema!r}; expected {checks.EMA.words}, or None for the run's own EMA")
     check_run_path(workdir if is_url(workdir) else files.place(workdir))
     workdir = files.place(workdir)
     config_json = read_config(workdir)
@@ -283,7 +287,7 @@ def load_ema(
         }
         return unflatten_dict(wanted)
 
-    if ema is not None:
+    if ema:
         kept = config_json["config"].get("train", {}).get("posthoc_ema", ())
         params, step, meta = posthoc.reconstruct(workdir, step, ema, kept, template, sharding)
         return Ema(params, config_json, step, weights_hash(params), meta["data_state"].get("data", ""))
@@ -300,11 +304,11 @@ def load_ema(
             damaged[place] = result
     if damaged:
         reasons = "; ".join(f"step {place.name} in {place.parent.name}: {why}" for place, why in damaged.items())
-        wanted = "checkpoint" if step is None else f"step {step}"
+        wanted = "checkpoint" if step is None else f"step {step!r}"
         raise CheckpointError(f"no undamaged {wanted} in {workdir} ({reasons}): restore the folder from a copy")
     checkpoints, snapshots = (steps.steps_of(workdir / name) for name in (CHECKPOINTS, SNAPSHOTS))
     raise UserError(
-        f"{workdir / CHECKPOINTS} has no step{'' if step is None else f' {step}'}; its steps are {checkpoints}"
+        f"{workdir / CHECKPOINTS} has no step{'' if step is None else f' {step!r}'}; its steps are {checkpoints}"
         + (f", and the snapshots of the EMA are {snapshots}" if snapshots else "")
         + steps.hint(workdir / CHECKPOINTS)
     )

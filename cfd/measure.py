@@ -115,8 +115,11 @@ def measure(samples: str, reference: str, features: str, weights: str, out: str 
     """
     if os.path.isdir(out):
         raise UserError(f"--json is {out!r}, which is a folder: give a file")
+    if out in (samples, reference, weights):
+        raise UserError(f"--json is {out!r}, which is a file that is read: give another file for the numbers")
     if out:
-        access.check_writable(os.path.dirname(out) or ".", "give --json=FILE in another folder")
+        folder = out if files.is_url(out) else os.path.dirname(out) or "."  # a bucket itself has no folder
+        access.check_writable(folder, "give --json=FILE in another folder")
     labels, shape = check_samples(samples, features)
     access.check_file("REFERENCE", reference, "give an .npz with images arr_0, or with the statistics mu and sigma")
     headers = check_reference(reference, shape, features, words_for(samples, features))
@@ -181,7 +184,11 @@ def check_samples(path: str, features: str) -> tuple[Int32[np.ndarray, " n"], tu
     if len(shape) != 4 or 0 in shape:
         raise UserError(
             f"{path}: arr_0 has shape {shape}, expected [N, H, W, C]: save it again with "
-            + ("arr_0[..., None], the channel of grey images" if len(shape) == 3 else "images in these four axes")
+            + (
+                "arr_0[..., None], the channel of grey images"
+                if len(shape) == 3 and shape[2] not in (1, 3)  # not a single image [H, W, C]
+                else "several images in these four axes"
+            )
         )
     height, width, channels = shape[1:]
     if channels not in (1, 3):
@@ -205,10 +212,13 @@ def read_labels(path: str, headers: dict[str, npz.Header], count: int) -> Int32[
         return np.full(count, -1, np.int32)
     header = headers["arr_1"]
     if header.shape != (count,) or header.dtype.kind not in "iu":
-        one_hot = len(header.shape) == 2 and header.shape[0] == count
+        remedy = "save the classes as integers [N], or leave arr_1 out"
+        if len(header.shape) == 2 and header.shape[0] == count:  # in a column, or one-hot
+            of_row = "arr_1[:, 0].astype(int)" if header.shape[1] == 1 else "numpy.argmax(arr_1, axis=-1)"
+            remedy = f"save {of_row} in its place"
         raise UserError(
             f"{path}: arr_1 is {header.dtype} of shape {header.shape}, expected an integer for each of {count} images: "
-            + ("save numpy.argmax(arr_1, axis=-1) in its place" if one_hot else "save the classes so, or leave it out")
+            f"{remedy}"
         )
     labels = npz.read_npz(path, ["arr_1"])["arr_1"]
     wrong = labels[(labels < -1) | (labels > np.iinfo(np.int32).max)]

@@ -211,6 +211,16 @@ def test_load_of_what_is_not_there_says_what_is(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+def test_a_length_of_0_is_the_runs_own_ema_and_others_are_refused(tmp_path: Path) -> None:
+    (_, ema), _ = digits_run(tmp_path)
+    assert same_bits(load(tmp_path, 1, ema=0.0).params, ema)
+    for length in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match=rf"ema is {length}; expected .* <= 0\.288675, or None for the run's own"):
+            load(tmp_path, ema=length)
+    with pytest.raises(ValueError, match=r"an EMA of length 0\.1 is asked for, and .* keeps no averages"):
+        load(tmp_path, ema=0.1)
+
+
 def test_load_after_a_newer_version_resumed_the_run(tmp_path: Path) -> None:
     """Its config.json then has fields that the checkpoints lack. Fields that both have must still agree."""
     _, config_json = digits_run(tmp_path)

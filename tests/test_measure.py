@@ -178,11 +178,13 @@ SAMPLES: list[tuple[dict[str, Any], str, str]] = [
     ({"arr_0": np.asfortranarray(COLOUR)}, "Fortran order", "numpy.ascontiguousarray(arr_0)"),
     ({"arr_0": COLOUR[..., 0]}, "shape (30, 8, 6), expected [N, H, W, C]", "arr_0[..., None]"),
     ({"arr_0": COLOUR[..., :1]}, "grey images, and --features=inception takes RGB", "numpy.repeat(arr_0, 3, axis=-1)"),
+    ({"arr_0": COLOUR[0]}, "shape (8, 6, 3), expected [N, H, W, C]: save it again with several images", ""),
     ({"arr_0": COLOUR[:3]}, "3 images, and precision and recall need at least 4", ""),
     ({"arr_0": COLOUR[:0]}, "shape (0, 8, 6, 3)", ""),
     ({"images": COLOUR}, "['images'], and no images arr_0", ""),
     ({"arr_0": COLOUR, "arr_1": np.arange(29)}, "shape (29,), expected an integer for each of 30 images", ""),
     ({"arr_0": COLOUR, "arr_1": np.zeros(30)}, "arr_1 is float64", ""),
+    ({"arr_0": COLOUR, "arr_1": np.arange(30.0)[:, None]}, "shape (30, 1)", "arr_1[:, 0].astype(int)"),
     ({"arr_0": COLOUR, "arr_1": np.eye(30, dtype=int)}, "shape (30, 30)", "numpy.argmax(arr_1, axis=-1)"),
     ({"arr_0": COLOUR, "arr_1": np.arange(30) - 2}, "arr_1 holds -2", ""),
     ({"arr_0": COLOUR, "arr_1": np.array(["a"] * 30)}, "only numbers are read", ""),
@@ -273,6 +275,8 @@ def test_files_that_are_no_npz_are_refused(save: Save, weights: str, tmp_path: P
         assert words in error_of(good, path, *flags)
         assert words in error_of(good, good, flags[0], f"--weights={path}")
     assert "which is a folder" in error_of(good, good, *flags, f"--json={tmp_path}")
+    assert "give another file for the numbers" in error_of(good, good, *flags, f"--json={good}")
+    assert Path(good).read_bytes() == content
     assert "--weights" in error_of(good, good) and "invalid choice: 'vgg'" in error_of(good, good, "--features=vgg")
 
 
@@ -287,6 +291,8 @@ def test_samples_in_a_bucket_are_measured(
     here, _ = run(capsys, path, path, *flags)
     found = json.loads(bucket.objects["made/result.json"].content)
     assert found["measures"] == here["measures"]
+    measure.main([there, there, *flags, f"--json={bucket.url}/result.json"])
+    assert bucket.objects["result.json"].content == bucket.objects["made/result.json"].content
     assert "nowhere.npz" in error_of(f"{bucket.url}/made/nowhere.npz", there, *flags)
 
 

@@ -141,7 +141,7 @@ def frechet_distance(
 def covariance_root(
     sigma: Float[np.ndarray, "d d"], which: str
 ) -> tuple[Float[np.ndarray, "d d"], Float[np.ndarray, "d r"]]:
-    """Σ in float64, and R with Σ = R Rᵀ, which has one column per nonzero eigenvalue.
+    """Σ in float64, and R with Σ = R Rᵀ, which has one column per nonzero eigenvalue, or one of zeros if Σ = 0.
 
     `which`, "first" or "second", names the covariance in the errors of `frechet_distance`.
     """
@@ -160,6 +160,7 @@ def covariance_root(
             "compute the statistics again"
         )
     nonzero = eigenvalues > largest * len(sigma) * np.finfo(np.float64).eps
+    nonzero[-1] = True  # equal images have Σ = 0, and moments need a column
     return sigma, vectors[:, nonzero] * np.sqrt(eigenvalues[nonzero])
 
 

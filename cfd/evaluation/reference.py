@@ -149,8 +149,16 @@ def open_held_out(
 
 
 def read_cached(path: str) -> Reference:
-    """The reference in a file of an earlier sweep. A line says if its version did not measure saturation."""
-    arrays: dict[str, Any] = dict(npz.read_npz(path))
+    """The reference in a file of an earlier sweep. A line says if its version did not measure saturation.
+
+    Raises ValueError, with the remedy, if the file is damaged.
+    """
+    try:
+        arrays: dict[str, Any] = dict(npz.read_npz(path))
+        if not {"mu", "sigma"} <= arrays.keys() <= set(Reference._fields):
+            raise UserError(f"{path} holds {list(arrays)}, expected mu, sigma and others of {Reference._fields}")
+    except UserError as error:
+        raise UserError(f"{error}; remove the file, and --mode=sweep computes it again") from error
     if "saturation" in arrays:
         arrays["saturation"] = float(arrays["saturation"])
     elif "features" in arrays and jax.process_index() == 0:

@@ -34,7 +34,10 @@ def compare(config: Config, folder: str, others: Sequence[str], out: str) -> str
     real = tables.real_fid(floor, rows)
     curves = tables.curves(means)
     if sum(map(len, curves.values())) < len(means):
-        raise UserError(f"{', '.join(runs)} hold rows of the same settings: nothing tells them apart")
+        raise UserError(
+            f"{', '.join(runs)} hold rows of the same settings: nothing tells them apart. Give --runs without those "
+            "that have the settings of another one, or runs that differ in a setting such as p_uncond or the rule"
+        )
     published = tables.published_of(config, workdir.read_config(folder)["class_names"])
     blocks = {"ours": means, "paper": published.rows} if published.rows else {"": means}
     below = [tables.caption(means), tables.real_images(floor, rows[0]["features"])]
@@ -85,14 +88,20 @@ def rows_of_runs(runs: Sequence[str], step: int) -> tuple[list[results.Row], lis
         at_step = rows_at(run, step)
         for row in at_step:
             made = manifest_of(run, row)
-            made_with.setdefault((made["reference"]["sha256"], made["features"]["sha256"]), run)
+            by_data = made["reference"].get("source") == "data"  # not a file
+            identity = made.get("data", {}).get("identity", "") if by_data else ""
+            made_with.setdefault((made["reference"]["sha256"], made["features"]["sha256"]), (run, identity))
             rows.append(row | {"run": run, "weights": json.dumps([made["weights"]["sha256"], unlisted(made)])})
         means += tables.over_seeds(run, rows[-len(at_step) :])
     if len(made_with) > 1:
-        raise UserError(
-            f"{' and '.join(made_with.values())} were measured with different references or feature networks: copy the "
-            "features folder of one into the others and sweep them again"
-        )
+        names, identities = zip(*made_with.values(), strict=True)
+        remedy = "copy the features folder of one into the others and sweep them again"
+        if len({*identities} - {""}) > 1:
+            remedy = (
+                "they have different data sets. Give --runs without those of other data, or sweep them again with the "
+                "same file as eval.reference, and with eval.features 'inception' or 'dinov2'"
+            )
+        raise UserError(f"{' and '.join(names)} were measured with different references or feature networks: {remedy}")
     return rows, means
 
 

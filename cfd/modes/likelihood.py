@@ -219,14 +219,17 @@ def accuracy(bits: Sequence[Float[np.ndarray, " n"]], labels: Int[np.ndarray, " 
 
 
 def row_of(terms: Terms, last: int, end: int) -> dict[str, Any]:
-    """The means over images of the chain that ends at level `end`, the number `last` of the last levels."""
+    """The means over images of the chain that ends at level `end`, the number `last` of the last levels.
+
+    "standard_error" is None for one image, which has none.
+    """
     total = terms.totals()[last]
     return dict(
         prior=float(terms.prior.mean()),
         diffusion=float(terms.kl[:end].sum(0).mean()),
         reconstruction=float(terms.decoder[last].mean()),
         total=float(total.mean()),
-        standard_error=float(total.std(ddof=1) / math.sqrt(len(total))),
+        standard_error=float(total.std(ddof=1) / math.sqrt(len(total))) if len(total) > 1 else None,
         num_images=len(total),
     )
 
@@ -268,7 +271,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         parts = " | ".join(f"{row[name]:.4f}" for name in ("prior", "diffusion", "reconstruction"))
-        total = f"{row['total']:.4f} ± {1.96 * row['standard_error']:.4f}"
+        error = row["standard_error"]
+        total = f"{row['total']:.4f}" + ("" if error is None else f" ± {1.96 * error:.4f}")
         lines.append(f"| {row['split']} | {row['labels']} | {row['w']:g} | {parts} | {total} | {row['num_images']:,} |")
     lines += [
         f"\nThe class with the lowest bound at w = 0 is the right one for {row['class_accuracy']:.1%} of the images of "

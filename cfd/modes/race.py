@@ -87,7 +87,7 @@ def best_cell(
 
         def draw(number: int, first: int, wanted: int) -> Float[np.ndarray, "n d"]:
             path = os.path.join(folder, "race", f"{names[number]}.npz")
-            there = npz.read_npz(path, max_bytes=MAX_BYTES)["features"] if files.exists(path) else None
+            there = read_features(path, len(reference.mu)) if files.exists(path) else None
             parallel.barrier("features of the race looked for")
             if there is None or len(there) < first + wanted:
                 before = np.zeros((0, len(reference.mu)), np.float32) if there is None else there
@@ -125,6 +125,17 @@ def best_cell(
         print(result_in_words(folder, cells, best, race.standings), flush=True)
     parallel.barrier("race finished")
     return cells[best]
+
+
+def read_features(path: str, width: int) -> Float[np.ndarray, "n d"]:
+    """The features, `width` per image, in a file of the race. Raises ValueError, with the remedy, if it is damaged."""
+    try:
+        features = npz.read_npz(path, ["features"], max_bytes=MAX_BYTES)["features"]
+        if features.shape[1:] != (width,):
+            raise UserError(f"{path} holds features of shape {features.shape}, expected [N, {width}]")
+    except UserError as error:
+        raise UserError(f"{error}; remove the file, and --mode=sweep samples its images again") from error
+    return features
 
 
 def compile_cell(model: Model, size: int, sampling: Sampling, guide: Guide | None) -> Sampler:
@@ -174,7 +185,7 @@ def sampled_features(
 def winner(folder: str, names: list[str]) -> int | None:
     """The number of the best cell, if race.csv holds a finished race of the cells of these manifests alone."""
     lines = results.whole_lines(os.path.join(folder, "race.csv"))
-    found = {row["manifest"]: row["verdict"] for row in csv.DictReader(lines)}
+    found = {row.get("manifest"): row.get("verdict") for row in csv.DictReader(lines)}  # None if it is damaged
     best = [names.index(name) for name, verdict in found.items() if verdict == "best" and name in names]
     return best[0] if best and found.keys() == set(names) else None
 

@@ -28,6 +28,17 @@ def test_frechet_distances(dim: int) -> None:
     )
 
 
+def test_the_distance_from_equal_images_has_no_overlap() -> None:
+    """Their covariance is 0, and what is left of the distance is |μ1 − μ2|² + tr Σ2."""
+    rows, group = np.random.default_rng(14).normal(size=(20, 3)), np.arange(20) % 4
+    mu, sigma = np.ones(3), np.zeros((3, 3))
+    root = metrics.covariance_root(sigma, "first")[1]
+    np.testing.assert_array_equal(root @ root.T, sigma)
+    found = leave_out.frechet_distance(mu, sigma, root, rows, group, metrics.moments(rows))
+    subsets = [rows[group != g] for g in range(4)]
+    assert found == pytest.approx([((x.mean(0) - 1) ** 2).sum() + x.var(0, ddof=1).sum() for x in subsets], rel=1e-12)
+
+
 def test_moments_of_a_part_can_be_subtracted() -> None:
     rows = 1e3 + np.random.default_rng(4).normal(size=(50, 4))
     left = metrics.subtract(metrics.moments(rows), metrics.moments(rows[:20]))

@@ -11,6 +11,7 @@ from tiny import tiny_config
 
 from cfd.data.batches import load_arrays
 from cfd.data.sources import Dataset, open_dataset
+from cfd.errors import UserError
 from cfd.evaluation import metrics, reference
 from cfd.evaluation.features import FeatureNetwork, Outputs
 from cfd.runs import npz
@@ -110,6 +111,22 @@ def test_equal_inputs_are_measured_once(tmp_path: Path) -> None:
     assert len(names) == 6, "other weights, another split, other images, and other names or labels: each another name"
     moved = config.data.to_dict() | dict(path="elsewhere", labels="/there.csv", num_workers=7, in_memory=True)
     assert reference.reference_hash(network(), train, path="", data=moved) in names, "the place does not matter"
+
+
+@pytest.mark.parametrize(
+    "content", [b"no archive", {}, {"mu": np.zeros(2)}, {"mu": np.zeros(2), "sigma": np.eye(2), "x": np.eye(2)}]
+)
+def test_a_damaged_file_of_an_earlier_sweep_is_named_with_the_remedy(
+    content: bytes | dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    first = open_reference(tiny_config(), tmp_path, network())
+    (path,) = (tmp_path / "features").glob("reference_*.npz")
+    path.write_bytes(content) if isinstance(content, bytes) else npz.write_npz(path, content)
+    with pytest.raises(UserError, match=rf"{path.name} .*; remove the file, and --mode=sweep computes it again"):
+        open_reference(tiny_config(), tmp_path, network())
+    path.unlink()
+    for one, other in zip(first, open_reference(tiny_config(), tmp_path, network()), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_the_rows_for_precision_and_recall_are_balanced() -> None:

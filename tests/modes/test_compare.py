@@ -38,10 +38,20 @@ def test_runs_are_compared_in_the_layout_of_the_paper(tmp_path: Path) -> None:
 def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
     half, tenth = run(tmp_path / "half", 0.5), run(tmp_path / "tenth", 0.1)
     text = compare(tiny_config(), str(half), [str(tenth)], str(half))
-    with pytest.raises(ValueError, match="nothing tells them apart"):
+    with pytest.raises(
+        ValueError, match=r"nothing tells them apart\. Give --runs without those that have the settings"
+    ):
         compare(tiny_config(), str(half), [str(run(tmp_path / "again", 0.5))], str(half))
-    with pytest.raises(ValueError, match="different references or feature networks"):
+    with pytest.raises(ValueError, match="nothing tells them apart"):
+        compare(tiny_config(), str(half), [str(tenth), str(half)], str(half))
+    with pytest.raises(ValueError, match="different references or feature networks: copy the features folder"):
         compare(tiny_config(), str(half), [str(run(tmp_path / "fifth", 0.2, features_hash="g"))], str(half))
+    (tmp_path / "other").mkdir()
+    other = sweep_again(tmp_path / "other", 0.2, data="other", reference="other")
+    with pytest.raises(
+        ValueError, match=r"they have different data sets\. Give --runs without those of other data, or "
+    ):
+        compare(tiny_config(), str(half), [str(other), str(tenth)], str(half))
     with pytest.raises(ValueError, match="has no sweep"):
         compare(tiny_config(), str(half), [str(tmp_path)], str(half))
     sweep_again(half, 0.5, features_hash="g")

@@ -78,6 +78,13 @@ def test_each_row_is_the_bound_of_the_chain_that_is_best_for_the_training_split(
         image.load()
 
 
+def test_one_image_has_a_bound_and_no_standard_error(mixing_run: Path) -> None:
+    asked = config_of(likelihood__weights=(0.0,), likelihood__num_images=1)
+    text = likelihood(asked, str(mixing_run), str(mixing_run))
+    for row, line in zip(rows_of(mixing_run), text.splitlines()[2:], strict=False):
+        assert row["standard_error"] == "" and line.endswith(f"| {float(row['total']):.4f} | 1 |")
+
+
 def test_a_second_start_replaces_rows_of_the_same_settings_and_keeps_others(mixing_run: Path) -> None:
     folder = str(mixing_run)
     likelihood(config_of(likelihood__weights=(0.0,)), folder, folder)

@@ -69,6 +69,11 @@ def test_a_race_resumes_where_it_stopped(
     (kept,) = (stopped / "race").glob("*.npz")
     there = len(npz.read_npz(kept)["features"])
     assert not (stopped / "race.csv").exists() and there > 0
+    sound = kept.read_bytes()
+    kept.write_bytes(sound[:-1])
+    with pytest.raises(UserError, match=rf"{kept.name} is not a sound .*remove the file, and --mode=sweep samples"):
+        sweep.sweep(config, str(run), str(stopped))
+    kept.write_bytes(sound)
     sampled, sampled_features = [], race.sampled_features
 
     def counting(*args: Any) -> Any:
@@ -104,6 +109,18 @@ def test_a_race_refuses_several_seeds_and_too_few_images_before_it_samples(run: 
     sweep.check(tiny_config(**GRID | {"eval__num_samples": 100, "eval__racing": False}), str(run))
 
 
+@pytest.mark.parametrize("arrays", [{}, {"images": np.zeros((3, 4))}, {"features": np.zeros((3, 5), np.float32)}])
+def test_a_file_of_other_features_is_named_with_the_remedy(arrays: dict[str, np.ndarray], tmp_path: Path) -> None:
+    path = str(tmp_path / "cell.npz")
+    npz.write_npz(path, arrays)
+    with pytest.raises(
+        UserError, match=r"cell\.npz holds .*; remove the file, and --mode=sweep samples its images again"
+    ):
+        race.read_features(path, 4)
+    npz.write_npz(path, {"features": np.ones((3, 4), np.float32)})
+    np.testing.assert_array_equal(race.read_features(path, 4), np.ones((3, 4)))
+
+
 def test_places_cover_every_axis_of_the_grid() -> None:
     config = tiny_config(**GRID | {"eval__intervals": ((), (-3.0, 1.0), (-1.0, 2.0)), "eval__weights": (0.0, 1.0)})
     rows = race.rows_of_grid(config, 7)
@@ -123,3 +140,5 @@ def test_a_finished_race_of_other_cells_is_not_taken(run: Path) -> None:
     race.write_standings(str(run), cells, standings)
     assert race.winner(str(run), names) == 1
     assert race.winner(str(run), names[:2]) is None and race.winner(str(run), [*names, "other"]) is None
+    (run / "race.csv").write_text("damaged\n" + "line\n" * 3)
+    assert race.winner(str(run), names) is None
