@@ -3,7 +3,7 @@
 It needs one third of the multiplications of the direct sum: F(2, 3) along the height, nested in F(4, 3) along the
 width. In F(4, 3), four outputs of a row are sums of six products, each of a sum of the six inputs and a sum of the
 three taps. Its points are 0, ±√½, ±√2 and ∞. The usual points 0, ±1, ±2 and ∞ would double the rounding error. The
-points of F(2, 3) are 0, ±1 and ∞. Errors are 1.6 to 2.9 times those of the direct sum (root mean square, 64 to 768
+points of F(2, 3) are 0, ±1 and ∞. Errors are 1.6 to 3.8 times those of the direct sum (root mean square, 64 to 768
 channels), and those of the kernel's gradient are 1.4 to 3.9 times as large (128 to 4,096 positions).
 
 Results have the same bits on any number of threads: see `kernels.cpu.transposed_product`.

@@ -9,6 +9,11 @@ from typing import Any
 import pytest
 from tiny import ROOT
 
+from cfd.devices import xla
+
+YNN = "xla_cpu_experimental_ynn_fusion_type"
+pytestmark = pytest.mark.skipif(YNN not in xla.compiler_options(), reason="this XLA has no YNN library")
+
 PROGRAM = """
 import hashlib, json, os, sys
 
