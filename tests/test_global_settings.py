@@ -1,4 +1,4 @@
-"""What a seed draws, and what compiles, under settings of JAX that hold for a whole program."""
+"""The numbers that a seed draws, and the programs that compile, under settings of JAX for a whole program."""
 
 from typing import Any
 
