@@ -16,7 +16,6 @@ from jax import Array
 from jax.sharding import Sharding, SingleDeviceSharding
 from jaxtyping import Float, Int
 
-from cfd import checks
 from cfd.arguments import check_numbers
 from cfd.errors import UserError
 from cfd.guidance import without_null
@@ -24,6 +23,7 @@ from cfd.networks.classifier import Classifier, ClassifierFn
 from cfd.networks.model import build
 from cfd.networks.times import logsnr_table, respaced
 from cfd.networks.unet import check_labels
+from cfd.posthoc_ema import MAX_SIGMA_REL
 from cfd.process import Schedule, cosine, linear, log_normal, tabulated
 from cfd.runs import files, posthoc, steps
 from cfd.runs.access import check_run_path
@@ -254,8 +254,8 @@ def load_ema(
     if all checkpoints are, and ValueError for a run of another kind, for a step that does not exist, for one that was
     written with another config, and for a student of an earlier version, whose input w is gone.
     """
-    if ema is not None and not (isinstance(ema, numbers.Real) and checks.EMA.holds(ema)):
-        raise UserError(f"ema is {ema!r}; expected {checks.EMA.words}, or None for the run's own EMA")
+    if ema is not None and not (isinstance(ema, numbers.Real) and 0 <= ema <= MAX_SIGMA_REL):
+        raise UserError(f"ema is {ema!r}; expected a number in [0, {MAX_SIGMA_REL:g}], or None for the run's own EMA")
     check_run_path(workdir if is_url(workdir) else files.place(workdir))
     workdir = files.place(workdir)
     config_json = read_config(workdir)

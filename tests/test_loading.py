@@ -215,7 +215,7 @@ def test_a_length_of_0_is_the_runs_own_ema_and_others_are_refused(tmp_path: Path
     (_, ema), _ = digits_run(tmp_path)
     assert same_bits(load(tmp_path, 1, ema=0.0).params, ema)
     for length in (-0.1, 1.0, float("nan")):
-        with pytest.raises(ValueError, match=rf"ema is {length}; expected .* <= 0\.288675, or None for the run's own"):
+        with pytest.raises(ValueError, match=rf"ema is {length}; expected .*\[0, 0\.288675\], or None"):
             load(tmp_path, ema=length)
     with pytest.raises(ValueError, match=r"an EMA of length 0\.1 is asked for, and .* keeps no averages"):
         load(tmp_path, ema=0.1)
