@@ -85,7 +85,7 @@ def _output(stride: int, x: Float[Array, "b h w c"], kernel: Array, *bias: Array
 def _gradients(stride: int, residuals: tuple[Array, ...], g: Float[Array, "b h2 w2 k"]) -> tuple[Array, ...]:
     """The gradients of x and of the parameters."""
     x, kernel, *bias = residuals
-    g = cpu.materialize_on_cpu(g)
+    x, g = cpu.materialize_on_cpu((x, g))
     forms = {name: form.gradients for name, form in _forms(stride, x, kernel).items()}
     gradients = _by_platform(forms, x, kernel, g)
     return cpu.materialize_on_cpu((*gradients, cpu.bias_gradient(g)) if bias else gradients)
