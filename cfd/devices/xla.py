@@ -35,8 +35,8 @@ CPU_OPTIONS: dict[str, str | bool | int] = {
 # - In a program for several chips, XLA's reshape mover places the cast of a gradient to float32, at the beginning of a
 #   norm's gradient, directly behind the convolution that gives it. XLA fuses the two, and writes the gradient in
 #   float32.
-# - With the other options, most sums of gradients over the chips run while the chips compute. Sums of at most 2 MB are
-#   combined: larger ones would have to wait for more gradients.
+# - With the other options, most sums of gradients over the chips run while the chips compute. XLA does so with sums of
+#   a single array only. Therefore only sums of at most 2 MB are combined.
 TPU_OPTIONS: dict[str, str | bool | int] = {
     "xla_disable_hlo_passes": "reshape-mover",
     "xla_enable_async_all_reduce": True,
