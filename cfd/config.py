@@ -4,6 +4,7 @@ A config states what makes its experiment that experiment; `complete` adds the d
 others. `python -m cfd.main --config=NAME --mode=config` prints the result.
 """
 
+import difflib
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
@@ -128,9 +129,9 @@ def listing(config: Config) -> str:
 def check_name(name: str) -> None:
     """Raises ValueError, with the names to choose from, unless `name`, such as "train.num_steps", is a field."""
     if any(field.startswith(f"{name}.") for field in FIELDS):
-        raise UserError(f"config.{name} is a group, not a field; the group has {_siblings(f'{name}.')}")
+        raise UserError(f"config.{name} is a group, not a field; {_siblings(f'{name}.')}")
     if name not in FIELDS:
-        raise UserError(f"config.{name} is not a field; the group has {_siblings(name)}")
+        raise UserError(f"config.{name} is not a field; {_siblings(name)}{_meant(name)}")
 
 
 def _check_together(config: Config) -> None:
@@ -357,5 +358,14 @@ def _leaves(group: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 def _siblings(name: str) -> str:
     group = name.rpartition(".")[0]
-    known = [field.rpartition(".")[2] for field in FIELDS if field.rpartition(".")[0] == group]
-    return ", ".join(known) or f"no group {group!r}; groups are {sorted({field.split('.')[0] for field in FIELDS})}"
+    if known := [field.rpartition(".")[2] for field in FIELDS if field.rpartition(".")[0] == group]:
+        return f"the group has {', '.join(known)}"
+    groups = dict.fromkeys(field.partition(".")[0] for field in FIELDS if "." in field)
+    return f"there is no group {group!r}, and the groups are {', '.join(groups)}"
+
+
+def _meant(name: str) -> str:
+    """A question with the fields that have the name in another group, or a name like it; "" if there are none."""
+    elsewhere = [field for field in FIELDS if field.rpartition(".")[2] == name.rpartition(".")[2]]
+    like = difflib.get_close_matches(name, elsewhere or FIELDS, n=3, cutoff=0 if elsewhere else 0.8)
+    return f" (did you mean {' or '.join(f'config.{field}' for field in like)}?)" if like else ""

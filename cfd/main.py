@@ -197,25 +197,13 @@ def main(argv: Sequence[str]) -> int:
             sys.exit(f"error: {in_one_line(error)}")
         except Exception as error:
             problem = note(traceback.format_exc())
-            if isinstance(error, OSError) and (reason := of_storage(error, out)):
+            if isinstance(error, OSError) and (reason := files.reason_of_storage(error, out)):
                 sys.exit(f"error: {reason}")
             if problem:
                 print(problem, file=sys.stderr)
             raise
         finally:
             watchdog.off()
-
-
-def of_storage(error: OSError, out: str) -> str:
-    """The message about a full disk, or about a bucket that refuses or does not answer; "" for another error.
-
-    The folder `out` is the one that the mode writes to.
-    """
-    if error.errno in files.FULL:
-        return f"{out or error.filename} cannot be written ({error.strerror}): free space, and start again"
-    if is_url(str(error.filename)):
-        return f"{error.filename} was not read or written ({error.strerror}): start again when the bucket allows it"
-    return ""
 
 
 def say(text: str) -> None:
@@ -226,7 +214,7 @@ def say(text: str) -> None:
 
 def stoppable() -> contextlib.AbstractContextManager[None]:
     """The signal handlers of a mode that looks whether it is asked to stop. Other modes end at once at a signal."""
-    looks = MODE.value in (*TRAINING, "sample", "sweep")
+    looks = MODE.value in (*TRAINING, "sample", "sweep", "likelihood")
     return preemption.stopping_on_request() if looks else contextlib.nullcontext()
 
 
@@ -350,6 +338,12 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         return rest
     except flags.IllegalFlagValueError as error:
         sys.exit(f"error: {illegal_value(str(error))}")
+    except flags.UnrecognizedFlagError as error:
+        known = [f"--{flag.name}" for flag in (CONFIG, WORKDIR, MODE, OUT, RUNS, INIT_FROM, ALLOW_FRESH_START)]
+        sys.exit(
+            f"error: --{error.flagname} is no flag: choose among {', '.join(known)}, and set a field as "
+            "--config.GROUP.FIELD=VALUE"
+        )
     except (flags.Error, UserError) as error:
         sys.exit(f"error: {in_one_line(error)}")
     except SystemExit as end:  # absl exits with 1 after it has printed the help

@@ -74,6 +74,7 @@ def main(argv: Sequence[str]) -> None:
     with output.lasting(lambda _: None), notices.warnings_in_lines():
         args = parse(argv)
         try:
+            parallel.process_count()
             result = measure(args.SAMPLES, args.REFERENCE, args.features, args.weights, args.json)
         except UserError as error:
             end(str(error))

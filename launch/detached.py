@@ -1,7 +1,8 @@
 """`python launch/detached.py start FOLDER -- COMMAND ...`: a command that outlives the connection that started it.
 
   start FOLDER -- COMMAND ...   starts the command in a session of its own, unless it already runs
-  state FOLDER -- COMMAND ...   prints "cfd: idle", "cfd: running", or "cfd: other: ..." if another command runs
+  state FOLDER -- COMMAND ...   prints "cfd: running", "cfd: other: ..." if another command runs, "cfd: idle" if none
+                                does, or "cfd: lost" if the last one ended without an exit code
   follow FOLDER                 prints the end of the output, and what follows, until the command ends
   stop FOLDER                   sends the command SIGTERM
   end FOLDER                    does so, waits for its end, and kills what is left after --grace-seconds
@@ -102,7 +103,7 @@ def replace(path: Path, text: str) -> None:
 
 def state(folder: Path, command: list) -> str:
     if not running(folder):
-        return "idle"
+        return "lost" if (folder / "command").exists() and not (folder / "code").exists() else "idle"
     live = json.loads((folder / "command").read_text())
     return "running" if live == command else "other: " + " ".join(shlex.quote(word) for word in live)
 

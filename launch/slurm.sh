@@ -20,6 +20,10 @@ set -euo pipefail
 [ $# -ge 2 ] || { sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2; }
 config=$1 workdir=$2
 python=${PYTHON:-python3}
+if ! [ -f launch/supervise.py ]; then
+  echo "slurm.sh: $PWD is no checkout: submit the job from the checkout, as launch/slurm.sh" >&2
+  exit 2
+fi
 
 # Each task must see all GPUs of its node, because JAX gives it the GPU that has the task's number: no --gpus-per-task.
 # The signal that asks the run to stop is USR1, which srun forwards to its tasks. At TERM, srun kills its tasks. A task

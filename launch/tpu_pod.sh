@@ -13,8 +13,8 @@
 # A closed terminal (SIGHUP) or a second Ctrl-C ends the script alone.
 #
 # After a fault, the processes start again on their hosts, with or without this script, until three faults at the same
-# place. Only the script replaces a slice that was preempted. While it does not run, a preempted job waits. It loses no
-# saved step, and goes on when the script is started again.
+# place. Only the script replaces a slice that was preempted, and starts the job again after a host was restarted. While
+# it does not run, such a job waits or gives up. It loses no saved step, and goes on when the script is started again.
 #
 # WORKDIR and data.path can be in a bucket (gs://BUCKET/PATH), or on a disk that all hosts mount at the same place, such
 # as Filestore. The hosts get a Python of their own, with uv, because their image has Python 3.10. Optional variables:
@@ -29,11 +29,17 @@ usage() { sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p;}' "$0"; exit 2; }
 [ $# -ge 2 ] || [ "$*" = --stop ] || usage
 : "${TPU_NAME:?}" "${TPU_ZONE:?}"
 first_pause=${TPU_PAUSE_SECONDS:-30}
-work=$(mktemp -d)
 there=cfd/launch/detached.py
 child="" asked="" told=""
 
 say() { echo "tpu_pod: $*" >&2; }
+
+if ! command -v gcloud >/dev/null; then
+  say "there is no gcloud on the PATH: install the Google Cloud CLI (https://cloud.google.com/sdk/docs/install)"
+  exit 1
+fi
+export CLOUDSDK_CORE_DISABLE_PROMPTS=1 # this script reads what gcloud says, so that nobody would see a question
+work=$(mktemp -d)
 
 queued() { gcloud compute tpus queued-resources "$1" "$2" "${@:3}" --zone="$TPU_ZONE"; }
 
@@ -109,6 +115,13 @@ if ! [ -f launch/detached.py ] || ! git rev-parse --git-dir >/dev/null; then
   say "$PWD is no checkout: run this script in the checkout, as launch/tpu_pod.sh"
   exit 2
 fi
+file=${config%%:*}
+if [[ $file = *.py ]] && { [[ $file = /* ]] ||
+  [ -z "$(git ls-files --cached --others --exclude-standard -- ":(literal)$file")" ] || ! [ -f "$file" ]; }; then
+  say "the config $file would not be on the hosts: give a file of the checkout that git does not ignore, by its path" \
+    "from here, such as configs/digits.py"
+  exit 2
+fi
 
 # The command of every host, in which each word is quoted for the shell there. Nothing in TPU_ENV is expanded.
 environment=$(python3 - <<'PYTHON'
@@ -128,7 +141,8 @@ job="exec env CFD_COORDINATOR=auto $environment python3 launch/supervise.py -- .
 
 # Runs gcloud with its output in $work/out. Errors that waiting does not mend are final.
 gcloud_says() {
-  local code=0 final='PERMISSION_DENIED|INVALID_ARGUMENT|NOT_FOUND|required property|active account'
+  local code=0 final='PERMISSION_DENIED|INVALID_ARGUMENT|NOT_FOUND|UNAUTHENTICATED|required property|active account'
+  final+='|Failed to find attribute|Reauthentication|invalid_grant'
   "$@" >"$work/out" 2>"$work/error" || code=$?
   [ "$code" -ne 0 ] || return 0
   [ "$2" = create ] || ! grep -q NOT_FOUND "$work/error" || return "$code"
@@ -140,6 +154,8 @@ gcloud_says() {
   elif [ "$code" -eq 2 ] || grep -qE "$final" "$work/error"; then
     say "gcloud refuses this, and waiting does not help"
     exit 1
+  elif grep -qi 'quota' "$work/error"; then
+    say "the quota of the project is used up: end another slice or ask for more quota; this waits for either"
   fi
   return "$code"
 }
@@ -239,7 +255,11 @@ while true; do
       75) say "the job was stopped and has saved; the same command resumes it; the slice is still there"; exit 75 ;;
       76) say "the job gave up; the last lines of all hosts:"
         on all "sed \"s/^/\$(hostname): /\" cfd-run/log | tail -n 20" >&2 || true
-        exit 1 ;;
+        # The other hosts waited in vain for one that was restarted: the job starts again on all.
+        states=$(on all "python3 $there state cfd-run") || true
+        grep -q '^cfd: lost' <<<"$states" || exit 1
+        say "a host has lost its processes: it was restarted, or they were killed"
+        faults=$((faults + 1)) ;;
       77) faults=$((faults + 1)) ;;
       *) say "the output cannot be followed now; the job does not need it" ;;
     esac

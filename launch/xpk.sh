@@ -21,7 +21,19 @@
 set -euo pipefail
 [ $# -ge 2 ] || { sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p;}' "$0"; exit 2; }
 : "${XPK_CLUSTER:?}" "${XPK_IMAGE:?}" "${XPK_TPU_TYPE:?}"
-config=$1 workdir=$2
+config=$1 workdir=$2 file=${1%%:*}
+say() { echo "xpk.sh: $*" >&2; }
+if ! command -v xpk >/dev/null; then
+  say "there is no xpk on the PATH: install it from https://github.com/AI-Hypercomputer/xpk"
+  exit 1
+elif ! [ -f launch/supervise.py ] || ! [ -d cfd ]; then
+  say "$PWD is no checkout, which XPK would add to the image: run this script in the checkout, as launch/xpk.sh"
+  exit 2
+elif [[ $file = *.py ]] && { [[ $file = /* ]] || ! [ -f "$file" ]; }; then
+  say "the config $file would not be in the pods: give a file of the checkout by its path from here, such as" \
+    "configs/digits.py"
+  exit 2
+fi
 
 # XPK allows 40 characters, and 28 for some clusters.
 name=$(basename "$config" .py | tr '[:upper:]' '[:lower:]' | tr -cs 'a-z0-9\n' -)
@@ -30,7 +42,7 @@ name=${XPK_WORKLOAD:-${name%-}}
 
 printf -v arguments ' %q' --config="$config" --workdir="$workdir" "${@:3}"
 # exec: XPK sends SIGTERM to the command itself.
-command="exec env CFD_COORDINATOR=auto CFD_INITIALIZATION_TIMEOUT=${CFD_INITIALIZATION_TIMEOUT:-1800}"
+printf -v command 'exec env CFD_COORDINATOR=auto CFD_INITIALIZATION_TIMEOUT=%q' "${CFD_INITIALIZATION_TIMEOUT:-1800}"
 command+=" python3 launch/supervise.py -- python3 -m cfd.main$arguments"
 # shellcheck disable=SC2086  # several flags
 exec xpk workload create --cluster="$XPK_CLUSTER" --workload="$name" --tpu-type="$XPK_TPU_TYPE" \

@@ -72,11 +72,19 @@ exec "$PYTHON" -c 'import json, os, sys; open(os.environ["CALLS"], "w").write(js
 
 
 def xpk(tmp_path: Path, *arguments: str, **env: str) -> list[str]:
-    """The arguments with which launch/xpk.sh calls xpk."""
+    """The arguments with which launch/xpk.sh calls xpk, in a checkout that has the config."""
+    checkout = tmp_path / "checkout"
+    for file in (
+        checkout / "launch" / "supervise.py",
+        checkout / "cfd" / "main.py",
+        checkout / arguments[0].split(":")[0],
+    ):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
     environment = with_fakes(tmp_path, "xpk") | {"XPK_CLUSTER": "c", "XPK_IMAGE": "i", "XPK_TPU_TYPE": "v5litepod-16"}
     (tmp_path / "bin" / "xpk").write_text(XPK)
     command = ["bash", str(ROOT / "launch" / "xpk.sh"), *arguments]
-    done = subprocess.run(command, env=environment | env, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=environment | env, cwd=checkout, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return json.loads((tmp_path / "calls").read_text())
 
@@ -120,6 +128,37 @@ def test_a_workload_has_the_name_that_kubernetes_demands(tmp_path: Path, config:
 def test_the_name_of_a_workload_can_be_given(tmp_path: Path) -> None:
     assert "--workload=mine" in xpk(tmp_path, "configs/a.py", "/mnt/a", XPK_WORKLOAD="mine")
     assert "--workload=cfd-imagenet64" in xpk(tmp_path, "configs/imagenet64.py", "/mnt/a")
+
+
+NEEDED = ("TPU_NAME", "TPU_ZONE", "TPU_TYPE", "TPU_VERSION", "XPK_CLUSTER", "XPK_IMAGE", "XPK_TPU_TYPE")
+"""The variables that one of the scripts needs."""
+
+
+@pytest.mark.parametrize("script, program", [("tpu_pod.sh", "gcloud"), ("xpk.sh", "xpk"), ("slurm.sh", "srun")])
+def test_a_program_that_is_not_installed_is_named_at_once(tmp_path: Path, script: str, program: str) -> None:
+    """It is not waited for, as a service is that does not answer."""
+    env = dict.fromkeys(NEEDED, "x") | {"PATH": str(tmp_path), "PYTHON": sys.executable}
+    command = [str(shutil.which("bash")), str(ROOT / "launch" / script), "configs/digits.py", "gs://b/run"]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and program in done.stderr
+
+
+@pytest.mark.parametrize("script", ["tpu_pod.sh", "xpk.sh", "slurm.sh"])
+def test_another_folder_than_a_checkout_is_refused(tmp_path: Path, script: str) -> None:
+    """XPK would add all of it to the image."""
+    env = with_fakes(tmp_path, "gcloud", "xpk", "srun") | dict.fromkeys(NEEDED, "x")
+    command = ["bash", str(ROOT / "launch" / script), "digits", "gs://b/run"]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and f"{tmp_path} is no checkout" in done.stderr and not (tmp_path / "calls").exists()
+
+
+@pytest.mark.parametrize("config", ["configs/digitz.py", f"{ROOT}/configs/digits.py", "configs/digitz.py:fast"])
+def test_a_config_that_the_pods_would_not_have_is_refused(tmp_path: Path, config: str) -> None:
+    env = with_fakes(tmp_path, "xpk") | dict.fromkeys(NEEDED, "x")
+    command = ["bash", str(ROOT / "launch" / "xpk.sh"), config, "gs://b/run"]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and f"{config.partition(':')[0]} would not be in the pods" in done.stderr
+    assert not (tmp_path / "calls").exists()
 
 
 def steps(dockerfile: Path) -> list[tuple[str, list[str]]]:

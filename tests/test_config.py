@@ -204,10 +204,27 @@ def test_an_unknown_field_or_group_is_named_with_its_neighbours() -> None:
             complete(config)
     config = unlocked()
     config.trian = dict(num_steps=1)
-    with pytest.raises(ValueError, match=r"config\.trian\.num_steps is not a field; .*no group 'trian'.*'train'"):
+    with pytest.raises(ValueError, match=r"config\.trian\.num_steps is not a field; there is no group 'trian', and "):
         complete(config)
     with pytest.raises(ValueError, match=r"config\.batch is not a field; the group has seed"):
         complete(ConfigDict(dict(batch=1)))
+
+
+@pytest.mark.parametrize(
+    "name, meant",
+    [
+        ("trian.num_steps", ["train.num_steps"]),
+        ("train.num_stepz", ["train.num_steps"]),
+        ("batch_size", ["train.batch_size", "sample.batch_size"]),
+        ("sed", ["seed"]),
+        ("train.nothing_like_it", []),
+    ],
+)
+def test_the_field_that_a_wrong_name_means_is_suggested(name: str, meant: list[str]) -> None:
+    with pytest.raises(ValueError) as refusal:
+        check_name(name)
+    _, _, suggested = str(refusal.value).partition(" (did you mean ")
+    assert all(f"config.{field}" in suggested for field in meant) and bool(suggested) == bool(meant)
 
 
 @pytest.mark.parametrize("value", [3, None, "100"])

@@ -41,6 +41,17 @@ def test_the_end_of_a_command_is_told_by_its_exit_code(folder: Path, ends: str, 
     assert detached("state", folder, "--", "bash").stdout == "cfd: idle\n"
 
 
+def test_a_command_whose_machine_is_restarted_is_lost_until_the_next_start(folder: Path) -> None:
+    detached("start", folder, "--", "bash", "-c", f"trap '' TERM; touch {shlex.quote(str(folder / 'ready'))}; sleep 60")
+    wait_for(folder / "ready")
+    detached("end", folder, "--grace-seconds=0")
+    assert detached("state", folder, "--", "true").stdout == "cfd: lost\n"
+    assert detached("follow", folder).returncode == 77
+    detached("start", folder, "--", "true")
+    assert detached("follow", folder).returncode == 0
+    assert detached("state", folder, "--", "true").stdout == "cfd: idle\n"
+
+
 def test_only_the_end_of_the_output_is_repeated(folder: Path) -> None:
     detached("start", folder, "--", "seq", "250")
     assert detached("follow", folder).returncode == 0

@@ -150,8 +150,23 @@ def test_bad_flags_are_refused_before_anything_is_started(tmp_path: Path, flag: 
 
 def test_zero_processes_are_refused() -> None:
     command = ["bash", str(ROOT / "launch" / "local.sh"), "configs/digits.py", "runs/x", "0"]
-    done = subprocess.run(command, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True)
+    env = os.environ | {"PYTHON": sys.executable}
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "--processes is 0: give 1 or more" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words, python, message",
+    [
+        (["--config.seed=1"], sys.executable, "N is '--config.seed=1': give the number of processes"),
+        ([], "no-python", "no-python has no cfd or no JAX"),
+        ([], "false", "false has no cfd or no JAX"),
+    ],
+)
+def test_local_says_what_it_lacks_and_starts_nothing(words: list[str], python: str, message: str) -> None:
+    command = ["bash", str(ROOT / "launch" / "local.sh"), "digits", "runs/x", *words]
+    done = subprocess.run(command, env=os.environ | {"PYTHON": python}, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode in (1, 2) and message in done.stderr and "supervise" not in done.stderr
 
 
 def test_a_command_that_does_not_exist_is_named(tmp_path: Path) -> None:

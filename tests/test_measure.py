@@ -27,7 +27,6 @@ from cfd.runs import npz, results
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*covariance of rank:UserWarning"),
-    pytest.mark.usefixtures("compile_once"),
 ]
 
 NUMBERS = np.random.default_rng(0)
@@ -278,6 +277,19 @@ def test_files_that_are_no_npz_are_refused(save: Save, weights: str, tmp_path: P
     assert "give another file for the numbers" in error_of(good, good, *flags, f"--json={good}")
     assert Path(good).read_bytes() == content
     assert "--weights" in error_of(good, good) and "invalid choice: 'vgg'" in error_of(good, good, "--features=vgg")
+
+
+def test_an_array_of_text_beside_the_images_is_refused_with_a_remedy_that_works(
+    save: Save, weights: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--features=classifier", f"--weights={weights}")
+    good, named = save("good", arr_0=IMAGES), save("named", arr_0=IMAGES, names=np.array(["a"] * len(IMAGES)))
+    for pair in ((named, good), (good, named)):
+        message = error_of(*pair, *flags)
+        assert "names has dtype <U1" in message and "save the file again without names" in message
+    with np.load(named) as arrays:
+        np.savez(named, **{name: arrays[name] for name in arrays if name != "names"})
+    run(capsys, named, named, *flags)
 
 
 def test_samples_in_a_bucket_are_measured(

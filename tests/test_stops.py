@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +29,9 @@ from jobs import (
     wait_until,
 )
 from tiny import ROOT
+
+from cfd import main
+from cfd.devices import preemption
 
 slow = pytest.mark.slow
 
@@ -77,6 +81,15 @@ def test_stopped_in_training(
     assert f"at step {step} of 200" in job.text()
     assert len(steps_of(folder)) == 200
     assert_same_run(folder, reference(200, processes))
+
+
+@pytest.mark.parametrize("mode", ["train", "train_classifier", "distill", "sample", "sweep", "likelihood"])
+def test_a_mode_that_looks_for_a_request_to_stop_receives_it(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(main, "MODE", SimpleNamespace(value=mode))
+    with main.stoppable():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert preemption.requested()
+    assert not preemption.requested()
 
 
 @slow

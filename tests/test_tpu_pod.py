@@ -104,6 +104,8 @@ class Slice:
         (folder / "job.py").write_text(JOB)
         self.checkout = folder / "checkout"
         shutil.copytree(ROOT / "launch", self.checkout / "launch")
+        (self.checkout / "configs").mkdir()
+        (self.checkout / "configs" / "a.py").touch()
         subprocess.run(["git", "init", "-q", str(self.checkout)], check=True)
         for number in range(2):
             (folder / f"host{number}").mkdir()
@@ -120,8 +122,8 @@ class Slice:
         """The answers to the next questions for the state of the queued resource. The last one stays."""
         (self.folder / "states").write_text("".join(f"{state}\n" for state in states))
 
-    def start(self, *flags: str, **env: str) -> subprocess.Popen[str]:
-        command = ["--stop"] if flags == ("--stop",) else ["configs/a.py", "gs://b/run", *flags]
+    def start(self, *flags: str, config: str = "configs/a.py", **env: str) -> subprocess.Popen[str]:
+        command = ["--stop"] if flags == ("--stop",) else [config, "gs://b/run", *flags]
         process = subprocess.Popen(
             ["bash", str(SCRIPT), *command],
             cwd=self.checkout,
@@ -246,19 +248,31 @@ def test_several_slices_are_asked_for_together(tpu: Slice) -> None:
 
 def test_an_error_of_the_service_is_waited_out(tpu: Slice) -> None:
     tpu.states("ERROR: UNAVAILABLE", "NONE", "ACTIVE")
-    (tpu.folder / "refusal").write_text("ERROR: RESOURCE_EXHAUSTED: There is no more capacity in the zone")
+    (tpu.folder / "refusal").write_text("ERROR: RESOURCE_EXHAUSTED: Quota limit, no more capacity")
     tpu.finish(0)
     code, said = tpu.run()
     assert code == 0, said
     assert "no more capacity" in said and "ERROR: UNAVAILABLE" in said and len(tpu.calls(" create ")) == 1
+    assert "ask for more quota; this waits" in said
 
 
-@pytest.mark.parametrize("refusal", ["PERMISSION_DENIED: no", "NOT_FOUND: no network", "ALREADY_EXISTS: slice"])
+REFUSALS = ["PERMISSION_DENIED", "NOT_FOUND: no network", "ALREADY_EXISTS", "Failed to find attribute [project]"]
+
+
+@pytest.mark.parametrize("refusal", [*REFUSALS, "Reauthentication failed."])
 def test_what_waiting_does_not_mend_is_final(tpu: Slice, refusal: str) -> None:
     tpu.states("NONE")
     (tpu.folder / "refusal").write_text(f"ERROR: {refusal}\n")
     code, said = tpu.run()
     assert code == 1 and refusal in said and not tpu.pauses()
+
+
+@pytest.mark.parametrize("config", ["configs/b.py", "configs/ignored.py", f"{ROOT}/configs/digits.py"])
+def test_a_config_that_the_hosts_would_not_have_is_refused_before_a_slice_is_asked_for(tpu: Slice, config: str) -> None:
+    (tpu.checkout / "configs" / "ignored.py").touch()
+    (tpu.checkout / ".gitignore").write_text("ignored.py\n")
+    code, said = tpu.run(config=config)
+    assert code == 2 and f"the config {config} would not be on the hosts" in said and not tpu.pauses()
 
 
 def test_the_job_outlives_a_killed_script_and_a_second_start_follows_it(tpu: Slice) -> None:
@@ -367,14 +381,20 @@ def test_a_job_that_fails_three_times_at_the_same_place_gives_up(tpu: Slice) -> 
     assert said.count(": supervise: failed with exit code 3 (no checkpoint yet), 3 times") == 2
 
 
+@pytest.mark.slow
+def test_a_host_that_was_restarted_is_no_reason_to_give_up(tpu: Slice) -> None:
+    """The other host has waited for it in vain, three times."""
+    process = tpu.start()
+    until(process, "Training.")
+    end(tpu.folder / "host1")
+    tpu.finish(3)
+    until(process, "a host has lost its processes")
+    tpu.finish(0)
+    assert process.communicate(timeout=60) and process.returncode == 0 and tpu.starts() == [4, 2]
+
+
 def test_an_installation_that_fails_three_times_is_enough(tpu: Slice) -> None:
     (tpu.folder / "no-packages").touch()
     code, said = tpu.run()
     assert code == 1 and said.count("no packages") == 6 and "could not be started three times" in said
     assert tpu.starts() == [0, 0]
-
-
-def test_the_script_is_run_in_a_checkout(tpu: Slice, tmp_path: Path) -> None:
-    command = ["bash", str(SCRIPT), "a", "b"]
-    done = subprocess.run(command, env=tpu.env, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2 and "run this script in the checkout, as launch/tpu_pod.sh" in done.stderr

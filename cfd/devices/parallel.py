@@ -53,8 +53,8 @@ def init_distributed() -> None:
 
     If they announce several processes, JAX joins them by its own detection of clusters. Its coordinator then listens on
     all addresses of its host, which therefore needs a private network. Raises UserError if a number is malformed or out
-    of range, if there are other processes but no CFD_COORDINATOR, also on the hosts of a Cloud TPU slice, and if the
-    other processes cannot be joined.
+    of range, if there are other processes but no CFD_COORDINATOR, also on the hosts of a Cloud TPU slice, if the other
+    processes cannot be joined, and if JAX cannot use the devices.
     """
     address = os.environ.get("CFD_COORDINATOR")
     arguments: dict[str, Any] = {name: _from_environment(*timeout) for name, timeout in TIMEOUTS.items()}
@@ -78,7 +78,7 @@ def init_distributed() -> None:
         )
     elif not os.environ.get("CFD_NUM_PROCESSES") and (announced := _announced()):
         who = f"Joining the other processes that {announced} (CFD_NUM_PROCESSES=1 would start this one alone)"
-    elif (count := jax.process_count()) > 1:
+    elif (count := process_count()) > 1:
         # On a Cloud TPU slice, each host's devices already know those of all hosts, but the processes do not talk.
         raise UserError(
             f"this process is one of {count} of a TPU slice, which are not connected: set CFD_COORDINATOR=auto on "
@@ -100,6 +100,19 @@ def init_distributed() -> None:
             f"the other processes cannot be joined ({' '.join(str(error).split())}): start the same command on every "
             "host, and give each process CFD_COORDINATOR=host:port of process 0, CFD_NUM_PROCESSES and CFD_PROCESS_ID "
             "if JAX cannot find them itself; without CFD_COORDINATOR, CFD_NUM_PROCESSES=1 starts a process alone"
+        ) from error
+    process_count()
+
+
+def process_count() -> int:
+    """The number of processes of the job. Raises UserError if JAX cannot use the devices that it is to use."""
+    try:
+        return jax.process_count()
+    except (RuntimeError, AssertionError) as error:  # JAX asserts that a platform of the list is there
+        raise UserError(
+            f"JAX cannot use the devices of this machine ({' '.join(str(error).split()) or 'it knows no such platform'}"
+            f"; JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS', '')!r}): install the extra [cuda] or [tpu] of this "
+            "package, end other programs that use the devices, or set JAX_PLATFORMS=cpu"
         ) from error
 
 

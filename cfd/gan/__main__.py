@@ -20,11 +20,12 @@ of gradients and the warm-up are not used. Neither are model.predict, because th
 import argparse
 import ast
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -56,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             config = config_of(args.CONFIG, args.FIELDS)
             if not args.mlp:
                 check_generator(config)
+            args.WORKDIR = access.run_path("WORKDIR", args.WORKDIR)
             access.check_run_path(args.WORKDIR)
+            parallel.process_count()
             xla.use_compilation_cache(config.xla.compilation_cache)
             watchdog.install(config.train.watchdog_seconds)
             with preemption.stopping_on_request(), access.lock(args.WORKDIR, "give another WORKDIR"):
@@ -67,7 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{stopped}; the same command resumes.", flush=True)
             return preemption.EXIT_CODE
         except UserError as error:
-            sys.exit(f"error: {' '.join(str(error).split())}")
+            end(str(error))
+        except OSError as error:
+            if reason := files.reason_of_storage(error, args.WORKDIR):
+                end(reason)
+            raise
         finally:
             watchdog.off()
 
@@ -77,19 +84,25 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m cfd.gan", description="A denoising diffusion GAN on images.")
     parser.add_argument("CONFIG", help="the name of a config of the package, such as digits, a file, or a run's folder")
     parser.add_argument("WORKDIR", help="the folder of the run")
-    parser.add_argument("FIELDS", nargs="*", help="fields of the config, as GROUP.FIELD=VALUE")
+    parser.add_argument("FIELDS", nargs="*", default=[], help="fields of the config, as GROUP.FIELD=VALUE")
     parser.add_argument("--levels", type=int, default=4, help="T, evaluations of the generator per image")
     parser.add_argument("--latents", type=int, default=100, help="latents per image and step")
     parser.add_argument("--mlp", type=int, default=0, help="width of MLPs in place of the config's networks; 0: none")
     parser.add_argument("--penalty", type=float, default=0.02, help="weight of the gradient penalty")
     parser.add_argument("--penalty_every", type=int, default=15, help="steps per gradient penalty, on average")
+    parser.error = end
     args = parser.parse_intermixed_args(argv)
-    for name in ("levels", "latents", "penalty_every"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}; give a number >= 1")
-    if args.penalty < 0:
-        parser.error(f"--penalty is {args.penalty}; give a number >= 0")
+    for name, low in (("levels", 1), ("latents", 1), ("penalty_every", 1), ("mlp", 0)):
+        if getattr(args, name) < low:
+            end(f"--{name} is {getattr(args, name)}; give an integer >= {low}")
+    if not 0 <= args.penalty < math.inf:
+        end(f"--penalty is {args.penalty}; give a finite number >= 0")
     return args
+
+
+def end(message: str) -> NoReturn:
+    """Ends the command with an error in one line, and code 1."""
+    sys.exit(f"error: {' '.join(message.split())}")
 
 
 def config_of(named: str, changes: Sequence[str]) -> Config:
@@ -172,7 +185,10 @@ def measure(config: Config, folder: str, args: argparse.Namespace) -> str:
     size, batches = config.sample.batch_size, []
     for first in range(0, count, size):
         index = np.resize(np.arange(first, min(first + size, count), dtype=np.int32), size)
+        watchdog.alive(slow=first == 0)
         batches.append(np.asarray(draw(found.params["g"], index, labels[index]))[: count - first])
+        if preemption.requested():
+            raise preemption.Stopped(f"Stopped after {min(first + size, count)} of {count} images, which are not kept")
     images = np.concatenate(batches)
     shown = np.unique(labels)[:10]
     columns = min(8, *(np.count_nonzero(labels == c) for c in shown))

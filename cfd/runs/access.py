@@ -81,15 +81,26 @@ def check_writable(folder: str | os.PathLike[str], elsewhere: str) -> None:
             if is_url(folder):
                 _check_bucket(os.fspath(folder), elsewhere)
             else:
-                place = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
+                place = next(path for path in (Path(folder), *Path(folder).absolute().parents) if os.path.lexists(path))
                 with tempfile.TemporaryFile(dir=place):
                     pass
         except OSError as error:
-            problem = UserError(f"{os.fspath(folder)} cannot be written ({error.strerror}): {elsewhere}")
+            problem = UserError(f"{os.fspath(folder)} cannot be written ({_reason(error)}): {elsewhere}")
         except UserError as error:
             problem = error
     if parallel.total(int(problem is not None)):
         raise problem or UserError(f"process 0 cannot write to {os.fspath(folder)}: {elsewhere}")
+
+
+def _reason(error: OSError) -> str:
+    """The reason why a folder cannot be made or written: also that it, or one above it, is a file or a broken link."""
+    path = Path(str(error.filename or ""))
+    for place in (path, *path.parents):
+        if os.path.islink(place) and not os.path.exists(place):
+            return f"{place} is a link to {os.readlink(place)}, which is not there"
+        if isinstance(error, FileExistsError | NotADirectoryError) and os.path.isfile(place):
+            return f"{place} is a file"
+    return str(error.strerror)
 
 
 def _check_bucket(folder: str, elsewhere: str) -> None:
@@ -208,7 +219,7 @@ def _locked(folder: Path, elsewhere: str) -> BinaryIO:
             # buffer, nothing is left to write when the file is closed on a full disk.
             file = on_error.enter_context(open(path, "ab+", buffering=0))
         except OSError as e:
-            raise UserError(f"{folder} cannot be written ({e.strerror}): {elsewhere}") from e
+            raise UserError(f"{folder} cannot be written ({_reason(e)}): {elsewhere}") from e
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

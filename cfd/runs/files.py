@@ -230,6 +230,18 @@ def despite_a_full_disk(path: str | os.PathLike[str]) -> Iterator[None]:
         logging.error("%s was not written: %s", path, e.strerror)
 
 
+def reason_of_storage(error: OSError, folder: str) -> str:
+    """The message about a full disk, or about a bucket that refuses or does not answer; "" for another error.
+
+    `folder` is the one that the program writes to.
+    """
+    if error.errno in FULL:
+        return f"{folder or error.filename} cannot be written ({error.strerror}): free space, and start again"
+    if is_url(str(error.filename)):
+        return f"{error.filename} was not read or written ({error.strerror}): start again when the bucket allows it"
+    return ""
+
+
 def _result(future: Any, path: str | os.PathLike[str]) -> Any:
     """The result of TensorStore's `future`."""
     try:

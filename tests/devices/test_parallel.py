@@ -1,5 +1,7 @@
 """The device mesh, the division of arrays over it, and the environment variables that announce other processes."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,32 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from cfd.devices import parallel
+from cfd.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            RuntimeError("Unable to initialize backend 'tpu':\nno libtpu.so"),
+            "backend 'tpu': no libtpu.so; JAX_PLATFORMS",
+        ),
+        (AssertionError(), "(it knows no such platform; JAX_PLATFORMS is 'cuda')"),
+    ],
+)
+def test_devices_that_jax_cannot_use_are_an_error_with_remedies(
+    error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def process_count() -> int:
+        raise error
+
+    monkeypatch.setattr(jax, "process_count", process_count)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    for name in [name for name in os.environ if name.startswith(("CFD_", "SLURM_", "TPU_", "MEGASCALE_"))]:
+        monkeypatch.delenv(name)
+    with pytest.raises(UserError, match=r"install the extra .* or set JAX_PLATFORMS=cpu") as refusal:
+        parallel.init_distributed()
+    assert reason in str(refusal.value) and "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize(("data", "fsdp", "shape"), [(-1, 1, (8, 1)), (-1, 2, (4, 2)), (2, 4, (2, 4)), (8, 1, (8, 1))])

@@ -1,7 +1,9 @@
 """The networks of the GAN and its two commands: shapes, a tiny run that stops and resumes, and errors in one line."""
 
+import errno
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -10,9 +12,10 @@ import numpy as np
 import pytest
 from tiny import ROOT, tiny_config
 
+from cfd.config import with_classes
 from cfd.devices import preemption
 from cfd.gan import gaussians, losses
-from cfd.gan.__main__ import check_generator, config_of, main, networks_of
+from cfd.gan.__main__ import check_generator, config_of, main, measure, networks_of, parse
 
 CONFIG = str(ROOT / "configs" / "digits.py")
 TINY = (
@@ -78,6 +81,11 @@ def test_errors_are_one_line_and_say_what_to_do(tmp_path: Path) -> None:
             [CONFIG, str(tmp_path), "model.label_from=0"],
             r"model.label_from is 0, .* add model.label_from=-1, or --mlp=256",
         ),
+        (["digits"], "error: the following arguments are required: WORKDIR$"),
+        (["digits", str(tmp_path), "--mpl=8"], "unrecognized arguments: --mpl=8"),
+        (["digits", str(tmp_path), "--mlp=-1"], "--mlp is -1; give an integer >= 0"),
+        (["digits", str(tmp_path), "--penalty=nan"], "--penalty is nan; give a finite number >= 0"),
+        (["digits", "s3://bucket/run"], "WORKDIR is 's3://bucket/run'"),
     ):
         with pytest.raises(SystemExit, match=expected) as found:
             main(arguments)
@@ -88,9 +96,29 @@ def test_errors_are_one_line_and_say_what_to_do(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("cfd.gan.__main__.train", train)
+    with pytest.raises(SystemExit, match=r"error: .* cannot be written \(No space left on device\): free space"):
+        main([CONFIG, str(tmp_path)])
+
+
+def test_a_request_to_stop_ends_the_drawing_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = parse([CONFIG, str(tmp_path), "--mlp=8", "--latents=4", *TINY, "sample.batch_size=16"])
+    config = config_of(args.CONFIG, args.FIELDS)
+    init, _ = networks_of(with_classes(config, 10), args.latents, args.mlp)
+    monkeypatch.setattr("cfd.gan.__main__.load_ema", lambda *_: SimpleNamespace(params=init(jax.random.key(0)), step=4))
+    answers = iter([False, True])
+    monkeypatch.setattr(preemption, "requested", lambda: next(answers))
+    with pytest.raises(preemption.Stopped, match="Stopped after 32 of 40 images"):
+        measure(config, str(tmp_path), args)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.usefixtures("compile_once")
 @pytest.mark.parametrize("networks", [(), ("--mlp=32",)])
 def test_a_run_that_stops_resumes_to_the_same_images(
     networks: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

@@ -72,17 +72,22 @@ def test_the_lock_is_free_after_an_error(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_written_is_named_with_the_remedy(tmp_path: Path) -> None:
-    """The folder belongs to another user, lies below a file, or lies below a folder in which nothing can be made."""
-    closed, file = tmp_path / "closed", tmp_path / "file"
+    """It belongs to another user, or it or one above it is a file, a broken link or closed for new folders."""
+    closed, file, link = tmp_path / "closed", tmp_path / "file", tmp_path / "link"
     closed.mkdir()
+    (closed / "lock").touch()
+    (closed / "lock").chmod(0o444)
     closed.chmod(0o555)
+    link.symlink_to("gone")
     file.touch()
     with obeyed():
         for folder, reason in (
             (closed, "Permission denied"),
             (closed / "new", "Permission denied"),
-            (file, "(File exists|Not a directory)"),
-            (file / "new", "Not a directory"),
+            (file, f"{file} is a file"),
+            (file / "new", f"{file} is a file"),
+            (link, f"{link} is a link to gone, which is not there"),
+            (link / "new", f"{link} is a link to gone, which is not there"),
         ):
             message = rf"{folder} cannot be written \({reason}\): give --out=DIR"
             with pytest.raises(ValueError, match=message), access.lock(folder, "give --out=DIR"):
@@ -90,7 +95,7 @@ def test_a_folder_that_cannot_be_written_is_named_with_the_remedy(tmp_path: Path
             with pytest.raises(ValueError, match=message):
                 access.check_writable(folder, "give --out=DIR")
         access.check_writable(tmp_path / "a" / "b", "")  # the remedy
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["closed", "file"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["closed", "file", "link"]
 
 
 def test_a_full_disk_is_named(tmp_path: Path) -> None:
