@@ -17,7 +17,8 @@ from jax import Array
 from jax.core import Tracer
 from jaxtyping import Bool, Float, Int, Key, UInt32
 
-FLOAT32_MAX = float(np.finfo(np.float32).max)
+INT_LIMIT = 2**31
+"""Counts are int32 on the devices."""
 YNN_OPTION = "xla_cpu_experimental_ynn_fusion_type"
 
 
@@ -40,14 +41,19 @@ def concrete(value: Any) -> np.ndarray | None:
 def check_numbers(name: str, value: Any, holds: Callable[[np.ndarray], Any], remedy: str) -> np.ndarray | None:
     """The concrete numbers of `value` in float64, or None if it has none, as `concrete` says.
 
-    Raises ValueError if they are not real numbers (bool is not), or if `holds` is false for one of them.
+    Floating numbers are rounded to float32 first, because the programs compute with that: 1e39 is infinite, and 1e-50
+    is 0. Raises ValueError if they are not real numbers (bool is not), or if `holds` is false for one of them.
     """
     given = concrete(value)
     if given is None:
         return None
     if given.dtype == bool or not any(jnp.issubdtype(given.dtype, kind) for kind in (jnp.integer, jnp.floating)):
         raise ValueError(f"{name} is {value!r}; {remedy}")
-    numbers = given.astype(np.float64)
+    if jnp.issubdtype(given.dtype, jnp.floating):
+        with np.errstate(over="ignore"):
+            numbers = given.astype(np.float32).astype(np.float64)
+    else:
+        numbers = given.astype(np.float64)
     if not np.all(fits := np.asarray(holds(numbers))):
         index = np.argwhere(~fits)[0].tolist()
         place = f" at index {', '.join(map(str, index))}" if index else ""
@@ -56,13 +62,14 @@ def check_numbers(name: str, value: Any, holds: Callable[[np.ndarray], Any], rem
 
 
 def check_count(name: str, value: Any, lowest: int = 1) -> int:
-    """The value as an int. Raises ValueError unless it is an integer >= `lowest`, of any type but bool."""
+    """The value as an int. Raises ValueError unless it is an integer >= `lowest` and < 2^31, of any type but bool."""
     try:
         count = lowest - 1 if isinstance(value, bool) else operator.index(value)
     except TypeError:
         count = lowest - 1
-    if count < lowest:
-        raise ValueError(f"{name} is {value}; it is a count: give an integer {name} >= {lowest}")
+    if not lowest <= count < INT_LIMIT:
+        upper = " and < 2^31" if count >= INT_LIMIT else ""
+        raise ValueError(f"{name} is {value}; it is a count: give an integer {name} >= {lowest}{upper}")
     return count
 
 
@@ -88,10 +95,10 @@ def check_returned(function: str, value: Any, shape: tuple[int | None, ...], mea
 
 
 def row_weights(weight: Callable[[Array], Array], logsnr: Float[Array, "b"]) -> Float[Array, "b"]:
-    """The weight of each row of a loss, `weight(logsnr)`. Raises ValueError unless it is one number per row."""
+    """The weight of each row of a loss, `weight(logsnr)`, in float32. Raises ValueError unless it is one per row."""
     weights = weight(logsnr)
     check_returned("weight", weights, logsnr.shape, "one weight per row")
-    return weights
+    return weights.astype(jnp.float32)
 
 
 def check_floating(x: Any) -> None:

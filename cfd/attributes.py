@@ -45,11 +45,7 @@ def check_student(eps_fn: Any, w: Any, *, often_zero: bool, **others: bool) -> N
             f"leave {argument} out, or give the network that the student learned from"
         )
     remedy = f"eps_fn is a student that learned w in [{lo:g}, {hi:g}]: give weights in this range"
-
-    def holds(x: np.ndarray) -> Any:
-        return (x.astype(np.float32) >= lo) & (x.astype(np.float32) <= hi)
-
-    check_numbers("w", w, holds, remedy)
+    check_numbers("w", w, lambda x: (x >= lo) & (x <= hi), remedy)
     if often_zero and not lo <= 0.0 <= hi:
         raise ValueError(f"w is 0 outside of its Interval, and {remedy}, without an Interval")
 

@@ -9,7 +9,6 @@ from cfd.checks import (
     CLASSES,
     DECAY,
     EMA,
-    FINITE,
     GUIDE,
     GUIDE_WORDS,
     INTERVAL,
@@ -160,7 +159,7 @@ FIELDS: dict[str, Field] = {
         one_of("eps", "x", "v", "mean", "sigmoid"),
         "squared error of the loss; sigmoid: of ε, times sigmoid(b − λ) / p(λ)",
     ),
-    "train.sigmoid_bias": Field(0.0, FINITE, "b of train.weight = 'sigmoid', in λ"),
+    "train.sigmoid_bias": Field(0.0, LOGSNR, "b of train.weight = 'sigmoid', in λ"),
     "train.variance_levels": Field(
         1000, at_least(2), "levels of the training schedule on which model.learn_variance trains"
     ),

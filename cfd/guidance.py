@@ -14,7 +14,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int, Key, PyTree, Real, UInt32
 
-from cfd.arguments import FLOAT32_MAX, check_numbers, check_returned, concrete, is_zero, known_labels, threefry
+from cfd.arguments import check_numbers, check_returned, concrete, is_zero, known_labels, threefry
 from cfd.attributes import check_student, declared, is_student, trained_range
 from cfd.process import alpha_sigma, eps_from_x, per_example, x_from_eps
 from cfd.steps import LearnedVariance, StepRule
@@ -185,7 +185,7 @@ def check_weight(w: Any, batch: int | None = None) -> None:
         raise ValueError(
             f"w is {w}; give numbers, or, for a function of λ, the function alone, with values of 0 outside"
         )
-    check_numbers("w", weight, lambda x: abs(x) <= FLOAT32_MAX, "give finite guidance weights")
+    check_numbers("w", weight, np.isfinite, "give guidance weights that are finite in float32")
     if not callable(weight) and batch is not None and (shape := jnp.asarray(weight).shape) not in ((), (batch,)):
         raise ValueError(f"w has shape {shape}; give a scalar or one weight per label, shape ({batch},)")
     if isinstance(w, Interval):

@@ -77,7 +77,7 @@ def gaussian_decoder(variance: Real[ArrayLike, ""]) -> Decoder:
     DDPM's released code has the variance of its step before the last, 5.45e-5 for its schedule. Raises ValueError
     unless the variance is positive.
     """
-    check_numbers("variance", variance, lambda x: (x > 0.0) & (x < math.inf), "give a positive number")
+    check_numbers("variance", variance, lambda x: (x > 0.0) & (x < math.inf), "give a finite number > 0, in float32")
 
     def decoder(x: Array, z: Array, x_hat: Array, logsnr: Array) -> Array:
         std, middle = 127.5 * jnp.sqrt(jnp.asarray(variance, jnp.float32)), 0.5 * (LEVELS - 1)

@@ -161,7 +161,10 @@ def sigmoid_weight(schedule: Schedule, bias: float = 0.0) -> Callable[[Array], A
     (arXiv:2303.00848); Hoogeboom et al. (arXiv:2410.19324), in x: e^bias sigmoid(λ − bias) ‖x̂ − x‖². p is constant in
     4096 cells of equal probability, which bounds the weights: the loss is approximate in the two outermost cells.
     Weights are large where p is small, and equal to the sigmoid, up to a constant, for `linear`.
+
+    Raises ValueError unless bias, a λ, is in [−80, 80].
     """
+    check_numbers("bias", bias, lambda x: abs(x) <= 80.0, "it is a log-SNR λ: give a number in [-80, 80]")
     edges = schedule(jnp.linspace(0.0, 1.0, 4097, dtype=jnp.float32))[::-1]
     widths = jnp.diff(edges)
     total = jnp.sum(jax.nn.softplus(bias - edges[:-1]) - jax.nn.softplus(bias - edges[1:]))
@@ -190,11 +193,13 @@ def variance_loss(
     the T − 1 steps between them, in bits per dimension, of the divergence of `ancestral(v)`'s step. It trains v alone:
     no gradient goes through x̂. v at the last level, which no step leaves, stays untrained.
 
-    The other arguments, and what is raised, are as in `eps_loss`. Also raises ValueError as `check_grid` does, and if
-    eps_fn returns no v.
+    The other arguments, and what is raised, are as in `eps_loss`. Also raises ValueError as `check_grid` does, if
+    eps_fn returns no v, and if weight is negative or not finite.
     """
     check_data(x, (batch_size(labels),))
     check_grid(logsnr, "logsnr")
+    remedy = "it multiplies L_vlb: give one number >= 0 that is finite in float32"
+    check_numbers("weight", weight, lambda x: (x >= 0.0) & (x < np.inf) & (x.ndim == 0), remedy)
     key_t, key_eps, key_drop = jax.random.split(threefry(key), 3)
     labels = drop_labels(key_drop, labels, p_uncond, null)
     levels = jnp.asarray(logsnr, jnp.float32)
@@ -207,7 +212,8 @@ def variance_loss(
         raise ValueError("eps_fn returned ε alone; there is no variance to train: return (ε, v), or use eps_loss")
     error = jnp.square(x - jax.lax.stop_gradient(x_from_eps(z, eps_hat, here)))
     bits = step_divergence(error, here, ahead, v) / math.log(2.0)
-    return jnp.mean(jnp.square(eps_hat - eps)) + weight * len(levels) * jnp.mean(bits)
+    # Under `jax_enable_x64`, a weight of NumPy's float64 would widen the loss.
+    return (jnp.mean(jnp.square(eps_hat - eps)) + weight * len(levels) * jnp.mean(bits)).astype(jnp.float32)
 
 
 def lowest_variance(
@@ -237,7 +243,7 @@ def lowest_variance(
     gaps, between = jnp.diff(levels), 0.5 * (density[1:] + density[:-1])
     share = gaps * between
     share = 0.999 * share / jnp.sum(share) + 0.001 * gaps / jnp.sum(gaps)
-    cumulative = jnp.concatenate([jnp.zeros(1), jnp.cumsum(share)])
+    cumulative = jnp.concatenate([jnp.zeros(1, jnp.float32), jnp.cumsum(share)])
     knots = jnp.interp(jnp.linspace(0.0, cumulative[-1], 257), cumulative, levels).at[0].set(levels[0])
     knots = knots.at[-1].set(levels[-1])
     widths = jnp.diff(knots)

@@ -83,8 +83,8 @@ def log_normal(
     Raises ValueError unless std > 0 and mean is finite, and as `check_ends` does.
     """
     check_ends(logsnr_min, logsnr_max)
-    if not (np.isfinite(mean) and 0.0 < std < np.inf):
-        raise ValueError(f"mean is {mean} and std {std}, those of ln ς: give a finite mean and a finite std > 0")
+    check_numbers("mean", mean, np.isfinite, "it is that of ln ς: give a number that is finite in float32")
+    check_numbers("std", std, lambda x: (x > 0.0) & (x < np.inf), "it is that of ln ς: give a finite number > 0")
     centre, width = -2.0 * mean, 2.0 * std
 
     def schedule(u: Real[ArrayLike, "..."]) -> Array:
@@ -113,7 +113,7 @@ def tabulated(logsnr: Sequence[float] | Real[ArrayLike, "..."]) -> Schedule:
     falling = "λ falls as noise grows: give finite values in [-80, 80], each smaller than the one before"
     known = check_numbers("logsnr", logsnr, lambda x: abs(x) <= 80.0, falling)
     if known is not None:
-        check_numbers("logsnr", known, lambda x: np.append(True, np.diff(np.float32(x)) < 0.0), falling)
+        check_numbers("logsnr", known, lambda x: np.append(True, np.diff(x) < 0.0), falling)
     table = jnp.asarray(logsnr, jnp.float32)
 
     def schedule(u: Real[ArrayLike, "..."]) -> Array:
@@ -139,7 +139,7 @@ def check_grid(logsnr: Any, name: str = "num_steps") -> None:
         raise ValueError(f"{name} has shape {np.shape(logsnr)}; give {count}a grid of λ of shape (T,) with T >= 1")
     known = check_numbers(name, logsnr, lambda x: abs(x) <= 80.0, INCREASING)
     if known is not None:
-        check_numbers(name, known, lambda x: np.append(True, np.diff(np.float32(x)) > 0.0), INCREASING)
+        check_numbers(name, known, lambda x: np.append(True, np.diff(x) > 0.0), INCREASING)
 
 
 def check_ends(logsnr_min: Real[ArrayLike, ""], logsnr_max: Real[ArrayLike, ""]) -> None:
@@ -364,7 +364,7 @@ def posterior(
 def _check_order(remedy: str, **levels: Real[ArrayLike, "*b"]) -> None:
     """Raises ValueError if the first of two λ is larger than the second, or if one is NaN."""
     low, high = (check_numbers(name, level, lambda x: ~np.isnan(x), remedy) for name, level in levels.items())
-    if low is not None and high is not None and np.any(np.float32(low) > np.float32(high)):
+    if low is not None and high is not None and np.any(low > high):
         raise ValueError(" and ".join(f"{name} is {level}" for name, level in levels.items()) + f"; {remedy}")
 
 

@@ -51,6 +51,7 @@ def apg(eta: Number, norm: Number, momentum: Number) -> Rule:
     """
     _check(eta=eta, momentum=momentum)
     _check_positive(norm=norm)
+    eta, norm, momentum = map(_narrow, (eta, norm, momentum))
 
     def mix(z: Array, eps_cond: Array, eps_guide: Array, logsnr: Array, w: Array, before: Array) -> Any:
         x = x_from_eps(z, eps_cond, logsnr)
@@ -101,6 +102,7 @@ def rescale(phi: Number) -> Rule:
     x̃ ← φ x̃ std(x_c) / std(x̃) + (1 − φ) x̃: guidance no longer raises the contrast. Plain guidance is φ = 0.
     """
     _check_share(phi=phi)
+    phi = _narrow(phi)
 
     def mix(z: Array, eps_cond: Array, eps_guide: Array, logsnr: Array, w: Array) -> tuple[Array, Array]:
         x_cond = x_from_eps(z, eps_cond, logsnr)
@@ -118,6 +120,7 @@ def power_law(alpha: Number) -> Rule:
     α = 0.
     """
     _check(alpha=alpha)
+    alpha = _narrow(alpha)
 
     def mix(z: Array, eps_cond: Array, eps_guide: Array, logsnr: Array, w: Array) -> tuple[Array, Array]:
         delta = eps_cond - eps_guide
@@ -137,7 +140,8 @@ def feedback(pi: Number, temperature: Number, offset: Number, w_max: Number) -> 
     _check_share(pi=pi)
     _check(temperature=temperature, offset=offset)
     _check_positive(w_max=w_max)
-    lowest = jnp.log((1.0 - jnp.asarray(pi)) * (1.0 + 1.0 / w_max))
+    pi, temperature, offset, w_max = map(_narrow, (pi, temperature, offset, w_max))
+    lowest = jnp.log((1.0 - jnp.asarray(pi, jnp.float32)) * (1.0 + 1.0 / w_max))
 
     def zeros(z: Array) -> Array:
         return jnp.sum(0.0 * z, _axes(z))
@@ -204,7 +208,7 @@ def cads(
     logsnr_hi, linearly in λ.
     """
     _check(logsnr_lo=logsnr_lo, logsnr_hi=logsnr_hi, noise=noise)
-    _check_positive(width=logsnr_hi - logsnr_lo)
+    _check_width(logsnr_hi - logsnr_lo, "logsnr_lo < logsnr_hi")
     _check_share(psi=psi)
 
     def annealed(c: Array, seed: Array, logsnr: Array) -> Array:
@@ -241,7 +245,7 @@ def ramp(w: Number, logsnr_lo: Number, logsnr_hi: Number) -> Callable[[Array], A
     It rises if logsnr_lo < logsnr_hi, which Wang et al. (arXiv:2404.13040) recommend, and falls otherwise.
     """
     _check(w=w, logsnr_lo=logsnr_lo, logsnr_hi=logsnr_hi)
-    _check_positive(width=abs(logsnr_hi - logsnr_lo))
+    _check_width(abs(logsnr_hi - logsnr_lo), "two different λ")
     return lambda logsnr: w * jnp.clip((logsnr - logsnr_lo) / (logsnr_hi - logsnr_lo), 0.0, 1.0)
 
 
@@ -255,7 +259,7 @@ def exponential(w: Number, rate: Number, logsnr: Number) -> Callable[[Array], Ar
 def negative_window(w: Number, w_inside: Number, logsnr_lo: Number, logsnr_hi: Number) -> Callable[[Array], Array]:
     """The weight w, but w_inside, which may be negative, for logsnr_lo <= λ <= logsnr_hi (arXiv:2602.00716)."""
     _check(w=w, w_inside=w_inside, logsnr_lo=logsnr_lo, logsnr_hi=logsnr_hi)
-    _check_positive(width=logsnr_hi - logsnr_lo)
+    _check_width(logsnr_hi - logsnr_lo, "logsnr_lo < logsnr_hi")
     return lambda logsnr: jnp.where((logsnr >= logsnr_lo) & (logsnr <= logsnr_hi), w_inside, w)
 
 
@@ -265,7 +269,7 @@ def middle(w: Number, logsnr_lo: Number, logsnr_hi: Number) -> Callable[[Array],
     `cfd.guidance.Interval` is its form with edges, which saves evaluations outside.
     """
     _check(w=w, logsnr_lo=logsnr_lo, logsnr_hi=logsnr_hi)
-    _check_positive(width=logsnr_hi - logsnr_lo)
+    _check_width(logsnr_hi - logsnr_lo, "logsnr_lo < logsnr_hi")
 
     def weight(logsnr: Array) -> Array:
         u = jnp.clip((logsnr - logsnr_lo) / (logsnr_hi - logsnr_lo), 0.0, 1.0)
@@ -299,14 +303,30 @@ def _std(x: Array) -> Array:
     return jnp.sqrt(jnp.maximum(jnp.var(x, _axes(x), keepdims=True), TINY**2))
 
 
+def _narrow(x: Number) -> Number:
+    """The number in float32, unless it is one of Python's, which widens no array.
+
+    Under `jax_enable_x64`, a float64 of NumPy would make the state of the sampler float64.
+    """
+    return x if type(x) in (int, float) else jnp.asarray(x, jnp.float32)
+
+
 def _check(*, infinite: bool = False, **numbers: Any) -> None:
     for name, number in numbers.items():
-        check_numbers(name, number, lambda x: ~np.isnan(x) if infinite else abs(x) < math.inf, "give a finite number")
+        holds, remedy = np.isfinite, "give a number that is finite in float32"
+        if infinite:
+            holds, remedy = (lambda x: ~np.isnan(x)), "give a number, which may be infinite"
+        check_numbers(name, number, holds, remedy)
+
+
+def _check_width(width: Number, wanted: str) -> None:
+    remedy = f"give {wanted}, with a difference that is finite and > 0 in float32"
+    check_numbers("logsnr_hi - logsnr_lo", width, lambda x: (x > 0.0) & (x < math.inf), remedy)
 
 
 def _check_positive(**numbers: Any) -> None:
     for name, number in numbers.items():
-        check_numbers(name, number, lambda x: x > 0.0, "give a positive number")
+        check_numbers(name, number, lambda x: x > 0.0, "give a number that is positive in float32")
 
 
 def _check_share(**numbers: Any) -> None:

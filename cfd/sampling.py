@@ -361,7 +361,7 @@ def _guided(
             raise ValueError("rule.mix returned no triple; it must return (z, ε̃, state)")
         for array in mixed[:2]:
             check_returned("rule.mix", array, z.shape, "(z, ε̃, state), z and ε̃ each")
-        return *mixed[:2], v, (mixed[2], memory)
+        return *(array.astype(jnp.float32) for array in mixed[:2]), v, (mixed[2], memory)
 
     if student:
         return lambda z, logsnr, state, _: (z, *evaluate(eps_fn, z, logsnr, labels, weight_at(w, logsnr, batch)), state)

@@ -1,5 +1,6 @@
 """Numbers of every type are checked where they are known, and what a seed draws does not depend on JAX's settings."""
 
+import re
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from recursion import jaxtyping_off
 
+from cfd import distillation, flow, guidance, likelihood, losses, process, reuse, rules, steps, tilt
 from cfd.arguments import check_numbers, concrete, is_zero, threefry
 
 THREEFRY = "threefry2x32"
@@ -39,6 +41,90 @@ def test_traced_numbers_and_functions_are_not_checked(transform):
         return x
 
     transform(f)(jnp.float32([1.0]) if transform is jax.vmap else jnp.float32(1.0))
+
+
+class Reached(Exception):
+    """Raised where a number was accepted and the network is evaluated."""
+
+
+def reached(*_):
+    raise Reached
+
+
+KEY, X, LABELS = jax.random.key(0), jnp.zeros((2, 3)), jnp.zeros(2, jnp.int32)
+LARGE: dict[str, Any] = {
+    "eta": lambda x: rules.apg(x, 1.0, 0.0),
+    "momentum": lambda x: rules.apg(0.0, 1.0, x),
+    "alpha": lambda x: rules.power_law(x),
+    "temperature": lambda x: rules.feedback(0.5, x, 0.0, 1.0),
+    "offset": lambda x: rules.feedback(0.5, 1.0, x, 1.0),
+    "noise": lambda x: rules.cads(reached, 0.0, 1.0, x, 0.0),
+    "w": lambda x: guidance.guide(X, X, x),
+    "w of a function": lambda x: rules.constant(x),
+    "rate": lambda x: rules.exponential(1.0, x, 0.0),
+    "logsnr": lambda x: rules.exponential(1.0, 1.0, x),
+    "w_inside": lambda x: rules.negative_window(1.0, x, 0.0, 1.0),
+    "logsnr_lo": lambda x: rules.ramp(1.0, x, 0.0),
+    "logsnr_hi": lambda x: rules.middle(1.0, 0.0, x),
+    "logsnr_hi - logsnr_lo": lambda x: rules.middle(1.0, -x / 3.0, x / 3.0),
+    "cosine": lambda x: reuse.similar(x, 2),
+    "v": lambda x: steps.ancestral(x),
+    "c": lambda x: steps.check_corrector(steps.Langevin(x)),
+    "logsnr_max": lambda x: process.cosine(0.0, x),
+    "mean": lambda x: process.log_normal(0.0, 1.0, mean=x),
+    "std": lambda x: process.log_normal(0.0, 1.0, std=x),
+    "churn": lambda x: tilt.tilted_sample(KEY, reached, 0, (3,), w=1.0, num_particles=2, num_steps=3, churn=x),
+    "bias": lambda x: losses.sigmoid_weight(process.cosine(), x),
+    "weight": lambda x: losses.variance_loss(KEY, reached, X, LABELS, logsnr=[0.0, 1.0], weight=x),
+    "variance": lambda x: likelihood.gaussian_decoder(x),
+    "weights": lambda x: distillation.distillation_loss(KEY, reached, reached, X, LABELS, weights=(0.0, x)),
+}
+"""A call with each number of the mathematics, by its name in the message."""
+SMALL: dict[str, Any] = {
+    "norm": lambda x: rules.apg(0.0, x, 0.0),
+    "w_max": lambda x: rules.feedback(0.5, 1.0, 0.0, x),
+    "logsnr_hi - logsnr_lo": lambda x: rules.ramp(1.0, 0.0, x),
+    "c": LARGE["c"],
+    "std": LARGE["std"],
+    "churn": LARGE["churn"],
+    "variance": LARGE["variance"],
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_numbers_that_are_infinite_in_float32_are_refused(name):
+    # The ends of the window are finite there, at 3e38, and their difference is not.
+    for number in (9e38, np.float64(9e38), -9e38):
+        with pytest.raises(
+            ValueError,
+            match=rf"{re.escape(name.removesuffix(' of a function'))} (is )?-?(9|6|5[.]9*5)e\+38[;:] .*give ",
+        ):
+            LARGE[name](number)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_numbers_that_are_0_in_float32_are_refused_where_0_is(name):
+    for number in (1e-50, np.float64(1e-50)):
+        with pytest.raises(ValueError, match=re.escape(name) + r" is 1e-50; .*give "):
+            SMALL[name](number)
+
+
+def test_numbers_are_compared_as_float32():
+    """1 + 1e-9 is 1 there, and two λ that round to the same one make no grid."""
+    steps.ancestral(1.0 + 1e-9)
+    for grid in ([1.0, 1.0 + 1e-9], np.array([1.0, 1.0 + 1e-9])):
+        with pytest.raises(ValueError, match="each larger than the one before"):
+            steps.schedule(grid)
+        with pytest.raises(ValueError, match="a flow goes one way"):
+            flow.flow(reached, X, LABELS, logsnr=grid)
+
+
+@pytest.mark.parametrize("count", [2**31, 2**40])
+def test_counts_beyond_int32_are_refused(count):
+    for call in (reuse.every, steps.schedule, lambda n: steps.check_corrector(steps.Langevin(0.1, n))):
+        with pytest.raises(ValueError, match=rf"is {count}; it is a count: give an integer \w+ >= 1 and < 2\^31"):
+            call(count)
+    assert reuse.every(2**31 - 1).k == 2**31 - 1
 
 
 # Keys

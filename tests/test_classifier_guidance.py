@@ -104,7 +104,7 @@ def test_weight_zero_is_the_model_itself() -> None:
 
 
 def test_a_function_that_gives_no_number_is_refused_where_it_is_seen(noisy) -> None:
-    with pytest.raises(ValueError, match="w is nan at index 0; give finite"):
+    with pytest.raises(ValueError, match="w is nan at index 0; give guidance weights that are finite"):
         classifier_guidance(EPS, exact_classifier, lambda logsnr: logsnr * jnp.nan)(*noisy)
 
 

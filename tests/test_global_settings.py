@@ -75,6 +75,50 @@ def test_reuse_under_strict_promotion(rests):
     assert images.dtype == jnp.float32
 
 
+RULES: dict[str, Any] = {
+    "apg": lambda n: rules.apg(n(0.5), n(2.5), n(-0.5)),
+    "cfg_zero_star": lambda n: rules.cfg_zero_star(n(-4.0)),
+    "rescale": lambda n: rules.rescale(n(0.7)),
+    "power_law": lambda n: rules.power_law(n(0.9)),
+    "feedback": lambda n: rules.feedback(n(0.95), n(0.01), n(0.0), n(5.0)),
+    "own": lambda n: rules.stateless(lambda z, cond, other, logsnr, w: (z, n(0.5) * cond + n(0.5) * other)),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("number", [np.float64, jnp.asarray])
+def test_numbers_of_numpy_are_those_of_python_under_x64(name, number):
+    def images(of_type):
+        rule = RULES[name](of_type)
+        return jax.jit(lambda key: sampling.guided_sample(key, eps_fn, LABELS, (3,), w=1.0, num_steps=4, rule=rule))(
+            jax.random.key(0)
+        )
+
+    ours = images(float)
+    with jax_setting("jax_enable_x64", True):
+        wide = images(number)
+    assert wide.dtype == ours.dtype == jnp.float32
+    np.testing.assert_allclose(wide, ours, rtol=1e-4, atol=1e-5)
+
+
+def test_losses_stay_float32_under_x64():
+    """With weights that are float64 there, and with those that the losses of this package make."""
+    errors, levels = np.ones((5, 2)), np.linspace(-2.0, 2.0, 5)
+    with jax_setting("jax_enable_x64", True):
+        _, least = losses.lowest_variance(levels, errors)
+        weights = (least, lambda logsnr: np.float64(2.0) * logsnr, losses.sigmoid_weight(process.cosine(), 1.0))
+        for w in weights:
+            loss = jax.eval_shape(lambda key, w=w: losses.eps_loss(key, eps_fn, X, LABELS, weight=w), jax.random.key(0))
+            assert loss.dtype == jnp.float32
+        for number in (0.001, np.float64(0.001)):
+            loss = jax.eval_shape(
+                lambda key, number=number: losses.variance_loss(key, with_v, X, LABELS, logsnr=levels, weight=number),
+                jax.random.key(0),
+            )
+            assert loss.dtype == jnp.float32
+        assert least(jnp.array([0.0], jnp.float32)).dtype == jnp.float32
+
+
 def test_tables_and_particles_under_strict_promotion():
     with jax.numpy_dtype_promotion("strict"):
         np.testing.assert_allclose(process.tabulated([2.0, 0.0, -4.0])(jnp.array([0.25, 0.75])), [1.0, -2.0])

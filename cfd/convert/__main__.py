@@ -21,6 +21,13 @@ from cfd.errors import UserError
 from cfd.runs.access import check_writable
 
 
+def count(text: str) -> int:
+    """The integer >= 1 that a flag gives."""
+    if not (text.isascii() and text.isdecimal() and 1 <= int(text) < 2**31):
+        raise argparse.ArgumentTypeError(f"it is {text!r}; give an integer >= 1 and < 2^31")
+    return int(text)
+
+
 def main(argv: Sequence[str]) -> None:
     """Runs the command line. An error that a user can correct is printed in a line; every other error is raised."""
     parser = argparse.ArgumentParser(prog="python -m cfd.convert", description=(__doc__ or "").partition("\n")[0])
@@ -31,12 +38,12 @@ def main(argv: Sequence[str]) -> None:
     hidden = adm.add_argument_group(
         "properties that tensors do not show; needed for models other than the published ones"
     )
-    hidden.add_argument("--image-size", type=int, help="height and width in pixels")
-    hidden.add_argument("--head-channels", type=int, help="num_head_channels")
-    hidden.add_argument("--num-heads", type=int, help="num_heads, if num_head_channels is not given")
+    hidden.add_argument("--image-size", type=count, help="height and width in pixels")
+    hidden.add_argument("--head-channels", type=count, help="num_head_channels")
+    hidden.add_argument("--num-heads", type=count, help="num_heads, if num_head_channels is not given")
     hidden.add_argument("--attention-order", choices=("new", "legacy"), help="new: with use_new_attention_order")
     hidden.add_argument("--schedule", choices=("cosine", "linear"), help="noise_schedule")
-    hidden.add_argument("--num-res-blocks", type=int, help="residual blocks per level of a classifier")
+    hidden.add_argument("--num-res-blocks", type=count, help="residual blocks per level of a classifier")
     inception = commands.add_parser("inception", help="InceptionV3 of pytorch-fid or torch-fidelity")
     dinov2 = commands.add_parser("dinov2", help="ViT-L/14 of facebookresearch/dinov2")
     for command in (adm, inception, dinov2):

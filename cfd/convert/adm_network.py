@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from itertools import count, islice
 from typing import Any, NamedTuple
 
 from cfd.convert.torch_file import ADM_CLASSIFIER, ADM_UNET, identify
@@ -90,7 +91,7 @@ def _infer(found: str, shapes: Shapes, hidden: Hidden) -> Network:
         raise UserError(f"its first convolution takes {channels} channels: ADM's upsamplers are not supported")
 
     base, last = shapes["time_embed.0.weight"][1], _last(shapes, "input_blocks.")
-    if empty := [k for k in range(last + 1) if not any(name.startswith(f"input_blocks.{k}.") for name in shapes)]:
+    if empty := _empty(shapes, "input_blocks."):
         raise UserError(
             f"its input blocks {empty} have no tensors: they halve the resolution without weights (conv_resample=False "
             "with resblock_updown=False), which is not supported"
@@ -110,7 +111,10 @@ def _infer(found: str, shapes: Shapes, hidden: Hidden) -> Network:
     published = PUBLISHED.get((kind, base, mult, blocks - 1, attention)) if updown and scale_shift else None
     size = None
     if kind == "classifier":
-        size = math.isqrt(shapes["out.2.positional_embedding"][1] - 1) << (len(mult) - 1)
+        places = shapes["out.2.positional_embedding"][1]
+        if places < 2:
+            raise UserError(f"its attention pooling has {places} places, and one of an image has 2 or more")
+        size = math.isqrt(places - 1) << (len(mult) - 1)
     settled = _settle(found, hidden._replace(image_size=size or hidden.image_size), published)
 
     fields = dict(
@@ -129,7 +133,13 @@ def _infer(found: str, shapes: Shapes, hidden: Hidden) -> Network:
         remat=False,
     )
     if kind == "diffusion":
-        fields["out_channels"] = shapes["out.2.weight"][0]
+        channels, outputs = shapes["input_blocks.0.0.weight"][1], shapes["out.2.weight"][0]
+        if outputs not in (channels, 2 * channels):
+            raise UserError(
+                f"its last convolution has {outputs} outputs for images of {channels} channels, and ADM's has as many, "
+                "or twice as many with a learned variance: give a checkpoint of openai/guided-diffusion"
+            )
+        fields["out_channels"] = outputs
     return Network(kind, fields, settled.image_size, settled.attention_order, settled.schedule)
 
 
@@ -190,7 +200,18 @@ def _classifier_levels(shapes: Shapes, hidden: Hidden) -> int:
     return (last + 1) // (fitting[0] + 1)
 
 
+def _numbers(shapes: Shapes, part: str) -> set[int]:
+    """The block numbers in the names that begin with `part`."""
+    numbers = {name.split(".")[1] for name in shapes if name.startswith(part)}
+    return {int(number) for number in numbers if number.isdecimal() and number.isascii() and len(number) < 10}
+
+
 def _last(shapes: Shapes, part: str) -> int:
     """The highest block number in the names that begin with `part`."""
-    numbers = [name.split(".")[1] for name in shapes if name.startswith(part)]
-    return max(int(number) for number in numbers if number.isdecimal())
+    return max(_numbers(shapes, part))
+
+
+def _empty(shapes: Shapes, part: str) -> list[int]:
+    """The first block numbers, at most 8, that the names lack."""
+    numbers = _numbers(shapes, part)
+    return list(islice((k for k in count() if k not in numbers), min(max(numbers) + 1 - len(numbers), 8)))

@@ -12,6 +12,7 @@ from jax import Array
 from jaxtyping import Float, Shaped
 
 from cfd.convert.adm_network import Network
+from cfd.convert.torch_file import real_numbers
 from cfd.errors import UserError
 
 LAYERS = {
@@ -50,7 +51,8 @@ def adm_params(network: Network, state: Mapping[str, Shaped[np.ndarray, "..."]])
     Raises ValueError if a tensor is missing, is left over, has another shape, or is not finite.
     """
     module, size = network.module(), network.image_size
-    z, one = jnp.zeros((1, size, size, state["input_blocks.0.0.weight"].shape[1])), jnp.zeros(1)
+    z = jax.ShapeDtypeStruct((1, size, size, state["input_blocks.0.0.weight"].shape[1]), jnp.float32)
+    one = jnp.zeros(1)
     arguments = (z, one, jnp.zeros(1, jnp.int32)) if network.kind == "diffusion" else (z, one)
     try:
         template: dict[str, Any] = jax.eval_shape(module.init, jax.random.key(0), *arguments)["params"]
@@ -86,9 +88,7 @@ def _to_flax(
         x = x.transpose(*range(2, x.ndim), 1, 0)
     if x.shape[-len(shape) :] != shape or x.size != math.prod(shape):
         raise UserError(f"tensor {name!r} has shape {x.shape}, with its axes in the order of Flax; expected {shape}")
-    if not np.isfinite(x).all():
-        raise UserError(f"tensor {name!r} holds NaN or infinity: download the file again")
-    return np.ascontiguousarray(x.reshape(shape), np.float32)
+    return np.ascontiguousarray(real_numbers(name, x).reshape(shape), np.float32)
 
 
 def _heads_last(x: Float[np.ndarray, "*rest c"], fields: dict[str, Any]) -> Float[np.ndarray, "*rest c"]:

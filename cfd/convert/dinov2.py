@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Shaped
 
-from cfd.convert.torch_file import DINOV2, GIVE_DINOV2, identify, read_torch
+from cfd.convert.torch_file import DINOV2, GIVE_DINOV2, identify, read_torch, real_numbers
 from cfd.errors import UserError
 from cfd.evaluation import dinov2
 from cfd.runs import files
@@ -48,9 +48,7 @@ def dinov2_params_from_torch(state: Mapping[str, Shaped[np.ndarray, "..."]]) -> 
         array = state[key]
         if array.shape != shape:
             raise UserError(f"tensor {key!r} has shape {array.shape}, expected {shape}: {GIVE_DINOV2}")
-        if not np.isfinite(array).all():
-            raise UserError(f"tensor {key!r} holds NaN or infinity: download the file again")
-        return np.asarray(array, np.float32)
+        return np.asarray(real_numbers(key, array), np.float32)
 
     def norm(name: str) -> dict[str, np.ndarray]:
         return {"scale": take(f"{name}.weight", width), "bias": take(f"{name}.bias", width)}

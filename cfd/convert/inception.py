@@ -8,7 +8,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from jaxtyping import Float, Shaped
 
-from cfd.convert.torch_file import INCEPTION, identify, read_torch
+from cfd.convert.torch_file import INCEPTION, identify, read_torch, real_numbers
 from cfd.errors import UserError
 from cfd.evaluation.inception import BATCH_NORM_EPS, param_shapes, save_params
 from cfd.runs import files
@@ -45,12 +45,10 @@ def inception_params_from_torch(state: Mapping[str, Shaped[np.ndarray, "..."]]) 
         if key not in state:
             raise UserError(f"no tensor {key!r}: give pt_inception-2015-12-05-6726825d.pth or a file with its tensors")
         unused.discard(key)
-        array = np.asarray(state[key], np.float64)
+        array = state[key]
         if array.shape != shape:
             raise UserError(f"tensor {key!r} has shape {array.shape}, expected {shape}")
-        if not np.isfinite(array).all():
-            raise UserError(f"tensor {key!r} holds NaN or infinity: download the file again")
-        return array
+        return np.asarray(real_numbers(key, array), np.float64)
 
     params = {}
     for path, shape in param_shapes().items():

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 
 from cfd.errors import UserError
 
+SAVE_PLAIN = "Give a file that holds a plain dict of tensors (torch.save(model.state_dict(), FILE) writes one)"
+GIVE_FLOATS = "give the checkpoint before it was converted to this type"
 INSTALL = 'pip install "torch>=2.10"'
 ADM_UNET = "a U-Net of ADM"
 ADM_CLASSIFIER = "a noisy classifier of ADM"
@@ -68,15 +70,20 @@ def read_torch(path: str | Path, key: str | None = None) -> dict[str, Shaped[np.
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError:
         raise UserError(
-            f"{path} is refused: its pickle asks to run code on loading, or is damaged. Give a file that holds a plain "
-            "dict of tensors (torch.save(model.state_dict(), FILE) writes one)"
+            f"{path} is refused: its pickle asks to run code on loading, or is damaged. {SAVE_PLAIN}"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
         raise UserError(f"{path} is damaged or no PyTorch file: {str(e).splitlines()[0][:200]}") from None
     state = _choose(path, state, key, torch.Tensor)
-    strided = all(x.layout == torch.strided for x in state.values())
-    if not strided or sum(x.nbytes for x in state.values()) > path.stat().st_size:
-        raise UserError(f"{path} is refused: its tensors are sparse, or repeat their bytes to more than the file holds")
+    of_cpu = all(x.layout == torch.strided and x.device.type == "cpu" for x in state.values())
+    if not of_cpu or sum(x.nbytes for x in state.values()) > path.stat().st_size:
+        raise UserError(
+            f"{path} is refused: its tensors are sparse, without values (on the device meta), or repeat their bytes to "
+            f"more than the file holds. {SAVE_PLAIN}"
+        )
+    if unread := [name for name, x in state.items() if x.is_quantized or x.is_complex()]:
+        dtype = state[unread[0]].dtype
+        raise UserError(f"{path}: tensor {str(unread[0])!r} is {dtype}, and weights are real numbers: {GIVE_FLOATS}")
     state = _without_prefix({str(name): x.detach() for name, x in state.items()})
     return {name: x.float().numpy() if x.is_floating_point() else x.numpy() for name, x in state.items()}
 
@@ -103,16 +110,34 @@ def _check_container(path: Path) -> bool:
     if head.startswith(b"PK"):
         if not zipfile.is_zipfile(path):
             raise UserError(f"{path} is a truncated PyTorch zip, of which {size} bytes are here: download it again")
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
+        try:
+            with zipfile.ZipFile(path) as archive:
+                entries = archive.infolist()
+                stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+                changed = archive.testzip() if stored else None  # `torch.load` does not compare checksums
+        except (zipfile.BadZipFile, EOFError, RuntimeError, ValueError) as error:
+            raise UserError(f"{path} is damaged ({error}): download it again") from None
         if not any(entry.filename.endswith("data.pkl") for entry in entries):
             raise UserError(f"{path} is a zip archive without PyTorch's data.pkl; its first file is {entries[:1]}")
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise UserError(f"{path} is refused: its entries are compressed, but PyTorch never compresses them")
+        if not stored:
+            raise UserError(
+                f"{path} is refused: its entries are compressed, and torch.save never compresses them. {SAVE_PLAIN}"
+            )
+        if changed:
+            raise UserError(f"{path} is damaged, because the checksum of {changed} differs: download it again")
         return True
     if not head.startswith(b"\x80"):
         raise UserError(f"{path} is no PyTorch file: it begins with {head[:16]!r}")
     return False
+
+
+def real_numbers(name: str, x: Shaped[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+    """The tensor `name`. Raises ValueError unless it holds floating-point numbers, all finite."""
+    if x.dtype.kind != "f":
+        raise UserError(f"tensor {name!r} is {x.dtype}, and weights are floating-point numbers: {GIVE_FLOATS}")
+    if not np.isfinite(x).all():
+        raise UserError(f"tensor {name!r} holds NaN or infinity: download the file again")
+    return x
 
 
 def _choose(path: Path, state: Any, key: str | None, tensor: type) -> dict[Any, Any]:
@@ -130,12 +155,19 @@ def _choose(path: Path, state: Any, key: str | None, tensor: type) -> dict[Any, 
     # An optimizer has a small dict of tensors for each parameter.
     largest = sorted((name for name in dicts if is_flat(dicts[name])), key=lambda name: -len(dicts[name]))[:4]
     choice = ", ".join(f"--key={name} ({len(dicts[name])} tensors)" for name in largest if name)
+    if isinstance(chosen, dict) and any(isinstance(x, tensor) for x in chosen.values()):
+        others = [str(name) for name, x in chosen.items() if not isinstance(x, tensor)]
+        at, instead = f" at --key={key}" if key else "", f", or give {choice}" if choice else ""
+        raise UserError(
+            f"{path} has a dict{at} with entries that are no tensors, {', '.join(others[:3])}: save it again as "
+            f"torch.save({{name: x for name, x in state.items() if isinstance(x, torch.Tensor)}}, FILE){instead}"
+        )
     if key:
         raise UserError(f"{path} has no dict of tensors at --key={key}: {f'give {choice}' if choice else 'omit it'}")
-    held = identify([str(name) for inner in dicts.values() for name in inner])
-    raise UserError(
-        f"{path} is not one flat dict of tensors. It holds {held}{f': give one of its dicts, {choice}' * bool(choice)}"
-    )
+    names = [str(name) for inner in dicts.values() for name in inner]
+    held = identify(names) if names else f"one {type(state).__name__} without tensors by their names"
+    remedy = f"give one of its dicts, {choice}" if choice else SAVE_PLAIN[0].lower() + SAVE_PLAIN[1:]
+    raise UserError(f"{path} is not one flat dict of tensors. It holds {held}: {remedy}")
 
 
 def _dicts(state: Any) -> dict[str, dict[Any, Any]]:

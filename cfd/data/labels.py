@@ -31,7 +31,9 @@ def read_table(content: bytes, name: str) -> Table:
     """
     try:
         return _read_json(content, name) if name.lower().endswith(".json") else _read_csv(content, name)
-    except (UnicodeDecodeError, csv.Error, RecursionError, json.JSONDecodeError) as error:
+    except UserError:
+        raise
+    except (ValueError, csv.Error, RecursionError) as error:  # a number of 5000 digits is a ValueError
         raise UserError(
             f"data.labels = {name!r} cannot be read ({error}): give a CSV file in UTF-8 with the columns file,label, "
             "or EDM's dataset.json"
@@ -39,7 +41,9 @@ def read_table(content: bytes, name: str) -> Table:
 
 
 def _read_csv(content: bytes, name: str) -> Table:
-    reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""))
+    # Strict: quotes that are not closed would take in the lines that follow.
+    text = io.StringIO(content.decode("utf-8-sig"), newline="")
+    reader = csv.DictReader(text, skipinitialspace=True, strict=True)
     columns = [column.strip() for column in reader.fieldnames or []]
     if columns.count("file") != 1 or columns.count("label") != 1:
         there = ", ".join(map(repr, columns)) or "none"

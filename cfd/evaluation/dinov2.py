@@ -155,7 +155,8 @@ def load_params(path: str | Path) -> dict[str, Any]:
 
     Raises ValueError, before any array is read, unless the file holds exactly VIT_L's arrays.
     """
-    found = {name: header.shape for name, header in npz.npz_headers(path).items()}
+    make = "make the file with `python -m cfd.convert dinov2 FILE OUT`"
+    found = {name: header.shape for name, header in npz.npz_headers(path, remedy=make).items()}
     expected = {"/".join(key): shape for key, shape in param_shapes().items()}
     wrong = [
         f"{name}: {found.get(name, 'missing')}, expected {expected.get(name, 'nothing')}"
@@ -164,8 +165,7 @@ def load_params(path: str | Path) -> dict[str, Any]:
     ]
     if wrong:
         raise UserError(
-            f"{path} does not hold DINOv2's ViT-L/14: {len(wrong)} arrays differ, the first is {wrong[0]}; make the "
-            "file with `python -m cfd.convert dinov2 FILE OUT`"
+            f"{path} does not hold DINOv2's ViT-L/14: {len(wrong)} arrays differ, the first is {wrong[0]}: {make}"
         )
-    arrays = npz.read_npz(path, max_bytes=MAX_BYTES)
+    arrays = npz.read_npz(path, max_bytes=MAX_BYTES, remedy=make)
     return unflatten_dict({tuple(name.split("/")): np.asarray(x, np.float32) for name, x in arrays.items()})

@@ -128,7 +128,8 @@ def check_classifier(path: str, image_shape: tuple[int, int, int]) -> int:
 
     Raises ValueError unless the file holds a feature classifier of images of this shape, (H, W, C).
     """
-    found = {name: header.shape for name, header in npz.npz_headers(path).items()}
+    give = "give the features/classifier.npz of a run with images of this shape"
+    found = {name: header.shape for name, header in npz.npz_headers(path, remedy=give).items()}
     num_classes = max((1, *found.get("Dense_1/bias", ())))
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8)
     shapes = jax.eval_shape(ImageClassifier(num_classes).init, jax.random.key(0), image)["params"]
@@ -138,8 +139,7 @@ def check_classifier(path: str, image_shape: tuple[int, int, int]) -> int:
         name = wrong[0]
         raise UserError(
             f"{path} holds no feature classifier of images of shape {image_shape}, [H, W, C]: {name} is "
-            f"{found.get(name, 'missing')}, expected {expected.get(name, 'nothing')}; give the features/classifier.npz "
-            "of a run with images of this shape"
+            f"{found.get(name, 'missing')}, expected {expected.get(name, 'nothing')}: {give}"
         )
     return num_classes
 
@@ -169,21 +169,18 @@ def read_recipe(folder: str, wanted: dict[str, Any]) -> dict[str, Any] | None:
     if not files.exists(path):
         return None
     record = record_path(folder)
+    remedy = f"remove the folder {os.path.dirname(path)}, and --mode=sweep creates it again"
     try:
         content = files.read_bytes(record)
     except OSError as error:
         raise UserError(f"{record} cannot be read ({error.strerror}): {files.how_to_allow(record)}") from error
     try:
-        if content is None:
-            raise ValueError("classifier.json is missing")
-        recorded = json.loads(content)
-        if not isinstance(recorded, dict) or "classifier_steps" not in recorded:
-            raise ValueError("classifier.json does not say how it was trained")
-        npz.read_npz(path)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{os.path.dirname(path)} is damaged ({error}): remove this folder, and --mode=sweep creates it again"
-        ) from None
+        recorded = None if content is None else json.loads(content)
+    except ValueError as error:
+        raise UserError(f"{record} is no JSON ({error}): {remedy}") from None
+    if not isinstance(recorded, dict) or "classifier_steps" not in recorded:
+        raise UserError(f"{record} is missing, or does not say how the classifier was trained: {remedy}")
+    npz.read_npz(path, remedy=remedy)
     check_trained(path, recorded, wanted)
     return recorded
 

@@ -6,7 +6,7 @@ metrics of the images of the held-out split. FID of few images is biased, and ev
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,39 @@ from cfd.evaluation.scores import score_outputs
 from cfd.runs import files
 
 DRAWS = 20
+
+
+def _is_number(x: Any) -> bool:
+    return type(x) in (int, float)
+
+
+def _is_spread(x: Any) -> bool:
+    """Whether a value is None or has the parts of `spread`."""
+    return x is None or (isinstance(x, dict) and all(_is_number(x.get(part)) for part in ("mean", "sd", "low", "high")))
+
+
+def _is_held_out(x: Any) -> bool:
+    """Whether a value is None, or describes a split with a number or None for each of its measures."""
+    if x is None or not isinstance(x, dict):
+        return x is None
+    measures = [value for name, value in x.items() if name not in ("split", "identity")]
+    return (
+        isinstance(x.get("split"), str)
+        and type(x.get("images")) is int
+        and all(value is None or _is_number(value) for value in measures)
+    )
+
+
+PARTS: dict[str, Callable[[Any], bool]] = {
+    "reference": lambda x: isinstance(x, str),
+    "num_samples": lambda x: type(x) is int,
+    "draws": lambda x: type(x) is int,
+    "fid": _is_spread,
+    "kid": _is_spread,
+    "saturation": lambda x: x is None or _is_number(x),
+    "held_out": _is_held_out,
+}
+"""The parts of a floor.json that are read, and a condition that each satisfies."""
 
 
 def floor_path(folder: str) -> str:
@@ -48,9 +81,8 @@ def read_floor(folder: str) -> dict[str, Any] | None:
         found = None if content is None else json.loads(content)
     except ValueError:
         return None
-    return (
-        found if isinstance(found, dict) and {"reference", "num_samples", "fid", "held_out"} <= found.keys() else None
-    )
+    sound = isinstance(found, dict) and all(holds(found.get(name)) for name, holds in PARTS.items())
+    return found if sound else None
 
 
 def write_floor(folder: str, name: str, reference: Reference, floor: dict[str, Any], num_samples: int) -> None:

@@ -204,7 +204,8 @@ def save_params(path: str | Path, params: Mapping[str, Any]) -> None:
 
 def load_params(path: str | Path) -> dict[str, Any]:
     """The params that `save_params` wrote. Raises ValueError unless the file holds exactly InceptionV3's arrays."""
-    arrays = {tuple(name.split("/")): array for name, array in npz.read_npz(path).items()}
+    make = "make the file with `python -m cfd.convert inception FILE OUT`"
+    arrays = {tuple(name.split("/")): array for name, array in npz.read_npz(path, remedy=make).items()}
     expected = param_shapes()
     wrong = [
         f"{'/'.join(key)}: {getattr(arrays.get(key), 'shape', 'missing')}, expected {expected.get(key, 'nothing')}"
@@ -213,8 +214,7 @@ def load_params(path: str | Path) -> dict[str, Any]:
     ]
     if wrong:
         raise UserError(
-            f"{path} does not hold InceptionV3: {len(wrong)} arrays differ, the first is {wrong[0]}; make the file "
-            "with `python -m cfd.convert inception FILE OUT`"
+            f"{path} does not hold InceptionV3: {len(wrong)} arrays differ, the first is {wrong[0]}: {make}"
         )
     return unflatten_dict({key: np.asarray(array, np.float32) for key, array in arrays.items()})
 

@@ -14,12 +14,11 @@ from jaxtyping import Bool, Float, Int, UInt8
 
 from cfd.data.dataset import Dataset
 from cfd.devices import parallel
-from cfd.errors import UserError
 from cfd.evaluation import neighbours
 from cfd.evaluation.features import FeatureNetwork
 from cfd.evaluation.reference import NEIGHBOUR_ROWS, decode_together, evenly_spaced
 from cfd.runs import files, npz
-from cfd.runs.results import Row, samples_path
+from cfd.runs.results import Row, first_samples, samples_path
 
 COUNT = 10
 """The number of samples, at most, of each row of the sweep."""
@@ -92,10 +91,7 @@ def write_nearest(
     if not rows:
         return "the samples are missing"
     count = min(COUNT, *(row["num_samples"] for row in rows))
-    parts = [
-        {name: next(npz.npz_batches(samples_path(folder, row), name, count)) for name in ("arr_0", "arr_1")}
-        for row in rows
-    ]
+    parts = [{name: first_samples(folder, row, name, count) for name in ("arr_0", "arr_1")} for row in rows]
     samples = np.stack([part["arr_0"] for part in parts])
     pool = features.extract(samples.reshape(-1, *samples.shape[2:])).pool
     found, squared = nearest_rows(pool, training)
@@ -165,10 +161,8 @@ def read_nearest(folder: str) -> Nearest | None:
     path = nearest_path(folder)
     if not files.exists(path):
         return None
-    try:
-        arrays: dict[str, Any] = dict(npz.read_npz(path, Nearest._fields))
-    except UserError as error:
-        raise UserError(f"{error}: remove it, and --mode=sweep writes it again") from error
+    remedy = "remove it, and --mode=sweep writes it again"
+    arrays: dict[str, Any] = npz.read_npz(path, Nearest._fields, remedy=remedy)
     manifests = tuple(bytes(name).decode().strip() for name in arrays.pop("manifests"))
     return Nearest(manifests, **arrays)
 

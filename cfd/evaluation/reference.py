@@ -153,12 +153,10 @@ def read_cached(path: str) -> Reference:
 
     Raises ValueError, with the remedy, if the file is damaged.
     """
-    try:
-        arrays: dict[str, Any] = dict(npz.read_npz(path))
-        if not {"mu", "sigma"} <= arrays.keys() <= set(Reference._fields):
-            raise UserError(f"{path} holds {list(arrays)}, expected mu, sigma and others of {Reference._fields}")
-    except UserError as error:
-        raise UserError(f"{error}; remove the file, and --mode=sweep computes it again") from error
+    remedy = "remove the file, and --mode=sweep computes it again"
+    arrays: dict[str, Any] = npz.read_npz(path, remedy=remedy)
+    if not {"mu", "sigma"} <= arrays.keys() <= set(Reference._fields):
+        raise UserError(f"{path} holds {list(arrays)}, expected mu, sigma and others of {Reference._fields}: {remedy}")
     if "saturation" in arrays:
         arrays["saturation"] = float(arrays["saturation"])
     elif "features" in arrays and jax.process_index() == 0:

@@ -84,10 +84,11 @@ def rows_of_runs(runs: Sequence[str], step: int) -> tuple[list[results.Row], lis
     Raises ValueError as `compare` does.
     """
     rows, means, made_with = [], [], {}
-    for run in runs:
-        at_step = rows_at(run, step)
+    of_runs = [(run, rows_at(run, step)) for run in runs]
+    manifests = read_manifests(of_runs)
+    for run, at_step in of_runs:
         for row in at_step:
-            made = manifest_of(run, row)
+            made = manifests[run, row["manifest"]]
             by_data = made["reference"].get("source") == "data"  # not a file
             identity = made.get("data", {}).get("identity", "") if by_data else ""
             made_with.setdefault((made["reference"]["sha256"], made["features"]["sha256"]), (run, identity))
@@ -119,11 +120,22 @@ def rows_at(run: str, step: int) -> list[results.Row]:
     return [row for row in rows if row["step"] == (steps[-1] if step == -1 else step)]
 
 
-def manifest_of(run: str, row: results.Row) -> dict[str, Any]:
-    """The manifest of a row of a run. Raises ValueError if it is missing or damaged."""
-    made = manifest.read_manifest(run, row["manifest"])
-    if made is None:
-        raise UserError(
-            f"{run}/manifests/{row['manifest']}.json is missing or damaged: sweep {run} again at w = {row['w']:g}"
-        )
-    return made
+def read_manifests(of_runs: Sequence[tuple[str, Sequence[results.Row]]]) -> dict[tuple[str, str], dict[str, Any]]:
+    """The manifests of the rows of runs, by the run and the name.
+
+    Raises ValueError if some are missing or damaged. The message names all the runs and weights to sweep again.
+    """
+    names = [(run, row["manifest"], f"{row['w']:g}") for run, rows in of_runs for row in rows]
+    found = {(run, name): manifest.read_manifest(run, name) for run, name, _ in names}
+    lost: dict[str, list[tuple[str, str]]] = {}
+    for run, name, w in names:
+        if found[run, name] is None:
+            lost.setdefault(run, []).append((f"{name}.json", w))
+    if lost:
+        parts = [
+            f"{run}/manifests: {workdir.abbreviate([name for name, _ in rows], separator=', ')}; sweep {run} again at "
+            f"w = {', '.join(dict.fromkeys(w for _, w in rows))}"
+            for run, rows in lost.items()
+        ]
+        raise UserError(f"manifests are missing or damaged in {', and in '.join(parts)}")
+    return {place: made for place, made in found.items() if made is not None}

@@ -199,7 +199,7 @@ def compile_bound(model: Loaded, config: Config, mesh: Mesh, levels: Float[np.nd
             parts.append([parallel.gather(output)[:count] for output in outputs])
             done(count)
             if preemption.requested():
-                raise preemption.Stopped("Stopped while computing the likelihood")
+                raise preemption.Stopped("Stopped while computing the likelihood, of which nothing is kept")
         return [np.concatenate(column).astype(np.float64).T for column in zip(*parts, strict=True)]
 
     def costs_of(images: Any, index: Any) -> np.ndarray:

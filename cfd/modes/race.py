@@ -129,12 +129,10 @@ def best_cell(
 
 def read_features(path: str, width: int) -> Float[np.ndarray, "n d"]:
     """The features, `width` per image, in a file of the race. Raises ValueError, with the remedy, if it is damaged."""
-    try:
-        features = npz.read_npz(path, ["features"], max_bytes=MAX_BYTES)["features"]
-        if features.shape[1:] != (width,):
-            raise UserError(f"{path} holds features of shape {features.shape}, expected [N, {width}]")
-    except UserError as error:
-        raise UserError(f"{error}; remove the file, and --mode=sweep samples its images again") from error
+    remedy = "remove the file, and --mode=sweep samples its images again"
+    features = npz.read_npz(path, ["features"], max_bytes=MAX_BYTES, remedy=remedy)["features"]
+    if features.shape[1:] != (width,):
+        raise UserError(f"{path} holds features of shape {features.shape}, expected [N, {width}]: {remedy}")
     return features
 
 

@@ -114,10 +114,10 @@ def summary(content: dict[str, Any], rows: list[Row], metrics: list[Row]) -> str
 def explorer(folder: str, line: list[Row], class_names: Sequence[str], one_of_many: bool) -> str:
     """A slider over the weights of a curve, and the same images, by seed and class, at each weight."""
     first = line[0]
-    shape = npz.npz_headers(samples_path(folder, first))["arr_0"].shape
+    shape = npz.npz_headers(samples_path(folder, first), remedy=results.WITHOUT_SAMPLES)["arr_0"].shape
     count = int(min(MAX_IMAGES, shape[0], max(1, IMAGE_BYTES // ((len(line) + 1) * math.prod(shape[1:])))))
-    classes: list[int] = next(npz.npz_batches(samples_path(folder, first), "arr_1", count)).tolist()
-    columns = [next(npz.npz_batches(samples_path(folder, row), "arr_0", count)) for row in line]
+    classes: list[int] = results.first_samples(folder, first, "arr_1", count).tolist()
+    columns = [results.first_samples(folder, row, "arr_0", count) for row in line]
     # An unconditional network has no classes of its own. Its images have -1, or a class of the classifier that guides.
     names = [html.escape(class_names[c]) if 0 <= c < len(class_names) else "" for c in classes]
     images = "\n".join(

@@ -319,12 +319,12 @@ def check_classifier(config: Config, folder: str) -> None:
 
 
 def check_range(whose: str, theirs: Mapping[str, float], ours: Mapping[str, float], remedy: str) -> None:
-    """Raises ValueError unless a network, `whose`, was trained on a range of λ that covers the run's."""
+    """Raises ValueError unless a network, `whose`, is trained on a range of λ that covers the run's."""
     rounding = 1e-3 * (ours["logsnr_max"] - ours["logsnr_min"])
     below, above = theirs["logsnr_min"] - ours["logsnr_min"], ours["logsnr_max"] - theirs["logsnr_max"]
     if max(below, above) > rounding:
         raise UserError(
-            f"{whose} was trained on λ in [{theirs['logsnr_min']:g}, {theirs['logsnr_max']:g}], which does not cover "
+            f"{whose} is trained on λ in [{theirs['logsnr_min']:g}, {theirs['logsnr_max']:g}], which does not cover "
             f"the run's [{ours['logsnr_min']:g}, {ours['logsnr_max']:g}]: {remedy}"
         )
 

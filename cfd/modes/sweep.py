@@ -44,7 +44,7 @@ from cfd.loading import Loaded
 from cfd.modes import emas, figures, guides, race, rules, settings, tables
 from cfd.modes.cells import Cell, manifest_of, measured_rows, missing_cells, rows_of_grid
 from cfd.modes.measuring import Model, measure_cells
-from cfd.runs import files, manifest, npz, results
+from cfd.runs import files, manifest, results
 from cfd.runs.access import check_file
 from cfd.runs.digest import weights_hash
 from cfd.runs.results import SETTINGS, Row
@@ -331,8 +331,8 @@ def picture_of(line: list[Row], folder: str, class_names: tuple[str, ...]) -> UI
     """The first images of a curve, at most ten, at every weight: each row is an image, each column a weight."""
     first = line[0]
     count = min(10, first["num_samples"])
-    classes = next(npz.npz_batches(results.samples_path(folder, first), "arr_1", count))
-    columns = [next(npz.npz_batches(results.samples_path(folder, row), "arr_0", count)) for row in line]
+    classes = results.first_samples(folder, first, "arr_1", count)
+    columns = [results.first_samples(folder, row, "arr_0", count) for row in line]
     images = np.stack(columns, axis=1)
     names = [class_names[i] if i >= 0 else "" for i in classes]
     return figures.grid(images, names, [f"w = {row['w']:g}" for row in line])

@@ -24,6 +24,7 @@ MAX_BYTES = 2**28  # the statistics of two feature layers take 67 MB, the weight
 MAX_HEADER_BYTES = 10_000
 MAX_RATIOS = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: 1032}  # 1032 is the limit of the deflate format
 DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError, SyntaxError)
+AGAIN = "save it again with numpy.savez"
 PARSERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
@@ -41,48 +42,63 @@ class Header:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def npz_headers(path: str | os.PathLike[str]) -> dict[str, Header]:
-    """The header of every array of an `.npz`, without its values. Raises ValueError for a damaged or foreign file."""
-    with opened(path) as archive:
+class Unfit(Exception):
+    """The reason why an archive cannot be used, and a remedy for whoever made it: two texts."""
+
+
+def npz_headers(path: str | os.PathLike[str], *, remedy: str = "") -> dict[str, Header]:
+    """The header of every array of an `.npz`, without its values. Raises ValueError as `read_npz` does."""
+    with opened(path, remedy) as archive:
         return {name: read_header(path, archive, name) for name in names_of(path, archive)}
 
 
 def read_npz(
-    path: str | os.PathLike[str], names: Sequence[str] | None = None, *, max_bytes: int = MAX_BYTES
+    path: str | os.PathLike[str],
+    names: Sequence[str] | None = None,
+    *,
+    max_bytes: int = MAX_BYTES,
+    remedy: str = "",
 ) -> dict[str, Shaped[np.ndarray, "..."]]:
     """The arrays `names` of an `.npz` (all of them by default): numbers only, and at most `max_bytes` in total.
 
     Raises ValueError for pickled objects, for headers that contradict the archive, and for damaged or foreign files.
+    The message ends with `remedy`, if it is given, and otherwise with one for whoever made the file.
     """
-    with opened(path) as archive:
+    with opened(path, remedy) as archive:
         present = names_of(path, archive)
         names = present if names is None else names
         missing = [name for name in names if name not in present]
         if missing:
-            raise UserError(f"{path} holds {present}, not {missing}")
+            raise Unfit(f"{path} holds {present}, not {missing}", "give a file that holds them")
         headers = {name: read_header(path, archive, name) for name in names}
         total = sum(header.nbytes for header in headers.values())
         if total > max_bytes:
-            raise UserError(f"{path}: {', '.join(names)} declare {total:,} bytes, over the limit of {max_bytes:,}")
+            raise Unfit(
+                f"{path}: {', '.join(names)} declare {total:,} bytes, over the limit of {max_bytes:,}",
+                "give a file of smaller arrays",
+            )
         return {name: read_values(archive, name, header) for name, header in headers.items()}
 
 
-def npz_batches(path: str | os.PathLike[str], name: str, batch_size: int) -> Iterator[Shaped[np.ndarray, "b ..."]]:
+def npz_batches(
+    path: str | os.PathLike[str], name: str, batch_size: int, *, remedy: str = ""
+) -> Iterator[Shaped[np.ndarray, "b ..."]]:
     """Yields array `name` of an `.npz` in batches of `batch_size` rows; only one batch is in memory at a time.
 
     Raises ValueError as `read_npz` does, and for an array without rows in C order or batches of more than MAX_BYTES.
     """
-    with opened(path) as archive:
+    with opened(path, remedy) as archive:
         if name not in names_of(path, archive):
-            raise UserError(f"{path} holds {names_of(path, archive)}, not {name!r}")
+            raise Unfit(f"{path} holds {names_of(path, archive)}, not {name!r}", "give a file that holds it")
         header = read_header(path, archive, name)
         if header.fortran or not header.shape:
-            raise UserError(f"{path}: the rows of {name} are not stored one after the other: save it again in C order")
+            raise Unfit(f"{path}: the rows of {name} are not stored one after the other", "save it again in C order")
         row_bytes = math.prod(header.shape[1:]) * header.dtype.itemsize
         if batch_size * row_bytes > MAX_BYTES:
-            raise UserError(
+            raise Unfit(
                 f"{path}: {batch_size} rows of {name} take {batch_size * row_bytes:,} bytes, over the limit of "
-                f"{MAX_BYTES:,}: ask for fewer"
+                f"{MAX_BYTES:,}",
+                "ask for fewer",
             )
         with archive.open(member(name)) as file:
             read_exactly(file.read, header.values_at)
@@ -138,18 +154,29 @@ def sample_writer(path: str | os.PathLike[str], num_samples: int, image_shape: t
 
 
 @contextmanager
-def opened(path: str | os.PathLike[str]) -> Iterator[zipfile.ZipFile]:
-    """The archive at `path`. If it cannot be opened, or is damaged, a ValueError names the file."""
+def opened(path: str | os.PathLike[str], remedy: str) -> Iterator[zipfile.ZipFile]:
+    """The archive at `path`. If it cannot be opened, is damaged or is unfit, a ValueError names the file.
+
+    The message ends with `remedy`. With "", it ends with that of `Unfit`, or tells to make the file again.
+    """
     with ExitStack() as until_closed:
         try:
             file = until_closed.enter_context(ranges.opened(path))
         except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror}): give a file that you may read") from error
+            raise UserError(
+                f"{path} cannot be read ({error.strerror}): {remedy or 'give a file that you may read'}"
+            ) from error
         try:
             with zipfile.ZipFile(file) as archive:
                 yield archive
+        except Unfit as unfit:
+            reason, of_maker = unfit.args
+            raise UserError(f"{reason}: {remedy or of_maker}") from None
         except DAMAGE as error:
-            raise UserError(f"{path} is not a sound .npz file: {error or type(error).__name__}") from error
+            again = "make it again with numpy.savez, or download it again"
+            raise UserError(
+                f"{path} is not a sound .npz file ({error or type(error).__name__}): {remedy or again}"
+            ) from error
 
 
 def names_of(path: str | os.PathLike[str], archive: zipfile.ZipFile) -> list[str]:
@@ -157,9 +184,9 @@ def names_of(path: str | os.PathLike[str], archive: zipfile.ZipFile) -> list[str
     members = archive.namelist()
     foreign = [name for name in members if not name.endswith(".npy")]
     if foreign:
-        raise UserError(f"{path} is not an .npz file: it holds {foreign[0]!r}")
+        raise Unfit(f"{path} is not an .npz file: it holds {foreign[0]!r}", AGAIN)
     if len(set(members)) < len(members):
-        raise UserError(f"{path} holds two arrays of the same name: save it again with numpy.savez")
+        raise Unfit(f"{path} holds two arrays of the same name", AGAIN)
     return [name.removesuffix(".npy") for name in members]
 
 
@@ -174,25 +201,29 @@ def read_header(path: str | os.PathLike[str], archive: zipfile.ZipFile, name: st
     where = f"{path}: {name}"
     archive_bytes = archive.fp.seek(0, os.SEEK_END) if archive.fp else 0
     if info.compress_type not in MAX_RATIOS:  # an LZMA stream may ask for a dictionary of 4 GB
-        raise UserError(f"{where} is neither stored nor deflated: save it again with numpy.savez")
+        raise Unfit(f"{where} is neither stored nor deflated", AGAIN)
     # zipfile believes the sizes of the archive's directory, and callers allocate by the shape that is returned here.
     if info.compress_size > archive_bytes or info.file_size > info.compress_size * MAX_RATIOS[info.compress_type]:
-        raise UserError(f"{where} declares {info.file_size:,} bytes, more than the file can hold")
+        raise Unfit(f"{where} declares {info.file_size:,} bytes, more than the file can hold", AGAIN)
     with archive.open(info) as file:
         # NumPy reads a header whole before it checks its length, so give it a start of bounded length.
         start = io.BytesIO(file.read(MAX_HEADER_BYTES))
     try:
         version = np.lib.format.read_magic(start)
         if version not in PARSERS:
-            raise UserError(f"version {version} of the format is not 1 or 2")
+            raise ValueError(f"version {version} of the format is not 1 or 2")
         shape, fortran, dtype = PARSERS[version](start, max_header_size=MAX_HEADER_BYTES)
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
-        raise UserError(f"{where} has no header of a NumPy array: {error}") from error
+        raise Unfit(f"{where} has no header of a NumPy array ({error})", AGAIN) from error
     if dtype.kind not in "biuf":
-        raise UserError(f"{where} has dtype {dtype}: only numbers are read, never pickled objects")
+        raise Unfit(
+            f"{where} has dtype {dtype}, and only numbers are read, never pickled objects",
+            f"save the file again without {name}, or with numbers in its place",
+        )
     header = Header(shape, dtype, fortran, start.tell())
     if min(shape, default=0) < 0 or header.values_at + header.nbytes != info.file_size:
-        raise UserError(f"{where} declares shape {shape} of {dtype}, which is not the {info.file_size:,} bytes it has")
+        declared = f"{where} declares shape {shape} of {dtype}"
+        raise Unfit(f"{declared}, which is not the {info.file_size:,} bytes it has", AGAIN)
     return header
 
 

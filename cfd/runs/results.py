@@ -14,8 +14,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from jaxtyping import Shaped
+
 from cfd.errors import UserError
-from cfd.runs import files
+from cfd.runs import files, npz
 from cfd.runs.manifest import SAMPLING, measured_with
 
 Row = dict[str, Any]
@@ -39,6 +42,8 @@ COLUMNS: tuple[str, ...] = (*SETTINGS, *MEASURED, *INTERVALS, "kid_se", "fid_nam
 YOUNGER = ("ema", "rule", "guide", "fid_test", "kid", "saturation", *INTERVALS, "kid_se")
 """Columns that a sweep.csv of an earlier version lacks."""
 WORDS = ("sampler", "guidance", "rule", "guide", "interval", "labels", "features", "fid_name", "manifest")
+WITHOUT_SAMPLES = "remove the file, and the images of its row are left out"
+"""The remedy for damaged samples. The measures of the row stay in sweep.csv."""
 COUNTS = ("step", "num_steps", "num_samples", "seed")
 
 
@@ -67,6 +72,11 @@ def samples_path(folder: str, row: Row) -> str:
     if files.is_url(folder):  # no version with colons wrote to buckets
         return path
     return old if os.path.exists(old) and not os.path.exists(path) else path
+
+
+def first_samples(folder: str, row: Row, name: str, count: int) -> Shaped[np.ndarray, "n ..."]:
+    """The first `count` images ("arr_0") or classes ("arr_1") of a row. Raises ValueError if its file is damaged."""
+    return next(npz.npz_batches(samples_path(folder, row), name, count, remedy=WITHOUT_SAMPLES))
 
 
 def _safe(text: str) -> str:
@@ -186,12 +196,18 @@ def write_without(folder: str, manifest_name: str, without: Mapping[str, Sequenc
 
 
 def read_without(folder: str, row: Mapping[str, Any]) -> dict[str, list[float]] | None:
-    """The measures of a row without each group of its images; None if the file is missing or damaged."""
+    """The measures of a row without each group of its images; None if the file is missing or damaged.
+
+    A number may be NaN, where a measure is not defined without a group.
+    """
     try:
         found = json.loads(files.read_bytes(files.place(folder, "intervals", f"{row['manifest']}.json")) or b"")
     except ValueError:
         return None
-    return found if isinstance(found, dict) else None
+    sound = isinstance(found, dict) and all(
+        isinstance(values, list) and all(type(value) in (int, float) for value in values) for values in found.values()
+    )
+    return found if sound else None
 
 
 def write_classes(folder: str, manifest_name: str, classes: Sequence[Mapping[str, Any]]) -> None:

@@ -36,6 +36,15 @@ def test_nothing_in_a_bucket_is_overwritten(command: str, bucket: FakeGcs) -> No
     assert bucket.names() == ["made/x.npz"]
 
 
+@pytest.mark.parametrize("flag", ["image-size", "head-channels", "num-heads", "num-res-blocks"])
+@pytest.mark.parametrize("value", ["0", "-16", "1.5", "", str(2**31)])
+def test_counts_that_no_network_has_are_refused(flag: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["adm", "FILE", "OUT", f"--{flag}={value}"])
+    assert end.value.code == 2
+    assert f"argument --{flag}: it is {value!r}; give an integer >= 1 and < 2^31" in capsys.readouterr().err
+
+
 def test_an_error_of_the_program_is_raised(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("cfd.convert.__main__.convert_inception", lambda *_, **__: {}["a bug"])
     with pytest.raises(KeyError, match="a bug"):

@@ -1,5 +1,6 @@
 """The tensors of a PyTorch file: under a wrapper's prefix, or in one of several dicts."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,11 @@ import jax
 import numpy as np
 import pytest
 from adm_formula import hidden, printed
+from inception_formula import inception_state
 
 from cfd.convert.adm_network import adm_network
 from cfd.convert.adm_weights import adm_params
+from cfd.convert.inception import inception_params_from_torch
 from cfd.convert.torch_file import read_torch
 from cfd.errors import UserError
 
@@ -62,6 +65,88 @@ def test_one_of_several_dicts_is_chosen_by_its_key(tmp_path: Path) -> None:
     assert read_torch(path, "ema").keys() == read_torch(path, "model").keys() == same.keys()
     with pytest.raises(UserError, match=r"has no dict of tensors at --key=ema: omit it$"):
         read_torch(saved(tmp_path, tensors()), "ema")
+
+
+def refused(folder: Path, content: Any, key: str | None = None) -> str:
+    with pytest.raises(UserError) as error:
+        read_torch(saved(folder, content), key)
+    return str(error.value)
+
+
+def test_entries_that_are_no_tensors_are_named_with_a_remedy_that_works(tmp_path: Path) -> None:
+    state: dict[str, Any] = tensors() | {"step": 3, "note": None}
+    message = refused(tmp_path, state)
+    assert "has a dict with entries that are no tensors, step, note: save it again as torch.save({name" in message
+    plain = eval(message[message.index("{name") : message.index(", FILE")], {"state": state, "torch": torch})
+    assert read_torch(saved(tmp_path, plain)).keys() == tensors().keys()
+    models = {"model": state, "ema": tensors()}
+    message = refused(tmp_path, models, "model")
+    assert "a dict at --key=model with entries" in message and message.endswith("or give --key=ema (3 tensors)")
+
+
+@pytest.mark.parametrize(("content", "words"), [({}, "one dict"), (3, "one int"), ([0], "one list")])
+def test_files_without_tensors_are_named(content: Any, words: str, tmp_path: Path) -> None:
+    assert f"It holds {words} without tensors by their names: give a file" in refused(tmp_path, content)
+
+
+def test_tensors_that_are_no_real_numbers_are_refused(tmp_path: Path) -> None:
+    name, *_ = tensors()
+    with warnings.catch_warnings(action="ignore"):  # quantized tensors are deprecated
+        quantized = torch.quantize_per_tensor(torch.ones(1), 0.1, 0, torch.qint8)
+    for x in (quantized, torch.ones(1, dtype=torch.complex64)):
+        assert f"tensor {name!r} is {x.dtype}, and weights are real" in refused(tmp_path, tensors() | {name: x})
+    assert "without values (on the device meta)" in refused(tmp_path, tensors() | {name: torch.ones(1, device="meta")})
+
+
+def test_bytes_that_changed_are_found_by_their_checksum(tmp_path: Path) -> None:
+    path = saved(tmp_path, tensors(number=3.0) | {"more": torch.full((999,), 7.0)})
+    content, value = path.read_bytes(), np.full(999, 7.0, np.float32).tobytes()
+    at = content.index(value)
+    path.write_bytes(content[: at + 5] + bytes([content[at + 5] ^ 1]) + content[at + 6 :])
+    with pytest.raises(UserError, match=r"is damaged, because the checksum of .*data/3 differs: download it again"):
+        read_torch(path)
+    path.write_bytes(content)
+    assert len(read_torch(path)) == 4
+
+
+@pytest.mark.parametrize("kind", ["int8", "bool"])
+def test_tensors_of_another_type_are_refused(kind: str) -> None:
+    ours = printed("small")
+    with pytest.raises(UserError, match=rf"tensor 'out\.2\.bias' is {kind}, and weights are floating-point numbers"):
+        adm_params(ours.network, ours.state | {"out.2.bias": ours.state["out.2.bias"].astype(kind)})
+    state = inception_state()
+    with pytest.raises(UserError, match=rf"tensor 'fc\.weight' is {kind}, and weights are floating-point numbers"):
+        inception_params_from_torch(state | {"fc.weight": state["fc.weight"].astype(kind)})
+
+
+@pytest.mark.parametrize("outputs", [4, 9, 1])
+def test_another_number_of_outputs_is_no_network_of_adm(outputs: int) -> None:
+    ours = printed("small")
+    shapes = {name: x.shape for name, x in ours.state.items()} | {"out.2.weight": (outputs, 32, 3, 3)}
+    with pytest.raises(UserError, match=rf"has {outputs} outputs for images of 3 channels"):
+        adm_network(shapes, hidden(ours.stored))
+
+
+@pytest.mark.parametrize("places", [0, 1])
+def test_a_classifier_that_pools_no_place_is_refused(places: int) -> None:
+    ours = printed("classifier_small")
+    shapes = {name: x.shape for name, x in ours.state.items()} | {"out.2.positional_embedding": (64, places)}
+    with pytest.raises(UserError, match=rf"its attention pooling has {places} places"):
+        adm_network(shapes, hidden(ours.stored))
+
+
+def test_a_block_far_above_the_others() -> None:
+    """The message names the first few of the blocks that are missing, and a number of any size takes no time."""
+    ours = printed("small")
+    shapes = {name: x.shape for name, x in ours.state.items()} | {"input_blocks.99.0.weight": (3,)}
+    with pytest.raises(UserError, match=r"blocks \[4, 5, 6, 7, 8, 9, 10, 11\] have no tensors"):
+        adm_network(shapes, hidden(ours.stored))
+    far = ours.state | {"input_blocks.999999999999.0.weight": np.zeros(3, np.float32)}
+    assert adm_network({name: x.shape for name, x in far.items()}, hidden(ours.stored)) == ours.network
+    with pytest.raises(
+        UserError, match=r"1 tensors have no place in the network, the first are \['input_blocks\.99999"
+    ):
+        adm_params(ours.network, far)
 
 
 def test_levels_that_change_by_pooling_are_named() -> None:

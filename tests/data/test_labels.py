@@ -59,6 +59,13 @@ def test_a_csv_file_as_programs_write_it(tmp_path: Path):
         assert (dataset.identity, dataset.class_names) == (plain.identity, ("a", "b"))
 
 
+def test_quotes_after_a_space_keep_the_comma_inside_them(tmp_path: Path):
+    root = put(tmp_path, "0.png", "a, b.png")
+    text = '\ufefffile, label\r\n"a, b.png", "crane, bird"\r\n0.png, crow\r\n'
+    dataset = open_folder(root, labels=table(root, text))
+    assert dataset.class_names == ("crane, bird", "crow") and dataset.labels.tolist() == [0, 1]
+
+
 def test_a_dataset_json_gives_the_labels_and_is_not_overlooked(tmp_path: Path):
     """EDM numbers its classes, and its folders are not classes."""
     root = put(tmp_path, "00000/img0.png", "00000/img1.png", "00001/img2.png")
@@ -91,6 +98,7 @@ def test_a_dataset_json_gives_the_labels_and_is_not_overlooked(tmp_path: Path):
         ("file,label\nx.bmp,a\n", "lists 'x.bmp', which is no .jpg/"),
         ("file,label\n", "labels.csv lists no file: add a row for each image"),
         (b"file,label\n\xff\xfe.png,a\n", "cannot be read ('utf-8' codec"),
+        ('file,label\n"0.png,a\nsub/1.png,a\n', "cannot be read (unexpected end of data)"),
         ("", "has the columns none: name one of them"),
     ],
 )
@@ -109,6 +117,7 @@ def test_a_csv_file_that_cannot_work_is_refused(tmp_path: Path, text: str | byte
         ('{"labels": [["0.png", 0], ["0.png", 1]]}', "lists '0.png' twice"),
         ('{"labels": []}', 'has no "labels"'),
         ("[", "cannot be read"),
+        (f'{{"labels": [["0.png", {"9" * 5000}]]}}', "cannot be read"),
     ],
 )
 def test_a_dataset_json_that_cannot_work_is_refused(tmp_path: Path, text: str, message: str):

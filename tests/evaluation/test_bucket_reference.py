@@ -71,7 +71,7 @@ def test_the_classifier_of_a_run_in_a_bucket_is_used_again(tmp_path: Path, bucke
 
     wanted = recipe(train, **made)
     bucket.flip("run/features/classifier.npz")
-    with pytest.raises(ValueError, match=r"gs://cfd-test/run/features is damaged .*: remove this folder"):
+    with pytest.raises(ValueError, match=r"not a sound .*: remove the folder gs://cfd-test/run/features, and"):
         read_recipe(f"{bucket.url}/run", wanted)
     bucket.fail = lambda request: 403 if request.name.endswith(".json") else None
     with pytest.raises(ValueError, match=r"classifier.json cannot be read .*Storage Object Viewer") as refused:

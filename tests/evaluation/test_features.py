@@ -18,8 +18,6 @@ from cfd.data.batches import load_arrays
 from cfd.data.sources import Dataset, open_dataset
 from cfd.evaluation import features
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
 
 def one_device() -> Mesh:
     return Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "fsdp"), (AxisType.Auto,) * 2)
@@ -157,6 +155,6 @@ def test_a_damaged_feature_classifier_is_refused_with_the_remedy(digits: Dataset
         if text:
             (folder / "classifier.json").write_text(text)
         with pytest.raises(
-            ValueError, match=r"features is damaged .*: remove this folder, and --mode=sweep creates it again"
+            ValueError, match=r"classifier\.(json|npz) is .*: remove the folder .*features, and --mode=sweep creates it"
         ):
             features.open_classifier(str(tmp_path), one_device(), digits, digits, num_steps=5, flip=False, seed=0)

@@ -1,6 +1,8 @@
 """The metrics of real images: what is drawn, and what the file holds."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -92,3 +94,17 @@ def test_the_held_out_images_are_measured_and_the_file_comes_back(base: referenc
     path = Path(floor.floor_path(str(tmp_path)))
     path.write_text(path.read_text()[:40])
     assert floor.read_floor(str(tmp_path)) is None, "a damaged file is written again"
+    assert found is not None
+    damages: list[dict[str, Any]] = [
+        {"fid": 3},
+        {"kid": {"mean": "a"}},
+        {"num_samples": "100"},
+        {"draws": None},
+        {"held_out": []},
+        {"held_out": {"split": "test"}},
+        {"held_out": held_out | {"is": "8"}},
+        {"saturation": "1"},
+    ]
+    for damage in damages:
+        path.write_text(json.dumps(found | damage))
+        assert floor.read_floor(str(tmp_path)) is None

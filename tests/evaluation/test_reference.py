@@ -122,7 +122,7 @@ def test_a_damaged_file_of_an_earlier_sweep_is_named_with_the_remedy(
     first = open_reference(tiny_config(), tmp_path, network())
     (path,) = (tmp_path / "features").glob("reference_*.npz")
     path.write_bytes(content) if isinstance(content, bytes) else npz.write_npz(path, content)
-    with pytest.raises(UserError, match=rf"{path.name} .*; remove the file, and --mode=sweep computes it again"):
+    with pytest.raises(UserError, match=rf"{path.name} .*: remove the file, and --mode=sweep computes it again"):
         open_reference(tiny_config(), tmp_path, network())
     path.unlink()
     for one, other in zip(first, open_reference(tiny_config(), tmp_path, network()), strict=True):

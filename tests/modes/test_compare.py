@@ -69,10 +69,25 @@ def test_a_damaged_manifest_is_named_with_the_remedy(tmp_path: Path, damaged: by
     manifest = half / "manifests" / f"{last['manifest']}.json"
     manifest.write_bytes(damaged)
     with pytest.raises(
-        ValueError, match=rf"{manifest.name} is missing or damaged: sweep .* again at w = {last['w']:g}"
+        ValueError, match=rf"missing or damaged in .*: {manifest.name}; sweep {half} again at w = {last['w']:g}$"
     ):
         compare(tiny_config(), str(half), [str(tenth)], str(half))
     sweep_again(half, 0.5)  # the remedy
+    assert compare(tiny_config(), str(half), [str(tenth)], str(half)) == text
+
+
+def test_all_manifests_that_are_missing_are_named_at_once(tmp_path: Path) -> None:
+    half, tenth = run(tmp_path / "half", 0.5), run(tmp_path / "tenth", 0.1)
+    text = compare(tiny_config(), str(half), [str(tenth)], str(half))
+    shutil.rmtree(half / "manifests")
+    with pytest.raises(ValueError, match=rf"in {half}/manifests: .*; sweep {half} again at w = 0, 4$"):
+        compare(tiny_config(), str(half), [str(tenth)], str(half))
+    shutil.rmtree(tenth / "manifests")
+    both = rf"sweep {half} again at w = 0, 4, and in {tenth}/manifests: .*; sweep {tenth} again at w = 0, 4$"
+    with pytest.raises(ValueError, match=both):
+        compare(tiny_config(), str(half), [str(tenth)], str(half))
+    sweep_again(half, 0.5)  # the remedy
+    sweep_again(tenth, 0.1)
     assert compare(tiny_config(), str(half), [str(tenth)], str(half)) == text
 
 

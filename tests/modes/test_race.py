@@ -18,7 +18,6 @@ from cfd.runs import manifest, npz, results
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*covariance of rank:UserWarning"),
-    pytest.mark.usefixtures("compile_once"),
 ]
 
 GRID: dict[str, Any] = {
@@ -114,7 +113,7 @@ def test_a_file_of_other_features_is_named_with_the_remedy(arrays: dict[str, np.
     path = str(tmp_path / "cell.npz")
     npz.write_npz(path, arrays)
     with pytest.raises(
-        UserError, match=r"cell\.npz holds .*; remove the file, and --mode=sweep samples its images again"
+        UserError, match=r"cell\.npz holds .*: remove the file, and --mode=sweep samples its images again"
     ):
         race.read_features(path, 4)
     npz.write_npz(path, {"features": np.ones((3, 4), np.float32)})

@@ -184,6 +184,18 @@ def test_another_folder_can_be_written_to(tmp_path: Path) -> None:
     assert "1,000 training steps" in text  # the metrics are the run's
 
 
+def test_damaged_samples_are_named_with_a_remedy_that_works(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run", tiny_config(eval__weights=WEIGHTS), list("0123456789"))
+    for row in (results.latest(str(folder))[i] for i in (0, -1)):
+        path = Path(samples_path(str(folder), row))
+        path.write_bytes(path.read_bytes()[:100])
+        with pytest.raises(ValueError, match=rf"{path.name} is not a sound .*: remove the file, and the images of"):
+            report(str(folder), str(folder))
+        path.unlink()
+    text = Path(report(str(folder), str(folder))).read_text()
+    assert [state["w"] for state in states_of(text)] == list(WEIGHTS[1:-1])
+
+
 def test_a_run_without_results_still_has_a_page(tmp_path: Path) -> None:
     workdir.write_config(tmp_path, workdir.describe("diffusion", tiny_config().to_dict(), list("0123456789")))
     assert "Nothing is measured yet" in Path(report(str(tmp_path), str(tmp_path))).read_text()

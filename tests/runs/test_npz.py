@@ -152,7 +152,9 @@ def test_hostile_files_are_refused(tmp_path):
             pytest.fail(kind)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert str(path) in str(error.value), kind
+        assert str(path) in str(error.value) and ": " in str(error.value).removeprefix(f"{path}: "), kind
+        with pytest.raises(ValueError, match=r"\S: remove it$"):
+            npz.read_npz(path, max_bytes=2**22, remedy="remove it")
         assert peak < 2**20 and time.perf_counter() - start < 2.0, kind
         if kind != "bomb":  # its rows can be read, batch by batch, in little memory
             with pytest.raises(ValueError):
@@ -160,6 +162,8 @@ def test_hostile_files_are_refused(tmp_path):
         if "size" in kind:
             with pytest.raises(ValueError, match="2,147,483,648 bytes, more than the file can hold"):
                 npz.npz_headers(path)
+            with pytest.raises(ValueError, match="more than the file can hold: remove it"):
+                npz.npz_headers(path, remedy="remove it")
     assert not (tmp_path / "canary").exists()
     with pytest.raises(ValueError, match=r"absent\.npz cannot be read \(No such file or directory\): give a file"):
         npz.read_npz(tmp_path / "absent.npz")
@@ -174,6 +178,8 @@ def test_batches_are_the_array(tmp_path):
     for name, message in (("f", "C order"), ("n", "C order"), ("mu", "not 'mu'")):
         with pytest.raises(ValueError, match=message):
             next(npz.npz_batches(tmp_path / "a.npz", name, 4))
+        with pytest.raises(ValueError, match=r": remove it$"):
+            next(npz.npz_batches(tmp_path / "a.npz", name, 4, remedy="remove it"))
 
 
 def test_samples_in_openais_layout(tmp_path):

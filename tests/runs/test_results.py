@@ -94,8 +94,9 @@ def test_what_was_measured_of_parts_comes_back(tmp_path: Path) -> None:
     assert results.read_without(str(tmp_path), ROW) is None
     results.write_without(str(tmp_path), ROW["manifest"], without)
     assert results.read_without(str(tmp_path), ROW) == without
-    (tmp_path / "intervals" / "00e1.json").write_text("{")
-    assert results.read_without(str(tmp_path), ROW) is None
+    for damaged in ("{", "3", '{"fid": 3}', '{"fid": [1.0, "2"]}', '{"fid": [true]}', '{"fid": null, "kid": [0.0]}'):
+        (tmp_path / "intervals" / "00e1.json").write_text(damaged)
+        assert results.read_without(str(tmp_path), ROW) is None
     classes = [{"class": "a, b", "images": 3, "precision": None}, {"class": "c", "images": 4, "precision": 0.5}]
     results.write_classes(str(tmp_path), ROW["manifest"], classes)
     with open(tmp_path / "classes" / "00e1.csv", newline="") as file:
