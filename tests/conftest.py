@@ -26,16 +26,22 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 install_import_hook("cfd", "beartype.beartype")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session", autouse=True)
 def compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Equal programs of a module are compiled once, though each run jits its own: for tests that start many runs."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = [getattr(jax.config, name) for name in names]
-    for name, value in zip(names, (str(tmp_path_factory.mktemp("compiled")), 0.0), strict=True):
+    """Equal programs are compiled once for all tests of a process, though each test jits its own functions.
+
+    A program that compiles within 0.1 s is compiled again, which takes less time than reading it from the cache.
+    """
+    values = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+    }
+    before = {name: getattr(jax.config, name) for name in values}
+    for name, value in values.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
     yield
-    for name, value in zip(names, before, strict=True):
+    for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
 

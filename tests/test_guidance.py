@@ -179,7 +179,7 @@ def test_guide_is_linear_in_the_scores_and_keeps_equal_scores():
 def test_weights_that_are_not_finite_are_refused(w):
     with jaxtyping_off():
         for use in (guide, lambda cond, uncond, w: classifier_guidance(lambda *_: cond, lambda *_: cond, w)):
-            with pytest.raises(ValueError, match=r"w is .*give finite guidance weights"):
+            with pytest.raises(ValueError, match=r"w is .*give guidance weights that are finite"):
                 use(*scores(), w)
 
 

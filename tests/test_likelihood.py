@@ -250,7 +250,7 @@ def test_what_does_not_fit_is_refused() -> None:
             lambda: bound(jax.random.split(jax.random.key(0), 3), eps_fn, x - 1.0, labels, logsnr=levels),
             r"key has batch shape \(3,\) for 2 images",
         ),
-        (lambda: gaussian_decoder(0.0), "variance is 0.0; give a positive number"),
+        (lambda: gaussian_decoder(0.0), "variance is 0.0; give a finite number > 0"),
         (
             lambda: bound(jax.random.key(0), eps_fn, x - 1.0, labels, logsnr=levels, v=np.full(3, 0.5)),
             r"\(3,\) numbers for an array of shape \(2,\)",

@@ -106,7 +106,7 @@ def command(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         (["--mode=evaluate"], ("mode", "evaluate", "sample", "sweep", "train")),
         (["--mode=sample"], ("runs/digits holds no run", "--mode=train")),
         (["--mode=sweep", "--workdir=elsewhere"], ("elsewhere holds no run", "--mode=train")),
-        (["--verbos"], ("verbos",)),
+        (["--verbos"], ("--verbos is no flag: choose among --config, ", "--workdir", "--config.GROUP.FIELD=VALUE")),
         (["--workdir"], ("workdir",)),
         (["--workdir="], ("--workdir is empty", "name a folder")),
         (["--workdir=s3://bucket/run"], ("--workdir is 's3://bucket/run'", "give gs://BUCKET/NAME, or a path")),
@@ -330,22 +330,18 @@ def test_the_files_that_a_sweep_needs_are_checked_before_training(command: Comma
     assert words in command.fails(DIGITS, *flags_of(**changes, **{needed: other}))
 
 
-def test_the_whole_job(tmp_path: Path) -> None:
+def test_the_whole_job(command: Command) -> None:
     """Train, sweep and sample with the real network and data; the same command again has nothing left to do."""
-    changes = dict(train__num_steps=24, train__checkpoint_every_steps=12, train__sample_every_steps=12)
-    base = [sys.executable, "-m", "cfd.main", DIGITS, "--workdir=run", *flags_of(**changes, eval__weights=(0.0, 2.0))]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-
-    def call(*arguments: str) -> str:
-        done = subprocess.run([*base, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        warned.append([line for line in done.stderr.splitlines() if "covariance" in line or "UserWarning" in line])
-        return done.stdout
-
-    folder, warned = tmp_path / "run", []
-    out = call()
+    changes: dict[str, Any] = dict(train__num_steps=24, train__checkpoint_every_steps=12, train__sample_every_steps=12)
+    changes |= dict(eval__weights=(0.0, 2.0), xla__compilation_cache="compiled")  # for the two starts after the first
+    flags = [DIGITS, "--workdir=run", *flags_of(**changes)]
+    folder, environment = command.folder / "run", os.environ | {"PYTHONPATH": str(ROOT)}
+    whole = [sys.executable, "-m", "cfd.main", *flags]
+    done = subprocess.run(whole, cwd=command.folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    warned = [line for line in done.stderr.splitlines() if "covariance" in line or "UserWarning" in line]
     few = "20 samples of 64 features give a covariance of rank at most 19: the Fréchet distance is biased"
-    assert [line.partition(";")[0] for line in warned[0]] == [f"warning: {few}"]
+    assert [line.partition(";")[0] for line in warned] == [f"warning: {few}"]
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == list(range(1, 25))
     losses = [line["loss"] for line in log]
@@ -356,7 +352,7 @@ def test_the_whole_job(tmp_path: Path) -> None:
         (0.0, 20, "classifier"),
         (2.0, 20, "classifier"),
     ]
-    assert "| w |" in out and "| 2 |" in out
+    assert "| w |" in done.stdout and "| 2 |" in done.stdout
     for name in ("sweep.png", "samples/sweep.png", "samples/step_0000012.png", "samples/step_0000024.png"):
         with Image.open(folder / name) as image:
             image.load()
@@ -366,10 +362,11 @@ def test_the_whole_job(tmp_path: Path) -> None:
     assert np.bincount(labels).tolist() == [2] * 10
 
     before = {name: (folder / name).read_bytes() for name in ("metrics.jsonl", "sweep.csv")}
-    again = call()
-    assert "at step 24 of 24" in again and "2 of 2 cells are in" in again
+    again = command(*flags)
+    assert again.code == 0, again.err
+    assert "at step 24 of 24" in again.out and "2 of 2 cells are in" in again.out
     assert {name: (folder / name).read_bytes() for name in before} == before
-    grid = call("--mode=sample")
-    assert "sample_step_0000024_" in grid
-    written = grid.split("Wrote ")[1].split(".png")[0]
-    assert len(npz.read_npz(tmp_path / f"{written}.npz")["arr_1"]) > 0
+    grid = command(*flags, "--mode=sample")
+    assert grid.code == 0 and "sample_step_0000024_" in grid.out, grid.err
+    written = grid.out.split("Wrote ")[1].split(".png")[0]
+    assert len(npz.read_npz(command.folder / f"{written}.npz")["arr_1"]) > 0

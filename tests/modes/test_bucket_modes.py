@@ -22,7 +22,6 @@ from cfd.modes.sample import sample
 from cfd.modes.train_classifier import check_same_images
 from cfd.runs import results, workdir
 
-pytestmark = pytest.mark.usefixtures("compile_once")
 DIGITS = tuple("0123456789")
 
 

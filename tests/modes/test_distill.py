@@ -31,7 +31,6 @@ from cfd.runs import checkpoint, workdir
 from cfd.runs.digest import leaves
 from cfd.sampling import ddim, guided_sample
 
-pytestmark = pytest.mark.usefixtures("compile_once")
 DIGITS = tuple("0123456789")
 OF_STUDENT: dict[str, Any] = dict(
     distill__num_steps=4, distill__batch_size=16, distill__learning_rate=1e-3, sample__w=(0.0, 2.0), eval__weights=()

@@ -33,8 +33,6 @@ from cfd.modes.train_step import initial_state
 from cfd.networks.model import module
 from cfd.runs import checkpoint, workdir
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,8 +32,6 @@ from cfd.modes.train import diffusion
 from cfd.modes.train_step import initial_state
 from cfd.runs import checkpoint
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
 
 def lines(folder: Path, *names: str) -> list[tuple]:
     """(step, value of each name) of every line of metrics.jsonl."""

@@ -50,7 +50,7 @@ def other_run(
         (dict(names=mixing.DIGITS[:9], data__num_classes=9), "has 9 classes, and the run 10"),
         (dict(names=(*mixing.DIGITS[:9], "nine")), "class 9 is 'nine' in the guide .* and '9' in the run"),
         (dict(model__weight_range=(0.0, 4.0)), r"is a student, whose score depends on the guidance weight"),
-        (dict(process__logsnr_max=5.0), r"was trained on λ in \[-20, 5\], which does not cover the run's \[-20, 20\]"),
+        (dict(process__logsnr_max=5.0), r"is trained on λ in \[-20, 5\], which does not cover the run's \[-20, 20\]"),
         (dict(), r"names a checkpoint that is not there: name another run, or leave the guide out"),
     ],
 )

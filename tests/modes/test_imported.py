@@ -38,7 +38,6 @@ from cfd.sampling import ancestral, guided_sample
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*covariance of rank:UserWarning"),
-    pytest.mark.usefixtures("compile_once"),
 ]
 
 SIZE, CLASSES = 8, 4

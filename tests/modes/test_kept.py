@@ -15,8 +15,6 @@ from meshes import mesh_of
 from cfd.devices import preemption
 from cfd.loading import load_ema
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
 
 def run(folder: Path, mesh: Mesh | None = None, draw: Any = None, **changes: Any) -> None:
     """`fit` on the linear map, with a checkpoint every 5 steps of which the newest is kept."""

@@ -18,8 +18,6 @@ from cfd.networks.model import Model
 from cfd.networks.monotone import SCHEDULE, initial_schedule, monotone
 from cfd.process import linear
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
 LEARNED: dict[str, Any] = dict(process__schedule="learned", train__low_discrepancy=True, train__warmup_steps=0)
 
 

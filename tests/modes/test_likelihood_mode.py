@@ -21,7 +21,6 @@ from cfd.runs import manifest
 from cfd.sampling import grid
 
 EPS = eps_of_params(jax.tree.map(jnp.asarray, params()))
-pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 def config_of(**changes: Any) -> Any:

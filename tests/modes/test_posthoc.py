@@ -25,8 +25,6 @@ from cfd.runs import workdir
 from cfd.runs.checkpoint import CheckpointError
 from cfd.runs.steps import steps_of
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
 KEPT = (0.05, 0.1)
 LONG: dict[str, Any] = dict(train__num_steps=48, train__checkpoint_every_steps=48)
 

@@ -24,8 +24,6 @@ from cfd.modes import settings, sweep
 from cfd.modes import train as train_module
 from cfd.modes.train import train
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
 
 @pytest.fixture(autouse=True)
 def linear(monkeypatch: pytest.MonkeyPatch) -> None:

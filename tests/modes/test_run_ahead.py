@@ -17,8 +17,6 @@ from test_fit import lines, saved
 from cfd.devices import preemption
 from cfd.modes import fit as fit_module
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
 RARELY: dict[str, Any] = dict(train__checkpoint_every_steps=100, train__log_every_steps=100)
 """A run that neither saves nor logs until its last step, so that nothing else makes the host wait."""
 

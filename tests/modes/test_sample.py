@@ -20,8 +20,6 @@ from cfd.modes.sample import sample
 from cfd.modes.sampler import compile_sampler, evaluation_flops
 from cfd.runs import npz
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
 
 def sampled(config: Any, folder: str) -> str:
     """The grid of a sample that is written to the folder of its run."""

@@ -20,8 +20,6 @@ from cfd.modes.settings import sampling_of
 from cfd.process import linear
 from cfd.sampling import ancestral, ddim, dpm_solver, grid, guided_sample, schedule, sde_dpm_solver
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
 
 @pytest.fixture(scope="module")
 def params() -> Any:

@@ -27,7 +27,6 @@ from cfd.runs.digest import weights_hash
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*covariance of rank:UserWarning"),
-    pytest.mark.usefixtures("compile_once"),
 ]
 
 GRID: dict[str, Any] = {
@@ -366,7 +365,7 @@ def test_a_missing_or_foreign_classifier_is_found_before_training(tmp_path: Path
             sweep.check(config, str(tmp_path))
     theirs = tiny_config(process__logsnr_max=5.0).to_dict()
     workdir.write_config(place, workdir.describe("classifier", theirs, mixing.DIGITS))
-    with pytest.raises(ValueError, match=r"was trained on λ in \[-20, 5\], which does not cover the run's \[-20, 20\]"):
+    with pytest.raises(ValueError, match=r"is trained on λ in \[-20, 5\], which does not cover the run's \[-20, 20\]"):
         sweep.check(config, str(tmp_path))
     theirs = tiny_config(process__logsnr_max=21.0).to_dict()
     workdir.write_config(place, workdir.describe("classifier", theirs, mixing.DIGITS))

@@ -22,7 +22,6 @@ from cfd.runs import results
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*covariance of rank:UserWarning"),
-    pytest.mark.usefixtures("compile_once"),
 ]
 
 

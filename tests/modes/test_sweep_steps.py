@@ -20,7 +20,6 @@ from cfd.runs.digest import weights_hash
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*covariance of rank:UserWarning"),
-    pytest.mark.usefixtures("compile_once"),
 ]
 
 

@@ -24,8 +24,6 @@ from cfd.modes.sampler import compile_sampler
 from cfd.networks.unet import UNet
 from cfd.runs import workdir
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
 
 def test_each_network_is_trained_with_its_own_settings_on_the_training_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

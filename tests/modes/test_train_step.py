@@ -16,8 +16,6 @@ from tiny import tiny_config
 from cfd.modes.settings import optimizer_of
 from cfd.modes.train_step import TrainState, global_norm, initial_state, row_major, to_float, train_step
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
 
 def batch_of(seed: int, rows: int = 16) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
