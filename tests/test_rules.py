@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from mixtures import mixture_eps
+from tiny import QUICK
 
 from cfd import rules
 from cfd.guidance import Interval
@@ -174,11 +175,14 @@ def test_rules_work_inside_shard_map():
     mesh = jax.make_mesh((2,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
     keys = jax.random.split(KEY, 6)
     for rule in OTHERS.values():
-        draw = partial(guided_sample, eps_fn=exact, shape=(3,), num_steps=4, w=1.0, rule=rule)
-        spread = jax.shard_map(
-            lambda k, c, draw=draw: draw(k, labels=c), mesh=mesh, in_specs=P("rows"), out_specs=P("rows")
-        )
-        np.testing.assert_allclose(jax.jit(spread)(keys, LABELS), draw(keys, labels=LABELS), rtol=1e-4, atol=1e-4)
+        sampler = partial(guided_sample, eps_fn=exact, shape=(3,), num_steps=4, w=1.0, rule=rule)
+
+        def draw(k, c, sampler=sampler):
+            return sampler(k, labels=c)
+
+        spread = jax.shard_map(draw, mesh=mesh, in_specs=P("rows"), out_specs=P("rows"))
+        ours, expected = (jax.jit(f, compiler_options=QUICK)(keys, LABELS) for f in (spread, draw))
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
 
 
 # Thresholds, conditions and weights
