@@ -4,8 +4,8 @@ Sums over positions are matrix products with ones, many times faster than XLA's 
 runs over an axis that is not the last. XLA:CPU is XLA's compiler for CPUs. The functions that choose by platform may be
 called on any: `materialize_on_cpu`, `barrier_gradients`, `channel_means`, `group_means`, `bias_gradient`.
 
-A form's gain is the time without it / with it, of the loss and its gradient: on one core, in `cfd.benchmark`'s small
-network and in that of the config digits.
+A form's gain is the CPU time without it / with it, of the loss and its gradient, in `cfd.benchmark`'s small network
+and in that of the config digits.
 """
 
 import math
