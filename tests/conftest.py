@@ -30,7 +30,7 @@ install_import_hook("cfd", "beartype.beartype")
 def compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Equal programs are compiled once for all tests of a process, though each test jits its own functions.
 
-    A program that compiles within 0.1 s is compiled again, which takes less time than reading it from the cache.
+    Programs that compile within 0.1 s are not kept: to read the smallest ones takes longer than to compile them.
     """
     values = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
