@@ -1,173 +1,15 @@
-"""launch/tpu_pod.sh with a stub of gcloud: its hosts are folders of this machine, in which it runs their commands."""
+"""launch/tpu_pod.sh on the two hosts of tpu_slice.py."""
 
-import contextlib
 import json
 import os
 import shlex
-import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tiny import ROOT
-
-SCRIPT = ROOT / "launch" / "tpu_pod.sh"
-
-GCLOUD = r"""#!/usr/bin/env bash
-printf '%s\n' "gcloud $*" >> "$SLICE/calls"
-for word in "$@"; do
-  case $word in
-    --worker=*) worker=${word#--worker=} ;;
-    --command=*) command=${word#--command=} ;;
-    *.tar.gz) archive=$word ;;
-  esac
-done
-case "$4" in
-  describe)
-    state=$(head -n 1 "$SLICE/states")
-    [ "$(wc -l < "$SLICE/states")" -le 1 ] || sed -i 1d "$SLICE/states"
-    case $state in
-      NONE) echo "ERROR: NOT_FOUND: Resource 'queuedResources/slice' was not found" >&2; exit 1 ;;
-      ERROR*) echo "$state" >&2; exit 1 ;;
-      *) printf '%s\n' "$state" ;;
-    esac ;;
-  create) [ ! -f "$SLICE/refusal" ] || { cat "$SLICE/refusal" >&2; rm "$SLICE/refusal"; exit 1; } ;;
-  scp) for host in "$SLICE"/host*; do cp "$5" "$host/cfd.tar.gz"; done ;;
-  ssh)
-    [ ! -f "$SLICE/unreachable" ] || exit 255
-    code=0 jobs=()
-    for host in "$SLICE"/host${worker/all/*}; do
-      (cd "$host" && HOME=$host exec bash -c "$command") & jobs+=($!)
-    done
-    for job in "${jobs[@]}"; do wait "$job" || code=$?; done
-    exit "$code" ;;
-esac
-"""
-
-UV = r"""#!/usr/bin/env bash
-printf '%s\n' "uv $*" >> "$SLICE/calls"
-if [ "$1" = venv ]; then
-  mkdir -p .venv/bin
-  printf '#!/usr/bin/env bash\nexec %q "$SLICE/job.py" "$@"\n' "$PYTHON" > .venv/bin/python
-  chmod +x .venv/bin/python
-elif [ -f "$SLICE/no-packages" ]; then
-  echo "no packages" >&2
-  exit 1
-fi
-"""
-
-SLEEP = r"""#!/usr/bin/env bash
-echo "$1" >> "$SLICE/pauses"
-exec /bin/sleep 0.05
-"""
-
-JOB = """
-import json, os, pathlib, signal, sys, time
-host, folder = pathlib.Path.home(), pathlib.Path(os.environ["SLICE"])
-(host / "seen").write_text(json.dumps({"arguments": sys.argv[1:], "environment": dict(os.environ)}))
-with open(host / "starts", "a") as starts:
-    print(os.getpid(), file=starts)
-def save(*_):
-    print("Saved.", flush=True)
-    sys.exit(75)
-signal.signal(signal.SIGTERM, save)
-print("Training.", flush=True)
-while not (folder / "code").exists():
-    time.sleep(0.05)
-print("Over.", flush=True)
-sys.exit(int((folder / "code").read_text()))
-"""
-
-
-def end(host: Path) -> None:
-    """All processes of the job on a host end at once, as on a machine that is lost."""
-    command = [sys.executable, ROOT / "launch" / "detached.py", "end", host / "cfd-run", "--grace-seconds=0"]
-    subprocess.run(command, check=True)
-
-
-class Slice:
-    """The folder of a slice of two hosts, and the environment of the script."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.scripts: list[subprocess.Popen[str]] = []
-        for name, text in {"gcloud": GCLOUD, "uv": UV, "sleep": SLEEP}.items():
-            path = folder / "bin" / name
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(text)
-            path.chmod(0o755)
-        (folder / "bin" / "python3").symlink_to(Path(sys.executable).resolve())  # a version manager's own is slow
-        (folder / "job.py").write_text(JOB)
-        self.checkout = folder / "checkout"
-        shutil.copytree(ROOT / "launch", self.checkout / "launch")
-        (self.checkout / "configs").mkdir()
-        (self.checkout / "configs" / "a.py").touch()
-        subprocess.run(["git", "init", "-q", str(self.checkout)], check=True)
-        for number in range(2):
-            (folder / f"host{number}").mkdir()
-        self.env = os.environ | {
-            "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
-            "SLICE": str(folder),
-            "PYTHON": sys.executable,
-            **{"TPU_NAME": "slice", "TPU_ZONE": "zone", "TPU_TYPE": "v5litepod-16", "TPU_VERSION": "version"},
-            "TPU_PAUSE_SECONDS": "1",
-        }
-        self.states("ACTIVE")
-
-    def states(self, *states: str) -> None:
-        """The answers to the next questions for the state of the queued resource. The last one stays."""
-        (self.folder / "states").write_text("".join(f"{state}\n" for state in states))
-
-    def start(self, *flags: str, config: str = "configs/a.py", **env: str) -> subprocess.Popen[str]:
-        command = ["--stop"] if flags == ("--stop",) else [config, "gs://b/run", *flags]
-        process = subprocess.Popen(
-            ["bash", str(SCRIPT), *command],
-            cwd=self.checkout,
-            env=self.env | env,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        self.scripts.append(process)
-        return process
-
-    def run(self, *flags: str, **env: str) -> tuple[int, str]:
-        process = self.start(*flags, **env)
-        said, _ = process.communicate(timeout=120)
-        return process.returncode, said
-
-    def finish(self, code: int) -> None:
-        """Lets the job end with a code. Faults are seen three times before the supervisor gives up."""
-        (self.folder / "new").write_text(str(code))
-        (self.folder / "new").rename(self.folder / "code")
-
-    def calls(self, *words: str) -> list[str]:
-        """The calls that have all the words."""
-        lines = (self.folder / "calls").read_text().splitlines()
-        return [line for line in lines if all(word in line for word in words)]
-
-    def starts(self) -> list[int]:
-        """How often the job was started on each host."""
-        paths = [self.folder / f"host{number}" / "starts" for number in range(2)]
-        return [len(path.read_text().splitlines()) if path.exists() else 0 for path in paths]
-
-    def pauses(self) -> list[int]:
-        path = self.folder / "pauses"
-        return [int(line) for line in path.read_text().split() if line.isdecimal()] if path.exists() else []
-
-    def clean_up(self) -> None:
-        for script in self.scripts:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(script.pid, signal.SIGKILL)
-            script.communicate()
-        for number in range(2):
-            end(self.folder / f"host{number}")
+from tpu_slice import Slice, end, soon, until
 
 
 @pytest.fixture
@@ -177,23 +19,12 @@ def tpu(tmp_path: Path) -> Iterator[Slice]:
     made.clean_up()
 
 
-def until(process: subprocess.Popen[str], text: str) -> str:
-    """The output until a line has the text."""
-    assert process.stdout
-    said = ""
-    for line in process.stdout:
-        said += line
-        if text in line:
-            return said
-    raise AssertionError(said)
-
-
 def test_a_job_is_run_on_all_hosts(tpu: Slice) -> None:
     tpu.finish(0)
     code, said = tpu.run("--config.seed=1")
     assert code == 0, said
     assert "Training.\nOver.\n" in said and "finished" in said
-    assert tpu.starts() == [1, 1]
+    assert tpu.started(1, 1)
     for call in [*tpu.calls(" ssh "), *tpu.calls(" scp ")]:
         assert call.startswith("gcloud compute tpus queued-resources ") and "--batch-size=all" in call
     assert tpu.calls("uv venv -q --python 3.13") and tpu.calls("uv pip install -q -e .[tpu,tfds,gcs]")
@@ -205,7 +36,7 @@ def test_words_and_values_survive_two_shells(tpu: Slice) -> None:
     assignments = " ".join(f"V{number}={shlex.quote(value)}" for number, value in enumerate(values))
     tpu.finish(0)
     code, said = tpu.run("--config.sample.w=(0.0, 1.5)", "--config.name=it's $HOME", TPU_ENV=assignments)
-    assert code == 0, said
+    assert code == 0 and tpu.started(1, 1), said
     seen = json.loads((tpu.folder / "host1" / "seen").read_text())
     assert [seen["environment"][f"V{number}"] for number in range(len(values))] == values
     assert seen["environment"]["CFD_COORDINATOR"] == "auto" and seen["environment"]["CFD_SUPERVISED"] == "1"
@@ -285,18 +116,18 @@ def test_the_job_outlives_a_killed_script_and_a_second_start_follows_it(tpu: Sli
     assert "the job runs already" in said
     tpu.finish(0)
     assert "Over." in until(second, "finished") and second.wait(30) == 0
-    assert tpu.starts() == [1, 1] and len(tpu.calls(" scp ")) == 1
+    assert tpu.started(1, 1) and len(tpu.calls(" scp ")) == 1
 
 
 def test_another_job_is_not_disturbed_and_can_be_stopped(tpu: Slice) -> None:
     until(tpu.start(), "Training.")
     code, said = tpu.run("--config.seed=2")
     assert code == 1 and "another job runs on slice: stop it with launch/tpu_pod.sh --stop" in said
-    assert "--workdir=gs://b/run" in said and tpu.starts() == [1, 1]
+    assert "--workdir=gs://b/run" in said and tpu.started(1, 1)
     remedy = tpu.start("--stop")
     assert "Saved." in remedy.communicate(timeout=60)[0] and remedy.returncode == 0
     tpu.finish(0)
-    assert tpu.run("--config.seed=2")[0] == 0 and tpu.starts() == [2, 2]
+    assert tpu.run("--config.seed=2")[0] == 0 and tpu.started(2, 2)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
@@ -333,7 +164,7 @@ def test_a_script_that_waits_for_capacity_can_be_stopped(tpu: Slice) -> None:
 def test_a_job_on_some_hosts_only_starts_again_on_all(tpu: Slice) -> None:
     """The script was killed between two hosts, or a host was restarted."""
     first = tpu.start()
-    until(first, "Training.")
+    assert tpu.started(1, 1)
     os.killpg(first.pid, signal.SIGKILL)
     end(tpu.folder / "host1")
     second = tpu.start()
@@ -341,12 +172,13 @@ def test_a_job_on_some_hosts_only_starts_again_on_all(tpu: Slice) -> None:
     assert "the job runs on 1 of 2 hosts only: it starts again on all" in said
     tpu.finish(0)
     second.communicate(timeout=60)
-    assert second.returncode == 0 and tpu.starts() == [2, 2]
+    assert second.returncode == 0 and tpu.started(2, 2)
 
 
 def test_a_preempted_slice_is_asked_for_again_and_the_job_goes_on(tpu: Slice) -> None:
     process = tpu.start()
     until(process, "Training.")
+    assert tpu.started(1, 1)
     tpu.states("SUSPENDED", "NONE", "ACTIVE")
     for number in range(2):
         end(tpu.folder / f"host{number}")
@@ -354,7 +186,7 @@ def test_a_preempted_slice_is_asked_for_again_and_the_job_goes_on(tpu: Slice) ->
     assert "asked for again" in said
     tpu.finish(0)
     process.communicate(timeout=60)
-    assert process.returncode == 0 and tpu.starts() == [2, 2] and len(tpu.calls(" create ")) == 1
+    assert process.returncode == 0 and tpu.started(2, 2) and len(tpu.calls(" create ")) == 1
 
 
 def test_hosts_that_cannot_be_reached_are_tried_again(tpu: Slice) -> None:
@@ -362,9 +194,7 @@ def test_hosts_that_cannot_be_reached_are_tried_again(tpu: Slice) -> None:
     (tpu.folder / "unreachable").touch()
     tpu.finish(0)
     process = tpu.start()
-    deadline = time.monotonic() + 60
-    while len(tpu.pauses()) < 5 and time.monotonic() < deadline:
-        time.sleep(0.05)
+    assert soon(lambda: len(tpu.pauses()) >= 5)
     (tpu.folder / "unreachable").unlink()
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 0, said
@@ -377,8 +207,8 @@ def test_a_job_that_fails_three_times_at_the_same_place_gives_up(tpu: Slice) -> 
     tpu.finish(3)
     code, said = tpu.run()
     assert code == 1 and "failed with exit code 3 (no checkpoint yet), 3 times at the same place: gave up" in said
-    assert tpu.starts() == [3, 3]
-    assert said.count(": supervise: failed with exit code 3 (no checkpoint yet), 3 times") == 2
+    assert tpu.started(3, 3)
+    assert "host0: supervise: failed with exit code 3 (no checkpoint yet), 3 times" in said and "host1: " in said
 
 
 @pytest.mark.slow
@@ -386,15 +216,16 @@ def test_a_host_that_was_restarted_is_no_reason_to_give_up(tpu: Slice) -> None:
     """The other host has waited for it in vain, three times."""
     process = tpu.start()
     until(process, "Training.")
+    assert tpu.started(1, 1)
     end(tpu.folder / "host1")
     tpu.finish(3)
     until(process, "a host has lost its processes")
     tpu.finish(0)
-    assert process.communicate(timeout=60) and process.returncode == 0 and tpu.starts() == [4, 2]
+    assert process.communicate(timeout=60) and process.returncode == 0 and tpu.started(4, 2)
 
 
 def test_an_installation_that_fails_three_times_is_enough(tpu: Slice) -> None:
     (tpu.folder / "no-packages").touch()
     code, said = tpu.run()
     assert code == 1 and said.count("no packages") == 6 and "could not be started three times" in said
-    assert tpu.starts() == [0, 0]
+    assert tpu.started(0, 0)
