@@ -144,7 +144,7 @@ def program(
             lambda key, params, x, labels: eps_loss(key, eps_fn(params), x, labels),
             project,
             replicated=mesh.shape["fsdp"] == 1,
-            join_vectors=False,
+            join_small=False,
         )
         state = parallel.with_shardings(mesh, jax.eval_shape(lambda k: initial_state(init, optimizer, k), key))
         batch = {"image": image_rows(jnp.uint8, size, size, 3), "label": labels}

@@ -93,7 +93,7 @@ def train(batch: int = BATCH, side: int = 16) -> Work:
     def loss_fn(key: Any, params: Any, x: Any, labels: Any) -> Any:
         return eps_loss(key, eps_of_params(params), x, labels)
 
-    optimizer, step = training(loss_fn, None, replicated=True, join_vectors=jax.default_backend() == "cpu")
+    optimizer, step = training(loss_fn, None, replicated=True, join_small=jax.default_backend() == "cpu")
     params = params_of(side)
     state = parallel.replicate(mesh, jax.jit(lambda p: initial_state(lambda _: p, optimizer, seeds.key(0)))(params))
     images = np.random.default_rng(0).integers(0, 256, (batch, side, side, 3), np.uint8)

@@ -127,7 +127,7 @@ def our_side(setting: Setting) -> Built:
 
 
 def training(
-    loss_fn: LossFn, project: Callable[[Any], Any] | None, *, replicated: bool, join_vectors: bool
+    loss_fn: LossFn, project: Callable[[Any], Any] | None, *, replicated: bool, join_small: bool
 ) -> tuple[optax.GradientTransformation, Callable[..., Any]]:
     """The optimizer and the training step that the benchmark measures. The arguments are those of `train_step`."""
     optimizer = make_optimizer(
@@ -141,7 +141,7 @@ def training(
         ema_warmup=False,
         num_microbatches=1,
         replicated=replicated,
-        join_vectors=join_vectors,
+        join_small=join_small,
         project=project,
     )
     return optimizer, step
@@ -159,7 +159,7 @@ def our_train_step(
     `current` may hold the shapes of the parameters until the first call, which begins with those that it then holds.
     """
     on_cpu = jax.default_backend() == "cpu"
-    optimizer, step = training(loss_fn, project, replicated=True, join_vectors=on_cpu)
+    optimizer, step = training(loss_fn, project, replicated=True, join_small=on_cpu)
 
     def build(params: Any) -> TrainState:
         return initial_state(lambda _: params, optimizer, seeds.key(0))

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 from absl import logging
-from jax.stages import Compiled
+from jax.stages import Compiled, Lowered
 
 from cfd.devices import buckets, memory, parallel
 from cfd.errors import UserError
@@ -58,17 +58,21 @@ def jit(fun: Callable, **kwargs: Any) -> Callable:
 
 
 def compiled(fun: Callable, *arguments: Any, **kwargs: Any) -> Compiled:
-    """`jit(fun, **kwargs)`, compiled for arguments like these: arrays, or their shapes with their shardings.
-
-    If parameters among them are divided over "fsdp", the options are also those of `fsdp_options`.
-
-    Only the program stays in memory, not the traces it was compiled from.
-    """
+    """The program of `lowered`. Only the program stays in memory, not the traces it was compiled from."""
     # JAX keeps its traces as long as the function lives. The `partial` is a new function, which ends with this call.
-    options = compiler_options() | (fsdp_options() if _are_divided(arguments) else {})
-    program = jax.jit(functools.partial(fun), compiler_options=options, **kwargs).lower(*arguments).compile()
+    program = lowered(functools.partial(fun), *arguments, **kwargs).compile()
     memory.trim()
     return program
+
+
+def lowered(fun: Callable, *arguments: Any, **kwargs: Any) -> Lowered:
+    """`jit(fun, **kwargs)`, lowered for arguments like these: arrays, or their shapes with their shardings.
+
+    If parameters among them are divided over "fsdp", the options are also those of `fsdp_options`. If `jax.eval_shape`
+    has traced `fun` for these arguments, it is not traced again.
+    """
+    options = compiler_options() | (fsdp_options() if _are_divided(arguments) else {})
+    return jax.jit(fun, compiler_options=options, **kwargs).lower(*arguments)
 
 
 def _are_divided(arguments: tuple[Any, ...]) -> bool:

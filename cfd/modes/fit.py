@@ -128,9 +128,11 @@ def fit(
         print(f"{sum(x.size for x in jax.tree.leaves(abstract.params)):,} parameters.", flush=True)
 
     # Compile: before a new state exists, because the compiler needs gigabytes of its own. A thread compiles the program
-    # of the new state, because XLA compiles a part of the step on one core, and then imports what the log needs.
+    # of the new state while JAX traces the step on one core, and then imports what the log needs.
     with ThreadPoolExecutor(1) as thread:
-        making = thread.submit(xla.compiled, init_state, key_init, out_shardings=shardings) if state is None else None
+        making = None
+        if state is None:
+            making = thread.submit(xla.lowered(init_state, key_init, out_shardings=shardings).compile)
         thread.submit(log.prepare)
         step_fn = compile_step(
             training, mesh, division, dataset, abstract, shardings, key_steps, loss_fn, optimizer, project, frozen
@@ -294,7 +296,7 @@ def compile_step(
         ema_warmup=training.ema_warmup,
         num_microbatches=training.num_microbatches,
         replicated=replicated,
-        join_vectors=replicated and mesh.devices.flat[0].platform == "cpu",
+        join_small=replicated and mesh.devices.flat[0].platform == "cpu",
         project=project,
         posthoc_gammas=tuple(map(gamma_of, training.posthoc_ema)),
     )

@@ -1,5 +1,6 @@
 """The state of training and one pure step: gradient, clipping, AdamW, moving average."""
 
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,6 +15,11 @@ from jaxtyping import Float, UInt8
 
 from cfd.kernels.cpu import materialize_on_cpu
 from cfd.posthoc_ema import advance
+
+SMALL = 2**16
+"""`global_norm` adds up arrays of at most so many elements together with others."""
+RARE = 2**17
+"""A step on a CPU joins arrays of a shape that has at most so many elements in all."""
 
 LossFn = Callable[[Array, Any, Array, Array], Array]
 """(key, params, x [B, H, W, C], labels [B]) -> scalar loss, averaged over the batch."""
@@ -59,7 +65,7 @@ def train_step(
     ema_warmup: bool,
     num_microbatches: int,
     replicated: bool,
-    join_vectors: bool,
+    join_small: bool,
     project: Callable[[Any], Any] | None = None,
     posthoc_gammas: tuple[float, ...] = (),
 ) -> tuple[TrainState, dict[str, Array]]:
@@ -70,9 +76,10 @@ def train_step(
     `ema_warmup`, the decay of the EMA at step t is at most (1 + t) / (10 + t), as in TensorFlow's
     ExponentialMovingAverage. Without it, the EMA of a short run still contains a part of the random initialisation.
     `frozen` are the first arguments of loss_fn, before the key: arrays that no step changes, such as a teacher's.
-    `replicated` says that every device holds all parameters. `join_vectors` is for CPUs; see `with_joined_vectors`.
-    `project(params)` is applied to the updated parameters, array by array, before the EMA takes them. `posthoc_gammas`
-    are the exponents of the averages in `state.posthoc`, in which a step that is not finite counts as any other.
+    `replicated` says that every device holds all parameters. `join_small` is for CPUs; see `with_small_arrays_joined`.
+    `project(params)` is applied to the updated parameters, array by array, before the EMA takes them. It leaves vectors
+    unchanged. `posthoc_gammas` are the exponents of the averages in `state.posthoc`, in which a step that is not finite
+    counts as any other.
     """
     key = jax.random.fold_in(key, state.step)
     loss_fn = partial(loss_fn, *frozen) if frozen else loss_fn
@@ -80,7 +87,9 @@ def train_step(
     grads = row_major(grads) if replicated else grads
     ema = dict(ema_decay=ema_decay, ema_warmup=ema_warmup, posthoc_gammas=posthoc_gammas)
     update = partial(_update, optimizer=optimizer, project=project, **ema)
-    return with_joined_vectors(update, state, loss, grads) if join_vectors else update(state, loss, grads)
+    if not join_small:
+        return update(state, loss, grads)
+    return with_small_arrays_joined(update, state, loss, grads, vectors_alone=project is not None)
 
 
 def _update(
@@ -128,16 +137,23 @@ def _update(
     return state, metrics
 
 
-def with_joined_vectors(update: Callable[..., Any], state: TrainState, loss: Array, grads: Any) -> Any:
-    """`update(state, loss, grads)` with all 1-D parameters, and their EMA and optimizer slots, in one array.
+def with_small_arrays_joined(
+    update: Callable[..., Any], state: TrainState, loss: Array, grads: Any, *, vectors_alone: bool
+) -> Any:
+    """`update(state, loss, grads)` with small parameters, and their EMA and optimizer slots, in one array.
 
-    Two thirds of a U-Net's arrays are vectors, with a thousandth of its parameters. Updated one by one, they take a
-    fifth of a training step's program on a CPU. On a GPU, joining would copy each of them with a kernel of its own, and
-    it would gather arrays that are divided over devices.
+    Those are all vectors, and unless `vectors_alone`, the arrays of any other shape that has at most RARE elements in
+    all. They are hundreds of arrays in a U-Net, with a small part of its parameters. XLA:CPU compiles four loops for
+    each shape that is updated by itself. On a GPU, joining would copy each array with a kernel of its own, and it would
+    gather arrays that are divided over devices.
     """
     leaves, structure = jax.tree.flatten(state.params)
-    sizes = np.array([x.size for x in leaves if x.ndim == 1], np.uint32)
-    # XLA:CPU cannot see these numbers. Otherwise it would compile a loop for each vector instead of one for each size.
+    totals: Counter[tuple[int, ...]] = Counter()
+    for x in leaves:
+        totals[x.shape] += x.size
+    small = [x.ndim == 1 or (not vectors_alone and totals[x.shape] <= RARE) for x in leaves]
+    sizes = np.array([x.size for x, joined in zip(leaves, small, strict=True) if joined], np.uint32)
+    # XLA:CPU cannot see these numbers. Otherwise it would compile a loop for each array instead of one for each size.
     starts = materialize_on_cpu(list(np.cumsum(sizes, dtype=np.uint32) - sizes))
 
     def is_like_params(part: Any) -> bool:
@@ -146,19 +162,20 @@ def with_joined_vectors(update: Callable[..., Any], state: TrainState, loss: Arr
     def join(part: Any) -> Any:
         if not is_like_params(part):
             return part
-        arrays = jax.tree.leaves(part)
-        vectors = [x for x in arrays if x.ndim == 1]
+        arrays = list(zip(jax.tree.leaves(part), small, strict=True))
+        vectors = [x.ravel() for x, joined in arrays if joined]
         return [
             materialize_on_cpu(jnp.concatenate([jnp.zeros(0, jnp.float32), *vectors])),
-            *(x for x in arrays if x.ndim != 1),
+            *(x for x, joined in arrays if not joined),
         ]
 
     def take_apart(part: Any) -> Any:
         if not isinstance(part, list):
             return part
-        joined, others = materialize_on_cpu(part[0]), iter(part[1:])
-        vectors = (jax.lax.dynamic_slice_in_dim(joined, *at) for at in zip(starts, sizes.tolist(), strict=True))
-        return jax.tree.unflatten(structure, [next(vectors if x.ndim == 1 else others) for x in leaves])
+        all_joined, others = materialize_on_cpu(part[0]), iter(part[1:])
+        vectors = (jax.lax.dynamic_slice_in_dim(all_joined, *at) for at in zip(starts, sizes.tolist(), strict=True))
+        arrays = (next(vectors if joined else others) for joined in small)
+        return jax.tree.unflatten(structure, [new.reshape(x.shape) for new, x in zip(arrays, leaves, strict=True)])
 
     state, grads = jax.tree.map(join, (state, grads), is_leaf=is_like_params)
     state, metrics = update(state, loss, grads)
@@ -243,23 +260,28 @@ def make_optimizer(
 def global_norm(tree: Any) -> Array:
     """The square root of the sum of the squares of all elements, like `optax.tree.norm`.
 
-    XLA:CPU writes all squares of an array to memory before it adds them, but adds rows of squares directly. Small
-    arrays of equal shape are added up before they are reduced. Otherwise, each of hundreds of sums is a kernel of its
-    own on a GPU, and three loops on a CPU.
+    On a CPU, all squares are added up in one array, because XLA:CPU compiles several loops for each sum of a new
+    length. It writes all squares of an array to memory before it adds them, but adds rows of squares directly, which
+    leave an eighth of a large array. Elsewhere, small arrays of equal shape are added up before they are reduced.
+    Otherwise, each of hundreds of sums is a kernel of its own on a GPU.
     """
 
-    def square_rows(x: Array) -> Array:
-        if x.size < 2**16 or x.size % 8:
-            return jax.lax.square(x)
-        return sum(map(jax.lax.square, x.reshape(8, -1)), start=jnp.zeros((), jnp.float32))
+    def on_cpu(leaves: list[Array]) -> Array:
+        zero = jnp.zeros((), jnp.float32)
+        squares = [
+            jax.lax.square(x.ravel())
+            if x.size <= SMALL or x.size % 8
+            else sum(map(jax.lax.square, x.reshape(8, -1)), start=zero)
+            for x in leaves
+        ]
+        # Without the barrier, XLA would divide the sum of the one array into sums of its parts.
+        return jnp.sqrt(jnp.sum(materialize_on_cpu(jnp.concatenate(squares))))
 
-    def norm(leaves: list[Array], square: Callable[[Array], Array]) -> Array:
+    def elsewhere(leaves: list[Array]) -> Array:
         squares: dict[Any, Array] = {}
         for i, x in enumerate(leaves):
-            group = x.shape if x.size < 2**16 else i
-            squares[group] = squares.get(group, 0.0) + square(x)
+            group = x.shape if x.size <= SMALL else i
+            squares[group] = squares.get(group, 0.0) + jax.lax.square(x)
         return jnp.sqrt(sum(map(jnp.sum, squares.values())))
 
-    return jax.lax.platform_dependent(
-        jax.tree.leaves(tree), cpu=partial(norm, square=square_rows), default=partial(norm, square=jax.lax.square)
-    )
+    return jax.lax.platform_dependent(jax.tree.leaves(tree), cpu=on_cpu, default=elsewhere)

@@ -5,6 +5,9 @@ Every layer has a plain form, and with `fast` (the default) the forms of `cfd.ke
 hand-written gradients, which JAX can use in reverse mode only: `jax.jvp`, `jax.jacfwd` and `jax.linearize` need
 `fast=False`. Functions that many layers call are jitted: JAX then traces each once per shape, which saves three tenths
 of the time to trace a training step.
+
+While Flax initialises parameters, which depend on no value, `Conv`, `Dense` and `unet.Norm` give zeros of the right
+shape. An `init` is then traced in half the time. `init_with_output` gives no output of the network.
 """
 
 from collections.abc import Callable
@@ -43,6 +46,9 @@ class Conv(nn.Module):
         window = (self.size, self.size) if self.size > 1 else ()
         kernel = self.param("kernel", init, (*window, x.shape[-1], self.channels), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.channels,), jnp.float32)
+        if self.is_initializing():
+            height, width = (-(-size // self.stride) for size in x.shape[1:3])
+            return jnp.zeros((x.shape[0], height, width, self.channels), self.dtype)
         x = x.astype(self.dtype)
         if not self.fast:
             y = convolve(x, kernel.astype(self.dtype), self.stride, fast=False).astype(jnp.float32)
@@ -171,6 +177,8 @@ class Dense(nn.Module):
         x, bias = x.astype(self.dtype), None
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.channels,), jnp.float32)
+        if self.is_initializing():
+            return jnp.zeros((*x.shape[:-1], self.channels), self.dtype)
         return dense(x, kernel, bias, fast=self.fast)
 
 

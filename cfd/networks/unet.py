@@ -372,6 +372,8 @@ class Norm(nn.Module):
         shift: Float[Array, "b c"] | None = None,
     ) -> Float[Array, "b h w c"]:
         gain, bias = (jnp.broadcast_to(p, (x.shape[0], x.shape[3])) for p in Affine(name="group")(x.shape[3]))
+        if self.is_initializing():
+            return jnp.zeros_like(x)
         if scale is not None and shift is not None:
             scale, shift = scale.astype(jnp.float32), shift.astype(jnp.float32)
             gain, bias = gain * (1.0 + scale), bias * (1.0 + scale) + shift

@@ -39,9 +39,9 @@ def test_each_step_normalises_the_weights_before_the_average_on_any_devices() ->
     assert is_normalized(fresh.params)
     project = settings.model_of(config).project
 
-    def two_steps(mesh: Any, join_vectors: bool) -> Any:
+    def two_steps(mesh: Any, join_small: bool) -> Any:
         step = partial(train_step, loss_fn=loss_fn, optimizer=optimizer, ema_decay=0.9, ema_warmup=False)
-        step = partial(step, num_microbatches=1, replicated=mesh.size == 1, join_vectors=join_vectors, project=project)
+        step = partial(step, num_microbatches=1, replicated=mesh.size == 1, join_small=join_small, project=project)
         shardings = jax.tree.map(lambda x: x.sharding, parallel.with_shardings(mesh, jax.eval_shape(lambda: fresh)))
         state, states = jax.device_put(fresh, shardings), []
         rows = jax.device_put(batch, parallel.divide(mesh, 16).sharding)

@@ -35,7 +35,7 @@ def step_of(loss_fn: Any, *, num_microbatches: int = 1, **changes: Any) -> tuple
         ema_warmup=settings.ema_warmup,
         num_microbatches=num_microbatches,
         replicated=True,
-        join_vectors=False,
+        join_small=False,
     )
     return initial_state(init, optimizer, jax.random.key(1)), jax.jit(step)
 
@@ -70,25 +70,31 @@ def test_a_loss_gets_pixels_scaled_to_the_bits_of_numpy(num_microbatches: int) -
     assert float(step(state, batch, jax.random.key(0))[1]["loss"]) == 1.0
 
 
-@pytest.mark.parametrize("vectors", [0, 3])
-def test_joining_vectors_changes_a_step_only_by_rounding(vectors: int) -> None:
+@pytest.mark.parametrize("vectors, projected", [(0, False), (3, False), (3, True)])
+def test_joining_small_arrays_changes_a_step_only_by_rounding(vectors: int, projected: bool) -> None:
+    """With matrices of more than RARE elements and of less, and with a projection of the matrices."""
+
     def init(key: Any) -> Any:
-        params = {"w": jax.random.normal(key, (64, 4)), "scalar": jnp.ones(())}
+        params = {"large": jax.random.normal(key, (64, 2052)), "scalar": jnp.ones(())}
+        params |= {"w": jax.random.normal(key, (64, 4)), "w2": jax.random.normal(key, (4, 8))}
         return params | {f"b{i}": jnp.full(i, 0.1) for i in range(vectors)}  # b0 is empty
 
     def loss_fn(key: Any, params: Any, x: Any, labels: Any) -> Any:
-        out = x.reshape(len(x), -1) @ params["w"] * params["scalar"]
+        out = x.reshape(len(x), -1) @ (params["w"] + params["large"][:, -4:]) * params["scalar"] @ params["w2"]
         return jnp.mean((out - labels[:, None]) ** 2) + sum(jnp.sum(params[f"b{i}"] ** 2) for i in range(vectors))
 
     settings = tiny_config(train__grad_clip=1e9, train__weight_decay=0.1, train__warmup_steps=0).train
     optimizer = optimizer_of(settings)
     state = initial_state(init, optimizer, jax.random.key(1))
     options: dict[str, Any] = dict(ema_decay=0.9, ema_warmup=True, num_microbatches=1, replicated=True)
+    unit = partial(jax.tree.map, lambda x: x / jnp.linalg.norm(x) if x.ndim > 1 else x)
+    options["project"] = unit if projected else None
     step = partial(train_step, loss_fn=loss_fn, optimizer=optimizer, **options)
     for i in range(3):
-        results = [jax.jit(partial(step, join_vectors=j))(state, batch_of(i), jax.random.key(0)) for j in (False, True)]
+        results = [jax.jit(partial(step, join_small=j))(state, batch_of(i), jax.random.key(0)) for j in (False, True)]
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, strict=True), *results)
-        assert float(jnp.abs(results[0][0].params["w"] - state.params["w"]).min()) > 0.0
+        for name in ("w", "w2"):
+            assert float(jnp.abs(results[0][0].params[name] - state.params[name]).min()) > 0.0
         state = results[0][0]
 
 
@@ -234,8 +240,8 @@ def test_float32_under_x64() -> None:
     batch = {"image": jnp.zeros((4, 8, 8, 1), jnp.uint8), "label": jnp.zeros(4, jnp.int32)}
     with jax_setting("jax_enable_x64", True):
         state = jax.eval_shape(lambda key: initial_state(lambda _: params, optimizer, key), jax.random.key(0))
-        for join_vectors in (False, True):
-            step: Any = partial(train_step, loss_fn=loss_fn, join_vectors=join_vectors, **settings)
+        for join_small in (False, True):
+            step: Any = partial(train_step, loss_fn=loss_fn, join_small=join_small, **settings)
             after, metrics = jax.eval_shape(step, state, batch, jax.random.key(0))
             assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, state)
             assert metrics["loss"].dtype == jnp.float32
