@@ -18,7 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Float, Float64
 from tiny import QUICK
 
-from cfd.networks.layers import Conv, attention, convolve, group_norm
+from cfd.networks.layers import Conv, Dense, attention, convolve, group_norm
 
 Inputs = tuple[Array, Array, Array]
 
@@ -255,4 +255,16 @@ def test_large_convs_have_values_and_gradients_of_flax(size: int, stride: int, d
 
 def test_a_convolution_may_start_at_zero() -> None:
     x = jnp.ones((1, 4, 4, 3))
-    assert not jnp.any(Conv(2, "float32", zero=True).init_with_output(jax.random.key(0), x)[0])
+    for zero in (True, False):
+        layer = Conv(2, "float32", zero=zero)
+        assert bool(jnp.any(layer.apply(layer.init(jax.random.key(0), x), x))) is not zero
+
+
+@pytest.mark.parametrize("size, stride", [(3, 1), (3, 2), (1, 1)])
+def test_an_initialisation_gives_outputs_of_the_right_shape(size: int, stride: int) -> None:
+    """Layers after it depend on that. With an odd height, and with either dtype."""
+    x = jnp.ones((2, 5, 4, 3))
+    for layer in (Conv(7, "bfloat16", size=size, stride=stride), Dense(7, "float32")):
+        made, params = layer.init_with_output(jax.random.key(0), x)
+        wanted = layer.apply(params, x)
+        assert (made.shape, made.dtype) == (wanted.shape, wanted.dtype)
