@@ -100,6 +100,8 @@ def compile_for_tpus(flags: argparse.Namespace) -> str:
             for facts in ahead.compile_ahead(setting):
                 found.append(facts)
                 print(ahead.table(setting, found), flush=True)
+    except UserError as error:
+        reason = f"error: {error}"
     except KeyboardInterrupt as e:
         reason = f"error: {e}; {len(found)} of {len(setting.rows)} programs are compiled"
     if found and flags.json:

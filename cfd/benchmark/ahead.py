@@ -71,7 +71,8 @@ class Setting(NamedTuple):
 def compile_ahead(setting: Setting) -> Iterator[dict[str, Any]]:
     """The facts of each program in `setting.rows`, as soon as it is compiled.
 
-    Raises UserError if the chips are unknown, if libtpu is missing, or if fsdp does not divide the chips.
+    Raises UserError if the chips are unknown, if libtpu is missing, if fsdp does not divide the chips, or if a program
+    needs more memory than a chip has.
     """
     mesh = mesh_of(setting)
     size = IMAGE_SIZE[setting.network]
@@ -82,7 +83,17 @@ def compile_ahead(setting: Setting) -> Iterator[dict[str, Any]]:
         fun, arguments, options = program(name, net, project, mesh, setting.batch_size * mesh.size)
         words = f"Compiling {name} ({number} of {len(setting.rows)}) for {mesh.size} chips"
         start = time.perf_counter()
-        compiled = aside(words, jax.jit(fun, compiler_options=compiler_options, **options).lower(*arguments).compile)
+        try:
+            compiled = aside(
+                words, jax.jit(fun, compiler_options=compiler_options, **options).lower(*arguments).compile
+            )
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise UserError(
+                f"{name} does not fit into the memory of a chip ({reason_of(error)}): give a smaller --batch_size, "
+                "which is per chip, --remat, or a larger --fsdp"
+            ) from None
         seconds = time.perf_counter() - start
         yield facts(setting, net, name, compiled) | {"compile_seconds": seconds}
 

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh
 
 from cfd.benchmark import __main__ as benchmark
 from cfd.benchmark import ahead
@@ -170,6 +172,32 @@ def test_a_signal_ends_the_wait_for_a_compilation(monkeypatch: pytest.MonkeyPatc
         assert end.value.code == "error: stopped by SIGINT; 0 of 2 programs are compiled"
     finally:
         goes_on.set()
+
+
+@pytest.mark.parametrize("kind, is_expected", [("RESOURCE_EXHAUSTED: Ran out of memory", True), ("INTERNAL: x", False)])
+def test_a_program_that_fits_no_chip_is_an_error_of_the_user(
+    kind: str, is_expected: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The table of the programs before it was printed."""
+
+    def aside(words: str, call: Any) -> Any:
+        if "guided" in words:
+            return None
+        raise jax.errors.JaxRuntimeError(kind)
+
+    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    monkeypatch.setattr(ahead, "mesh_of", lambda setting: mesh)
+    monkeypatch.setattr(ahead, "aside", aside)
+    monkeypatch.setattr(ahead, "facts", lambda *_: {})
+    monkeypatch.setattr(ahead, "table", lambda setting, found: f"{len(found)} of 2")
+    monkeypatch.setitem(NETWORKS, "small", TINY)
+    command = ["--compile_for=v5e:2x2", "--rows=guided,train"]
+    with pytest.raises(SystemExit if is_expected else jax.errors.JaxRuntimeError, match=kind) as end:
+        benchmark.main(command)
+    assert "1 of 2" in capsys.readouterr().out
+    if is_expected:
+        assert str(end.value).startswith("error: train does not fit into the memory of a chip (JaxRuntimeError: ")
+        assert str(end.value).endswith("give a smaller --batch_size, which is per chip, --remat, or a larger --fsdp")
 
 
 @pytest.mark.skipif(not HAS_LIBTPU, reason="needs libtpu")
