@@ -61,6 +61,16 @@ def check_numbers(name: str, value: Any, holds: Callable[[np.ndarray], Any], rem
     return numbers
 
 
+def check_number(name: str, value: Any, holds: Callable[[np.ndarray], Any], remedy: str) -> np.ndarray | None:
+    """`check_numbers` of a single number. Raises ValueError for an array of another shape than () too, traced or not.
+
+    Such an array would be broadcast over the last axis of the images, which may have as many channels as it has rows.
+    """
+    if np.ndim(value) != 0:
+        raise ValueError(f"{name} has shape {np.shape(value)}; it is one number: {remedy}")
+    return check_numbers(name, value, holds, remedy)
+
+
 def check_count(name: str, value: Any, lowest: int = 1) -> int:
     """The value as an int. Raises ValueError unless it is an integer >= `lowest` and < 2^31, of any type but bool."""
     try:
@@ -69,8 +79,22 @@ def check_count(name: str, value: Any, lowest: int = 1) -> int:
         count = lowest - 1
     if not lowest <= count < INT_LIMIT:
         upper = " and < 2^31" if count >= INT_LIMIT else ""
-        raise ValueError(f"{name} is {value}; it is a count: give an integer {name} >= {lowest}{upper}")
+        given = repr(value) if isinstance(value, str) else value
+        raise ValueError(f"{name} is {given}; it is a count: give an integer {name} >= {lowest}{upper}")
     return count
+
+
+def check_shape(shape: Any) -> tuple[int, ...]:
+    """The shape of one image as a tuple. A number n means (n,). Raises ValueError unless it has integers >= 1."""
+    try:
+        sizes = tuple(operator.index(size) for size in (shape if np.ndim(shape) else (shape,)))
+    except (TypeError, ValueError):
+        sizes = (0,)
+    if min(sizes, default=1) < 1:
+        raise ValueError(
+            f"shape is {shape!r}; it is that of one image, without a batch axis: give integers >= 1, such as (8, 8, 1)"
+        )
+    return sizes
 
 
 def is_zero(value: Any) -> bool:

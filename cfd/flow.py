@@ -88,6 +88,7 @@ def log_likelihood(
     """
     batch = batch_size(labels)
     check_data(x, (batch,))
+    x = x.astype(jnp.float32)  # under `jax_enable_x64`, NumPy's images are float64
     count = check_count("num_steps", num_steps)
     check_ends(logsnr_min, logsnr_max)
     check_trained(eps_fn, logsnr_min, logsnr_max)

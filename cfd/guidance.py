@@ -14,7 +14,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int, Key, PyTree, Real, UInt32
 
-from cfd.arguments import check_numbers, check_returned, concrete, is_zero, known_labels, threefry
+from cfd.arguments import check_number, check_numbers, check_returned, concrete, is_zero, known_labels, threefry
 from cfd.attributes import check_student, declared, is_student, trained_range
 from cfd.process import alpha_sigma, eps_from_x, per_example, x_from_eps
 from cfd.steps import LearnedVariance, StepRule
@@ -191,7 +191,7 @@ def check_weight(w: Any, batch: int | None = None) -> None:
     if isinstance(w, Interval):
         remedy = "give logsnr_lo <= logsnr_hi, two numbers"
         lo, hi = (
-            check_numbers(f"w is {w}: {name}", end, lambda x: ~np.isnan(x) & (x.ndim == 0), remedy)
+            check_number(f"w is {w}: {name}", end, lambda x: ~np.isnan(x), remedy)
             for name, end in (("logsnr_lo", w.logsnr_lo), ("logsnr_hi", w.logsnr_hi))
         )
         if lo is not None and hi is not None and lo > hi:

@@ -25,7 +25,7 @@ from jax.scipy.special import log_ndtr
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int, Key, PyTree, Real, UInt32
 
-from cfd.arguments import check_count, check_data, check_numbers, image_keys
+from cfd.arguments import check_count, check_data, check_number, check_numbers, image_keys
 from cfd.guidance import NULL_LABEL, batch_size, check_trained, guided
 from cfd.process import alpha_sigma, check_grid, check_v, diffuse, step_divergence, x_from_eps
 
@@ -65,8 +65,9 @@ def softmax_decoder(x: Array, z: Array, x_hat: Array, logsnr: Array) -> Array:
         # −½ e^λ (y − k)², relative to the nearest value, as a product: squares would cancel.
         return -0.5 * precision * (nearest - k) * (2.0 * y - nearest - k)
 
+    # k is an int under `jax.disable_jit`.
     total = jax.lax.fori_loop(
-        0, LEVELS, lambda k, s: s + jnp.exp(exponent(k.astype(jnp.float32))), jnp.zeros_like(y) * y
+        0, LEVELS, lambda k, s: s + jnp.exp(exponent(jnp.asarray(k, jnp.float32))), jnp.zeros_like(y) * y
     )
     return jnp.log(total) - exponent(pixel)
 
@@ -77,7 +78,7 @@ def gaussian_decoder(variance: Real[ArrayLike, ""]) -> Decoder:
     DDPM's released code has the variance of its step before the last, 5.45e-5 for its schedule. Raises ValueError
     unless the variance is positive.
     """
-    check_numbers("variance", variance, lambda x: (x > 0.0) & (x < math.inf), "give a finite number > 0, in float32")
+    check_number("variance", variance, lambda x: (x > 0.0) & (x < math.inf), "give a finite number > 0, in float32")
 
     def decoder(x: Array, z: Array, x_hat: Array, logsnr: Array) -> Array:
         std, middle = 127.5 * jnp.sqrt(jnp.asarray(variance, jnp.float32)), 0.5 * (LEVELS - 1)
@@ -135,6 +136,7 @@ def bound(
     check_data(x, (batch,))
     if decoder is softmax_decoder:
         check_pixels(x)
+    x = x.astype(jnp.float32)  # under `jax_enable_x64`, NumPy's images are float64
     check_grid(logsnr, "logsnr")
     check_v(v)
     check_trained(eps_fn, logsnr[0], logsnr[-1])
@@ -184,6 +186,7 @@ def decoder_costs(
     """
     check_grid(logsnr, "logsnr")
     check_pixels(x)
+    x = jnp.asarray(x, jnp.float32)
     levels, d, keys = jnp.asarray(logsnr, jnp.float32), math.prod(x.shape[1:]), image_keys(key, len(x))
     if not 0 <= first < len(levels):
         raise ValueError(f"first is {first}; it is one of {len(levels)} levels: give an integer from 0 on, below that")

@@ -11,7 +11,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float, Key, PyTree, Real, UInt32
 
-from cfd.arguments import check_data, check_numbers, check_returned, row_weights, threefry
+from cfd.arguments import check_data, check_number, check_numbers, check_returned, row_weights, threefry
 from cfd.guidance import NULL_LABEL, batch_size, check_output, drop_labels, eps_and_v
 from cfd.process import (
     Schedule,
@@ -57,6 +57,7 @@ def eps_loss(
     of z, or schedule or weight none of shape [B].
     """
     check_data(x, (batch_size(labels),))
+    x = x.astype(jnp.float32)  # under `jax_enable_x64`, NumPy's images are float64
     key_u, key_eps, key_drop = jax.random.split(threefry(key), 3)
     labels = drop_labels(key_drop, labels, p_uncond, null)
     u = _times(key_u, len(x), low_discrepancy)
@@ -93,6 +94,7 @@ def learned_loss(
     `schedule` is strictly falling and differentiable. The other arguments, and what is raised, are as in `eps_loss`.
     """
     check_data(x, (batch_size(labels),))
+    x = x.astype(jnp.float32)  # under `jax_enable_x64`, NumPy's images are float64
     key_u, key_eps, key_drop = jax.random.split(threefry(key), 3)
     labels = drop_labels(key_drop, labels, p_uncond, null)
     u = _times(key_u, len(x), low_discrepancy)
@@ -129,7 +131,7 @@ def _squared_error(
     z = diffuse(x, eps, logsnr)
     eps_hat, _ = eps_and_v(eps_fn(z, logsnr, labels))
     check_returned("eps_fn", eps_hat, eps.shape, "the noise of z")
-    return jnp.square(eps_hat - eps)
+    return jnp.square(eps_hat.astype(jnp.float32) - eps)
 
 
 def x_weight(logsnr: Float[Array, "*b"]) -> Float[Array, "*b"]:
@@ -164,7 +166,7 @@ def sigmoid_weight(schedule: Schedule, bias: float = 0.0) -> Callable[[Array], A
 
     Raises ValueError unless bias, a λ, is in [−80, 80].
     """
-    check_numbers("bias", bias, lambda x: abs(x) <= 80.0, "it is a log-SNR λ: give a number in [-80, 80]")
+    check_number("bias", bias, lambda x: abs(x) <= 80.0, "it is a log-SNR λ: give a number in [-80, 80]")
     edges = schedule(jnp.linspace(0.0, 1.0, 4097, dtype=jnp.float32))[::-1]
     widths = jnp.diff(edges)
     total = jnp.sum(jax.nn.softplus(bias - edges[:-1]) - jax.nn.softplus(bias - edges[1:]))
@@ -197,9 +199,10 @@ def variance_loss(
     eps_fn returns no v, and if weight is negative or not finite.
     """
     check_data(x, (batch_size(labels),))
+    x = x.astype(jnp.float32)  # under `jax_enable_x64`, NumPy's images are float64
     check_grid(logsnr, "logsnr")
     remedy = "it multiplies L_vlb: give one number >= 0 that is finite in float32"
-    check_numbers("weight", weight, lambda x: (x >= 0.0) & (x < np.inf) & (x.ndim == 0), remedy)
+    check_number("weight", weight, lambda x: (x >= 0.0) & (x < np.inf), remedy)
     key_t, key_eps, key_drop = jax.random.split(threefry(key), 3)
     labels = drop_labels(key_drop, labels, p_uncond, null)
     levels = jnp.asarray(logsnr, jnp.float32)

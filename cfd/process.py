@@ -20,7 +20,7 @@ from jax.scipy.special import ndtr, ndtri
 from jax.typing import ArrayLike
 from jaxtyping import Float, Real
 
-from cfd.arguments import check_floating, check_numbers, check_returned
+from cfd.arguments import check_floating, check_number, check_numbers, check_returned
 
 Schedule = Callable[[Any], Array]
 """u in [0, 1] -> λ, falling: u = 0 is the clean end. With uniform u it is the density p(λ) of training."""
@@ -83,8 +83,8 @@ def log_normal(
     Raises ValueError unless std > 0 and mean is finite, and as `check_ends` does.
     """
     check_ends(logsnr_min, logsnr_max)
-    check_numbers("mean", mean, np.isfinite, "it is that of ln ς: give a number that is finite in float32")
-    check_numbers("std", std, lambda x: (x > 0.0) & (x < np.inf), "it is that of ln ς: give a finite number > 0")
+    check_number("mean", mean, np.isfinite, "it is that of ln ς: give a number that is finite in float32")
+    check_number("std", std, lambda x: (x > 0.0) & (x < np.inf), "it is that of ln ς: give a finite number > 0")
     centre, width = -2.0 * mean, 2.0 * std
 
     def schedule(u: Real[ArrayLike, "..."]) -> Array:

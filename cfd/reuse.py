@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from cfd.arguments import check_count, check_numbers
+from cfd.arguments import check_count, check_number
 from cfd.process import per_example
 
 Number = int | float | np.number
@@ -57,7 +57,7 @@ def similar(cosine: Number, k: Number) -> Reuse:
     They are similar if their cosine, over one image, is at least `cosine`. Castillo et al. (arXiv:2312.12487) then
     leave the second score out; here, the difference stays, and is measured again after k steps.
     """
-    check_numbers("cosine", cosine, lambda x: (x >= -1.0) & (x <= 1.0), "it is a cosine: give a number in [-1, 1]")
+    check_number("cosine", cosine, lambda x: (x >= -1.0) & (x <= 1.0), "it is a cosine: give a number in [-1, 1]")
     return Reuse(_count(k), float(cosine))
 
 

@@ -3,7 +3,8 @@
 A rule says how the score of the class and that of the guide become one: `guided_sample(..., rule=apg(...))`. w is the
 paper's weight everywhere: w = 0 is the conditional model, and the scale of other papers is 1 + w. A rule that is not
 linear gives other images in the space of ε, x̃ or v. Therefore each docstring names its space. Norms, means and inner
-products are over one image.
+products are over one image. The settings of a rule are single numbers, for all images. The w of a weight that depends
+on λ is a number, or one per image, [B].
 """
 
 import math
@@ -16,7 +17,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int, PyTree
 
-from cfd.arguments import check_numbers
+from cfd.arguments import check_count, check_number, check_numbers, threefry
 from cfd.process import alpha_sigma, eps_from_x, per_example, x_from_eps
 
 Number = int | float | np.number | Array
@@ -49,7 +50,7 @@ def apg(eta: Number, norm: Number, momentum: Number) -> Rule:
     saturates images, only the share eta stays. The paper's momentum is negative. Plain guidance is eta = 1, norm = inf,
     momentum = 0.
     """
-    _check(eta=eta, momentum=momentum)
+    _check_one(eta=eta, momentum=momentum)
     _check_positive(norm=norm)
     eta, norm, momentum = map(_narrow, (eta, norm, momentum))
 
@@ -84,7 +85,7 @@ def cfg_zero_star(zero_until: Number) -> Rule:
     ṽ = (1 + w) v_c − w s v_g with s = ⟨v_c, v_g⟩ / ‖v_g‖², the best multiple of the guide's velocity. Where
     λ < zero_until, ṽ = 0. The paper does this in the first 4 % of its steps; −inf never does it.
     """
-    _check(zero_until=zero_until, infinite=True)
+    _check_one(zero_until=zero_until, infinite=True)
 
     def mix(z: Array, eps_cond: Array, eps_guide: Array, logsnr: Array, w: Array) -> tuple[Array, Array]:
         alpha, sigma = alpha_sigma(logsnr)
@@ -119,7 +120,7 @@ def power_law(alpha: Number) -> Rule:
     ε̃ = ε_c + w ‖Δ‖^α Δ with Δ = ε_c − ε_g. ‖Δ‖ grows with the number of pixels, and w must follow it. Plain guidance is
     α = 0.
     """
-    _check(alpha=alpha)
+    _check_one(alpha=alpha)
     alpha = _narrow(alpha)
 
     def mix(z: Array, eps_cond: Array, eps_guide: Array, logsnr: Array, w: Array) -> tuple[Array, Array]:
@@ -138,7 +139,7 @@ def feedback(pi: Number, temperature: Number, offset: Number, w_max: Number) -> 
     first, and at most 3, as in the authors' code. w is added to the weight. Plain guidance is π = 1.
     """
     _check_share(pi=pi)
-    _check(temperature=temperature, offset=offset)
+    _check_one(temperature=temperature, offset=offset)
     _check_positive(w_max=w_max)
     pi, temperature, offset, w_max = map(_narrow, (pi, temperature, offset, w_max))
     lowest = jnp.log((1.0 - jnp.asarray(pi, jnp.float32)) * (1.0 + 1.0 / w_max))
@@ -188,7 +189,8 @@ def dynamic_threshold(percentile: Number) -> Callable[[Array], Array]:
     x̃ is clipped to [−s, s] and divided by s, the percentile of |x̃| over the image, but at least 1. Percentile 0
     clips as `clip=True` does, unless all of the image lies beyond 1.
     """
-    check_numbers("percentile", percentile, lambda p: (p >= 0.0) & (p <= 100.0), "give a percentage, from 0 to 100")
+    fits = lambda p: (p >= 0.0) & (p <= 100.0) & (p.ndim == 0)  # noqa: E731
+    check_numbers("percentile", percentile, fits, "give one percentage, from 0 to 100")
 
     def threshold(x: Float[Array, "b *d"]) -> Float[Array, "b *d"]:
         s = jnp.maximum(jnp.percentile(jnp.abs(x), percentile, axis=_axes(x), keepdims=True), 1.0)
@@ -207,13 +209,13 @@ def cads(
     share psi of that is brought back to the mean and the standard deviation of c. γ rises from 0 at logsnr_lo to 1 at
     logsnr_hi, linearly in λ.
     """
-    _check(logsnr_lo=logsnr_lo, logsnr_hi=logsnr_hi, noise=noise)
+    _check_one(logsnr_lo=logsnr_lo, logsnr_hi=logsnr_hi, noise=noise)
     _check_width(logsnr_hi - logsnr_lo, "logsnr_lo < logsnr_hi")
     _check_share(psi=psi)
 
     def annealed(c: Array, seed: Array, logsnr: Array) -> Array:
         gamma = jnp.clip((logsnr - logsnr_lo) / (logsnr_hi - logsnr_lo), 0.0, 1.0)
-        key = jax.random.fold_in(jax.random.wrap_key_data(seed), jax.lax.bitcast_convert_type(logsnr, jnp.uint32))
+        key = jax.random.fold_in(threefry(seed), jax.lax.bitcast_convert_type(logsnr, jnp.uint32))
         noised = jnp.sqrt(gamma) * c + noise * jnp.sqrt(1.0 - gamma) * jax.random.normal(key, c.shape, jnp.float32)
         rescaled = (noised - noised.mean()) / jnp.maximum(noised.std(), TINY) * c.std() + c.mean()
         return jnp.where(gamma < 1.0, psi * rescaled + (1.0 - psi) * noised, c)
@@ -228,15 +230,22 @@ def other_labels(key: Array, labels: Int[Array, "b"], num_classes: int) -> Int[A
     """A class for each image, uniform over the classes other than its own, to give as `null`.
 
     This is independent condition guidance: Sadat et al. (arXiv:2407.02687), which needs no network without classes.
+    The key is as in `cfd.arguments.threefry`. Raises ValueError as that does, if num_classes is no integer >= 2, and if
+    a concrete label is not one of 0 to num_classes − 1.
     """
-    check_numbers("num_classes", num_classes, lambda n: n >= 2, "give a number of classes of at least 2")
-    return (labels + jax.random.randint(key, labels.shape, 1, num_classes, jnp.int32)) % num_classes
+    count, labels = check_count("num_classes", num_classes, 2), jnp.asarray(labels)
+    remedy = f"another class takes its place: give integers from 0 to {count - 1}, or another num_classes"
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(f"labels have dtype {labels.dtype}; {remedy}")
+    check_numbers("label", labels, lambda c: (c >= 0) & (c < count), remedy)
+    others = jax.random.randint(threefry(key), labels.shape, 1, count, jnp.int32)
+    return (labels.astype(jnp.int32) + others) % count
 
 
 def constant(w: Number) -> Callable[[Array], Array]:
-    """The same weight at every λ. It equals the number w, but always costs two evaluations."""
+    """The same weight at every λ. It equals w, a number or one per image, [B], but always costs two evaluations."""
     _check(w=w)
-    return lambda logsnr: jnp.full_like(logsnr, w)
+    return lambda logsnr: jnp.zeros_like(logsnr) + w
 
 
 def ramp(w: Number, logsnr_lo: Number, logsnr_hi: Number) -> Callable[[Array], Array]:
@@ -311,12 +320,17 @@ def _narrow(x: Number) -> Number:
     return x if type(x) in (int, float) else jnp.asarray(x, jnp.float32)
 
 
-def _check(*, infinite: bool = False, **numbers: Any) -> None:
+def _check(**numbers: Any) -> None:
+    for name, number in numbers.items():
+        check_numbers(name, number, np.isfinite, "give a number that is finite in float32")
+
+
+def _check_one(*, infinite: bool = False, **numbers: Any) -> None:
     for name, number in numbers.items():
         holds, remedy = np.isfinite, "give a number that is finite in float32"
         if infinite:
             holds, remedy = (lambda x: ~np.isnan(x)), "give a number, which may be infinite"
-        check_numbers(name, number, holds, remedy)
+        check_number(name, number, holds, remedy)
 
 
 def _check_width(width: Number, wanted: str) -> None:
@@ -326,9 +340,9 @@ def _check_width(width: Number, wanted: str) -> None:
 
 def _check_positive(**numbers: Any) -> None:
     for name, number in numbers.items():
-        check_numbers(name, number, lambda x: x > 0.0, "give a number that is positive in float32")
+        check_number(name, number, lambda x: x > 0.0, "give a number that is positive in float32")
 
 
 def _check_share(**numbers: Any) -> None:
     for name, number in numbers.items():
-        check_numbers(name, number, lambda x: (x >= 0.0) & (x <= 1.0), "give a number in [0, 1]")
+        check_number(name, number, lambda x: (x >= 0.0) & (x <= 1.0), "give a number in [0, 1]")

@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Key, PyTree, Real, UInt32
 
 from cfd import steps
-from cfd.arguments import check_returned, concrete, image_keys, is_zero, warn_of_wrong_rows
+from cfd.arguments import check_returned, check_shape, concrete, image_keys, is_zero, warn_of_wrong_rows
 from cfd.attributes import is_student, joint_scores
 from cfd.guidance import (
     NULL_LABEL,
@@ -105,7 +105,7 @@ def guided_sample(
         over which the result of eps_fn varies. A mesh for `jit` needs Auto axes.
       eps_fn: `(z, logsnr, labels) -> eps`, or -> (eps, v). `ancestral(v=None)` needs v, and no other sampler uses it.
       labels: int32 [B], or any pytree of arrays with a leading batch axis.
-      shape: the shape of one image, without the batch axis.
+      shape: the shape of one image, without the batch axis: integers >= 1. A number n means (n,).
       w: the guidance weight of Eq. 6: a number, an array (scalar or [B]), a function of λ that returns either, or
         an `Interval`. It is traced: a new value never recompiles. A concrete scalar 0, such as 0.0 or np.float32(0),
         costs one network evaluation per step instead of two. The weights of a function are not checked: where they are
@@ -145,7 +145,7 @@ def guided_sample(
     no step falls into, on arguments whose shapes do not agree, and on a student with a null, a guide, a rule, a
     reuse or doubled.
     """
-    batch = batch_size(labels)
+    batch, shape = batch_size(labels), check_shape(shape)
     warn_of_wrong_rows(2 * batch if doubled else batch)
     check_weight(w, batch)
     levels = schedule(num_steps, logsnr_min, logsnr_max)
@@ -174,7 +174,7 @@ def guided_sample(
         corrector_eps = _guided(eps_fn, guide, rule, reuse, labels, null, own_w, batch, doubled)
     if start is not None:
         start = jnp.asarray(start)
-        z_shape = (batch, *(shape if np.ndim(shape) else (shape,)))
+        z_shape = (batch, *shape)
         if start.shape != z_shape or not jnp.issubdtype(start.dtype, jnp.floating):
             raise ValueError(
                 f"start has dtype {start.dtype} and shape {start.shape}; it is z at the first λ: give float32 of shape "

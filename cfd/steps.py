@@ -10,7 +10,7 @@ from jax.nn import log_sigmoid
 from jax.typing import ArrayLike
 from jaxtyping import Float, Real
 
-from cfd.arguments import check_count, check_numbers, check_returned, is_zero
+from cfd.arguments import check_count, check_number, check_returned, is_zero
 from cfd.process import Schedule, alpha_sigma, check_ends, check_grid, check_v, cosine_logsnr, eps_from_x, posterior
 
 StepRule = Callable[[Array, Array, Array, Array], tuple[Array, Array | None]]
@@ -86,7 +86,7 @@ def ddim(eta: Real[ArrayLike, ""] = 0.0) -> StepRule:
     σ̃² = (1 − e^{λ−λ'}) σ'² is the variance of `ancestral(0.0)`, which η = 1 is. With η = 0, the rule is deterministic.
     Raises ValueError unless η, one number, is in [0, 1].
     """
-    check_numbers("eta", eta, lambda x: (x >= 0.0) & (x <= 1.0) & (x.ndim == 0), "give one number in [0, 1]")
+    check_number("eta", eta, lambda x: (x >= 0.0) & (x <= 1.0), "give one number in [0, 1]")
     deterministic = is_zero(eta)
 
     def step(z: Array, x: Array, logsnr: Array, logsnr_next: Array) -> tuple[Array, Array | None]:
@@ -163,7 +163,7 @@ def check_corrector(corrector: Langevin) -> None:
     if not isinstance(corrector, Langevin):
         raise ValueError(f"corrector is {corrector!r}; give Langevin(c, steps), or None")
     remedy = "Langevin dynamics with larger steps diverge: give one number c with 0 < c < 2, such as 0.05"
-    check_numbers("c", corrector.c, lambda x: (x > 0.0) & (x < 2.0) & (x.ndim == 0), remedy)
+    check_number("c", corrector.c, lambda x: (x > 0.0) & (x < 2.0), remedy)
     check_count("steps", corrector.steps)
 
 

@@ -26,7 +26,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Key, PyTree, Real, UInt32
 
 from cfd import steps
-from cfd.arguments import check_count, check_numbers, threefry
+from cfd.arguments import check_count, check_number, check_shape, threefry
 from cfd.attributes import is_student
 from cfd.guidance import NULL_LABEL, check_output, check_trained, check_weight, guide, nulls_like
 from cfd.process import alpha_sigma, check_ends, x_from_eps
@@ -99,6 +99,7 @@ def tilted_sample(
     eps_fn, and on arguments whose shapes do not agree.
     """
     count, num_steps = check_count("num_particles", num_particles), check_count("num_steps", num_steps, 3)
+    shape = check_shape(shape)
     check_ends(logsnr_min, logsnr_max)
     check_trained(eps_fn, logsnr_min, logsnr_max)
     if is_student(eps_fn):
@@ -106,8 +107,8 @@ def tilted_sample(
     if callable(w) or jnp.ndim(w) != 0:
         raise ValueError(f"w is {w!r}; the density has one exponent: give one number")
     check_weight(w)
-    check_numbers("ess_fraction", ess_fraction, lambda x: (x >= 0) & (x <= 1), "it is a share of N: give one in [0, 1]")
-    check_numbers("churn", churn, lambda x: (x > 0) & (x < np.inf), "it multiplies a variance: give a number > 0")
+    check_number("ess_fraction", ess_fraction, lambda x: (x >= 0) & (x <= 1), "it is a share of N: give one in [0, 1]")
+    check_number("churn", churn, lambda x: (x > 0) & (x < np.inf), "it multiplies a variance: give a number > 0")
     key = threefry(key)
     if key.shape != ():
         raise ValueError(f"key has batch shape {key.shape}; give one key: the particles are one population")

@@ -52,6 +52,7 @@ def reached(*_):
 
 
 KEY, X, LABELS = jax.random.key(0), jnp.zeros((2, 3)), jnp.zeros(2, jnp.int32)
+CONDITIONS = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4)), jnp.float32)
 LARGE: dict[str, Any] = {
     "eta": lambda x: rules.apg(x, 1.0, 0.0),
     "momentum": lambda x: rules.apg(0.0, 1.0, x),
@@ -89,6 +90,34 @@ SMALL: dict[str, Any] = {
     "churn": LARGE["churn"],
     "variance": LARGE["variance"],
 }
+
+
+SCALARS: dict[str, Any] = {
+    **{name: LARGE[name] for name in ("eta", "momentum", "alpha", "temperature", "offset", "noise", "c", "cosine")},
+    **{name: LARGE[name] for name in ("mean", "std", "churn", "bias", "weight", "variance")},
+    "norm": SMALL["norm"],
+    "w_max": SMALL["w_max"],
+    "pi": lambda x: rules.feedback(x, 1.0, 0.0, 1.0),
+    "phi": rules.rescale,
+    "zero_until": rules.cfg_zero_star,
+    "psi": lambda x: rules.cads(reached, 0.0, 1.0, 0.1, x),
+    "eta of ddim": steps.ddim,
+    "logsnr_lo": lambda x: guidance.check_weight(guidance.Interval(1.0, x, 2.0)),
+    "ess_fraction": lambda x: tilt.tilted_sample(
+        KEY, reached, 0, (3,), w=1.0, num_particles=2, num_steps=3, ess_fraction=x
+    ),
+}
+"""A call with each number of which there is one for all images."""
+
+
+@pytest.mark.parametrize("name", SCALARS)
+def test_an_array_in_place_of_one_number_is_refused_traced_or_not(name):
+    """It would be broadcast over the channels of the images if there are as many of them as numbers."""
+    message = rf"{name.removesuffix(' of ddim')} has shape \(2,\); it is one number: .*give "
+    with jaxtyping_off(), pytest.raises(ValueError, match=message):
+        SCALARS[name](np.full(2, 0.5, np.float32))
+    with jaxtyping_off(), pytest.raises(ValueError, match=message):
+        jax.eval_shape(SCALARS[name], jax.ShapeDtypeStruct((2,), jnp.float32))
 
 
 @pytest.mark.parametrize("name", LARGE)
@@ -165,6 +194,22 @@ def test_a_row_of_keys_draws_what_it_draws_alone(impl):
     for key, numbers in zip(keys, together, strict=True):
         np.testing.assert_array_equal(numbers, draw(threefry(key)))
     assert len(np.unique(together)) == 12
+
+
+def test_labels_and_conditions_do_not_depend_on_the_implementation():
+    labels, impl = jnp.arange(5), "rbg"
+    expected = rules.other_labels(jax.random.key(4, impl=THREEFRY), labels, 5)
+    np.testing.assert_array_equal(rules.other_labels(jax.random.key(4, impl=impl), labels, 5), expected)
+
+    def noised(name):
+        seeds = jax.random.key_data(jax.random.split(jax.random.key(4, impl=name), 3))
+        return rules.cads(lambda z, logsnr, c: c, -2.0, 2.0, 0.5, 1.0)(
+            jnp.zeros((3, 1)), jnp.zeros(3), (CONDITIONS, seeds)
+        )
+
+    expected = noised(THREEFRY)
+    with jax.default_prng_impl(impl):
+        np.testing.assert_array_equal(noised(impl), expected)
 
 
 def test_a_key_of_another_implementation_is_refused():

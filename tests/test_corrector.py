@@ -324,7 +324,7 @@ def test_a_rule_that_moves_z_is_corrected_by_the_x_that_it_implies() -> None:
         (Langevin(0.0), "c is 0.0.*0 < c < 2, such as 0.05"),
         (Langevin(2.0), "c is 2.0.*0 < c < 2"),
         (Langevin(np.float32(math.nan)), "c is nan.*0 < c < 2"),
-        (Langevin(np.array([0.1, 0.2])), "c is 0.1 at index 0.*give one number c"),
+        (Langevin(np.array([0.1, 0.2])), r"c has shape \(2,\); it is one number: .*give one number c"),
         (Langevin(0.1, 0), "steps is 0.*give an integer steps >= 1"),
         (Langevin(0.1, 1.5), "steps is 1.5.*give an integer"),  # pyright: ignore[reportArgumentType]
         (Langevin(0.1, 1, math.inf), "w is inf.*finite"),

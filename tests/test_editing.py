@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.special import expit
 from test_notebook import NOTEBOOK as COLAB
-from test_notebook import cells, from_the_checkout, kernel, nbformat, pictures, printed
+from test_notebook import cells, from_the_checkout, kernel, nbformat, pictures, printed, stopped
 from tiny import ROOT
 
 from cfd.data.digits import open_digits
@@ -94,7 +94,11 @@ def test_the_flow_goes_there_and_back() -> None:
 def test_all_cells_run_with_a_network_of_a_few_steps(tmp_path: Path) -> None:
     with kernel(tmp_path / "alone", PYTHONPATH=from_the_checkout()) as run:
         for title, cell in cells(NOTEBOOK).items():
-            text = cell.source.replace("STEPS = 800", "STEPS = 3") if title == TRAIN else cell.source
+            text = cell.source
+            if title == TRAIN:
+                for place, message in (("", "WORKDIR is empty"), ("/content/drive/MyDrive/x", "only Colab has")):
+                    assert message in stopped(run(text.replace('WORKDIR = "runs/digits"', f'WORKDIR = "{place}"')))
+                text = text.replace("STEPS = 800", "STEPS = 3")
             executed: Any = run(text)
             printed(executed)
             assert len(pictures(executed)) == len(pictures(cell.outputs))

@@ -355,6 +355,17 @@ def test_the_tools_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert names["y"].shape == (40, 1)
 
 
+def test_figure_2_may_have_one_weight(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(plt, "show", plt.close)
+    text = cells(NOTEBOOK)[FIGURE_2].source.replace("(0.0, 1.0, 2.0, 4.0), 15_000, 1000", "(2.0,), 60, 10")
+    names: dict[str, Any] = {"jax": jax}
+    with matplotlib.rc_context():
+        for source in (cells(NOTEBOOK)[TOOLS].source, text):
+            exec(source, names)
+    assert names["panels"].shape == (2, 1)
+    assert list(numbers(capsys.readouterr().out)) == ["w = 2, tilt", "w = 2, tilted_sample", "w = 2, guided"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_all_cells_run_and_print_the_stored_numbers(tmp_path: Path) -> None:

@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 from jax_settings import jax_setting
 
-from cfd import distillation, flow, losses, process, reuse, rules, sampling, score_matching, tilt
+from cfd import distillation, flow, likelihood, losses, process, reuse, rules, sampling, score_matching, tilt
 from cfd.gan import losses as gan_losses
 
 LABELS = np.array([0, 1, 2, 1], np.int32)
+KEY = jax.random.key(0)
 X = jnp.asarray(np.random.default_rng(0).uniform(-1.0, 1.0, (4, 3)), jnp.float32)
+
+PIXELS = np.round((np.asarray(X, np.float64) + 1.0) * 127.5) / 127.5 - 1.0
 
 
 def eps_fn(z, logsnr, labels):
@@ -23,6 +26,12 @@ def eps_fn(z, logsnr, labels):
 
 def with_v(z, logsnr, labels):
     return eps_fn(z, logsnr, labels), jax.nn.sigmoid(z)
+
+
+def wide_eps(z, logsnr, labels):
+    """Of float64 under `jax_enable_x64`. The network itself is asked in float32."""
+    assert z.dtype == logsnr.dtype == jnp.float32
+    return np.float64(1.0) * eps_fn(z, logsnr, labels)
 
 
 def student(z, logsnr, labels, w):
@@ -117,6 +126,62 @@ def test_losses_stay_float32_under_x64():
             )
             assert loss.dtype == jnp.float32
         assert least(jnp.array([0.0], jnp.float32)).dtype == jnp.float32
+
+
+DATA: dict[str, Any] = {
+    "eps_loss": lambda x: losses.eps_loss(KEY, wide_eps, x, LABELS),
+    "learned_loss": lambda x: losses.learned_loss(KEY, wide_eps, x, LABELS, schedule=process.linear(-4.0, 4.0)),
+    "variance_loss": lambda x: losses.variance_loss(KEY, with_v, x, LABELS, logsnr=[-5.0, -1.0, 2.0, 5.0]),
+    "distillation_loss": lambda x: distillation.distillation_loss(
+        KEY, student, wide_eps, x, LABELS, weights=(0.0, 4.0)
+    ),
+    "halving_loss": lambda x: distillation.halving_loss(
+        KEY, student, student, x, LABELS, num_steps=4, weights=(0.0, 4.0), schedule=process.linear(-4.0, 4.0)
+    ),
+    "sliced_score_matching": lambda x: score_matching.sliced_score_matching(KEY, wide_eps, x, LABELS, logsnr=0.0),
+    "bound": lambda x: likelihood.bound(KEY, wide_eps, x, LABELS, logsnr=[-4.0, 0.0, 4.0]),
+    "decoder_costs": lambda x: likelihood.decoder_costs(KEY, x, logsnr=[-4.0, 0.0, 4.0]),
+    "flow": lambda x: flow.flow(wide_eps, x, LABELS, logsnr=[-1.0, 0.0, 1.0]),
+    "log_likelihood": lambda x: flow.log_likelihood(
+        KEY, wide_eps, x, LABELS, logsnr_min=-2.0, logsnr_max=2.0, num_steps=2
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_data_of_float64_means_the_same_under_x64(name):
+    """x / 127.5 - 1 of NumPy's uint8 is float64, and so is a network that multiplies by one of its numbers."""
+    ours = jax.jit(lambda: DATA[name](jnp.asarray(PIXELS, jnp.float32)))()
+    with jax_setting("jax_enable_x64", True):
+        wide = jax.jit(lambda: DATA[name](jnp.asarray(PIXELS)))()
+    for a, b in zip(jax.tree.leaves(wide), jax.tree.leaves(ours), strict=True):
+        assert a.dtype == b.dtype == jnp.float32
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["variance_loss", "halving_loss", "bound", "decoder_costs", "log_likelihood"])
+def test_without_jit_the_numbers_are_the_same(name):
+    x = jnp.asarray(PIXELS, jnp.float32)
+    with jax.disable_jit():
+        slow = DATA[name](x)
+    for a, b in zip(jax.tree.leaves(slow), jax.tree.leaves(jax.jit(DATA[name])(x)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["halving_loss", "bound", "feedback", "cfg_zero_star"])
+def test_debugging_of_nans_finds_none_between_the_numbers(name):
+    """The states of rules and the last level of `halving_loss` begin with infinite numbers."""
+
+    def draw():
+        if name in DATA:
+            return DATA[name](jnp.asarray(PIXELS, jnp.float32))
+        settings: Any = {"rule": RULES[name](float), "reuse": reuse.extrapolated(2), "w": 1.0, "num_steps": 4}
+        return sampling.guided_sample(KEY, eps_fn, LABELS, (3,), **settings)
+
+    with jax_setting("jax_debug_nans", True):
+        checked = draw()
+    for a, b in zip(jax.tree.leaves(checked), jax.tree.leaves(draw()), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_tables_and_particles_under_strict_promotion():

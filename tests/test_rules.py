@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from mixtures import mixture_eps
-from tiny import QUICK
+from tiny import EMITTERS, QUICK
 
 from cfd import rules
 from cfd.guidance import Interval
@@ -181,7 +181,7 @@ def test_rules_work_inside_shard_map():
             return sampler(k, labels=c)
 
         spread = jax.shard_map(draw, mesh=mesh, in_specs=P("rows"), out_specs=P("rows"))
-        ours, expected = (jax.jit(f, compiler_options=QUICK)(keys, LABELS) for f in (spread, draw))
+        ours, expected = (jax.jit(f, compiler_options=QUICK | EMITTERS)(keys, LABELS) for f in (spread, draw))
         np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -260,6 +260,25 @@ def test_weights_that_depend_on_the_noise_level(weight, values):
 
 
 @pytest.mark.parametrize(
+    "weight",
+    [
+        rules.constant,
+        lambda w: rules.ramp(w, -4.0, 4.0),
+        lambda w: rules.exponential(w, 0.5, 4.0),
+        lambda w: rules.negative_window(w, -0.5, -1.0, 3.0),
+        lambda w: rules.middle(w, -2.0, 6.0),
+    ],
+    ids=["constant", "ramp", "exponential", "negative_window", "middle"],
+)
+def test_a_weight_that_depends_on_the_noise_level_may_differ_from_image_to_image(weight):
+    w = jnp.array([0.0, 0.5, 3.0, -0.5, 1.0, 2.0])
+    for logsnr in (-3.0, 1.0, 8.0):
+        each = [weight(float(one))(jnp.float32(logsnr)) for one in w]
+        np.testing.assert_array_equal(weight(w)(jnp.float32(logsnr)), each)
+        np.testing.assert_array_equal(weight(w)(jnp.full(6, logsnr)), each)  # as `classifier_guidance` asks
+
+
+@pytest.mark.parametrize(
     "make, words",
     [
         (lambda: rules.apg(math.nan, 1.0, 0.0), "eta is nan"),
@@ -269,10 +288,13 @@ def test_weights_that_depend_on_the_noise_level(weight, values):
         (lambda: rules.feedback(-0.1, 1.0, 0.0, 1.0), "pi is -0.1"),
         (lambda: rules.power_law(math.inf), "alpha is inf"),
         (lambda: rules.cfg_zero_star(np.nan), "zero_until is nan"),
-        (lambda: rules.dynamic_threshold(101.0), "percentile is 101"),
+        (lambda: rules.dynamic_threshold(101.0), "percentile is 101.0; give one percentage, from 0 to 100"),
+        (lambda: rules.dynamic_threshold(jnp.full(6, 90.0)), "percentile is 90.0 at index 0; give one percentage"),
         (lambda: rules.ramp(1.0, 2.0, 2.0), "logsnr_hi - logsnr_lo is 0.0; give two different λ"),
         (lambda: rules.middle(1.0, 3.0, 2.0), "logsnr_hi - logsnr_lo is -1.0; give logsnr_lo < logsnr_hi"),
-        (lambda: rules.other_labels(KEY, LABELS, 1), "num_classes is 1"),
+        (lambda: rules.other_labels(KEY, LABELS, 1), "num_classes is 1; it is a count: give an integer"),
+        (lambda: rules.other_labels(KEY, LABELS, 2), "label is 2 at index 2; .*give integers from 0 to 1"),
+        (lambda: rules.other_labels(KEY, LABELS - 1, 3), "label is -1 at index 0; .*give integers from 0 to 2"),
         (lambda: sample(w=1.0, guide=lambda *_: jnp.zeros(3)), "guide returned shape"),
         (lambda: sample(guide=exact, doubled=True), "leave one out"),
     ],

@@ -14,6 +14,7 @@ from mixtures import gaussian_eps, mixture_eps
 from recursion import KEY, jaxtyping_off
 from scipy.special import log_softmax, logsumexp
 from scipy.stats import wasserstein_distance
+from tiny import DEFAULTS
 
 from cfd.process import posterior
 from cfd.sampling import ancestral, ddim, guided_sample
@@ -31,7 +32,7 @@ def sampler_of(eps_fn, dimensions, *, num_particles=2000, num_steps=512):
         counts = {"num_particles": num_particles, "num_steps": num_steps}
         return tilted_sample(key, eps_fn, label, (dimensions,), w=w, ess_fraction=ess_fraction, **counts)
 
-    program = jax.jit(jax.vmap(draw, (0, None, None, None)))
+    program = jax.jit(jax.vmap(draw, (0, None, None, None)), compiler_options=DEFAULTS)  # it runs for seconds
     return lambda keys, label, w, ess_fraction=0.5: program(keys, label, w, ess_fraction)
 
 
@@ -319,6 +320,8 @@ student.weight_range = (0.0, 4.0)  # pyright: ignore[reportFunctionMemberAccess]
         ({"num_particles": 10.0}, r"num_particles is 10\.0; it is a count"),
         ({"num_steps": 2}, r"num_steps is 2; it is a count: give an integer num_steps >= 3"),
         ({"num_steps": True}, r"num_steps is True; it is a count"),
+        ({"shape": (-1,)}, r"shape is \(-1,\); it is that of one image"),
+        ({"shape": (1.0,)}, r"shape is \(1\.0,\); it is that of one image"),
         ({"ess_fraction": 1.5}, r"ess_fraction is 1\.5; it is a share of N"),
         ({"churn": 0.0}, r"churn is 0\.0; it multiplies a variance"),
         ({"churn": np.inf}, r"churn is inf; it multiplies a variance"),

@@ -18,15 +18,18 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
-import grain
 import numpy as np
 from absl import logging
-from grain.experimental import index_shuffle
 from jaxtyping import Bool, Int, Int32, UInt8
 
 from cfd.data.dataset import REMOTE_READS, Dataset
 from cfd.data.decode import BadImage
+from cfd.devices.notices import absl_errors_only
 from cfd.errors import UserError
+
+with absl_errors_only():  # with jax before 0.11, Grain warns about worker processes, which this package never starts
+    import grain
+    from grain.experimental import index_shuffle
 
 MAX_SKIPPED_IN_A_ROW = 1000
 """Reading gives up after this many bad images for one place of a batch.

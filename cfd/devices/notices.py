@@ -1,13 +1,15 @@
-"""The package's own Python warnings, as lines of the command's output."""
+"""Warnings: those of the package as lines of the command's output, and those that absl logs switched off in a block."""
 
 import contextlib
 import sys
 import warnings
 from collections.abc import Iterator
+from logging import ERROR, LogRecord
 from pathlib import Path
 from typing import Any
 
 import jax
+from absl import logging
 from tqdm import tqdm
 
 PACKAGE = str(Path(__file__).parents[1])
@@ -30,3 +32,18 @@ def warnings_in_lines() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.showwarning = show
         yield
+
+
+@contextlib.contextmanager
+def absl_errors_only() -> Iterator[None]:
+    """Within the block, absl logs errors, and no warnings. Its verbosity stays."""
+    logger = logging.get_absl_logger()
+
+    def is_error(record: LogRecord) -> bool:
+        return record.levelno >= ERROR
+
+    logger.addFilter(is_error)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_error)

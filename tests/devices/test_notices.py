@@ -4,8 +4,9 @@ import warnings
 
 import jax
 import pytest
+from absl import logging
 
-from cfd.devices.notices import warnings_in_lines
+from cfd.devices.notices import absl_errors_only, warnings_in_lines
 from cfd.evaluation import metrics
 
 
@@ -32,3 +33,15 @@ def test_outside_of_the_block_warnings_are_those_of_python(capsys: pytest.Captur
             pass
         warn()
     assert len(every) == 2 and capsys.readouterr().err == ""
+
+
+def test_only_errors_of_absl_are_logged_within_the_block(caplog: pytest.LogCaptureFixture) -> None:
+    before = logging.get_verbosity()
+    with absl_errors_only():
+        logging.warning("worker processes cannot be profiled")
+        logging.error("no such file")
+    with pytest.raises(KeyError), absl_errors_only():
+        raise KeyError
+    logging.warning("a later one")
+    assert [record.getMessage() for record in caplog.records] == ["no such file", "a later one"]
+    assert logging.get_verbosity() == before
