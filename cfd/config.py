@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from cfd import __version__
 from cfd.checks import PATH, TEXT, accepts, has_type
-from cfd.errors import UserError
+from cfd.errors import CommandError, UserError
 from cfd.fields import BEFORE, DEFAULTS, FIELDS, FOREIGN
 
 Config: TypeAlias = Any
@@ -129,9 +129,9 @@ def listing(config: Config) -> str:
 def check_name(name: str) -> None:
     """Raises ValueError, with the names to choose from, unless `name`, such as "train.num_steps", is a field."""
     if any(field.startswith(f"{name}.") for field in FIELDS):
-        raise UserError(f"config.{name} is a group, not a field; {_siblings(f'{name}.')}")
+        raise CommandError(f"config.{name} is a group, not a field; {_siblings(f'{name}.')}")
     if name not in FIELDS:
-        raise UserError(f"config.{name} is not a field; {_siblings(name)}{_meant(name)}")
+        raise CommandError(f"config.{name} is not a field; {_siblings(name)}{_meant(name)}")
 
 
 def _check_together(config: Config) -> None:

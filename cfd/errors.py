@@ -10,6 +10,14 @@ class UserError(ValueError):
     """
 
 
+class CommandError(UserError):
+    """An error of the flags or of the config, by themselves or beside the config of the run in the folder.
+
+    Every start of the same command ends with it. An error about other files, devices or a network is none, because a
+    later start may find them otherwise.
+    """
+
+
 def reason_of(error: Exception | str) -> str:
     """An error in one line of at most 200 characters."""
     text = " ".join(str(error).split())

@@ -13,16 +13,16 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from cfd.config import Config, check_name, complete, listing
-from cfd.devices import memory, notices, output, parallel, preemption, watchdog, xla
+from cfd.devices import memory, notices, output, parallel, preemption, progress, watchdog, xla
 from cfd.devices.buckets import is_url
-from cfd.errors import UserError
+from cfd.errors import CommandError, UserError
 from cfd.fields import FIELDS
 from cfd.modes import (
     compare,
@@ -154,7 +154,8 @@ def main(argv: Sequence[str]) -> int:
     """Run one mode in one folder. Returns the exit code: 0 finished, 75 stopped on request and saved.
 
     An error that a user can correct is printed in a line, and exits with code 1. Every other error is raised. The
-    traceback of both is added to errors.log in the folder that the mode writes to, if there is such a folder.
+    traceback of both is added to errors.log in the folder that the mode writes to, if there is such a folder. If the
+    command itself is wrong, launch/supervise.py is told not to start it again.
     """
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
@@ -171,9 +172,7 @@ def main(argv: Sequence[str]) -> int:
 
     with output.lasting(note):
         try:
-            config = complete(CONFIG.value)
-            rules.check(config)
-            settings.check_schedules(config)
+            config = checked_config()
             if MODE.value == "config":
                 print(listing(config))
                 return 0
@@ -190,11 +189,11 @@ def main(argv: Sequence[str]) -> int:
                 MODES[MODE.value](config, folder, out)
             return 0
         except preemption.Stopped as stopped:
-            say(f"{stopped}; the same command resumes.")
+            say(str(stopped))
             return preemption.EXIT_CODE
         except UserError as error:
             note(traceback.format_exc())
-            sys.exit(f"error: {in_one_line(error)}")
+            refuse(error, in_one_line(error))
         except Exception as error:
             problem = note(traceback.format_exc())
             if isinstance(error, OSError) and (reason := files.reason_of_storage(error, out)):
@@ -204,6 +203,17 @@ def main(argv: Sequence[str]) -> int:
             raise
         finally:
             watchdog.off()
+
+
+def checked_config() -> Config:
+    """The whole config. Raises CommandError if a field is wrong, or if fields do not fit each other."""
+    try:
+        config = complete(CONFIG.value)
+        rules.check(config)
+        settings.check_schedules(config)
+    except UserError as error:
+        raise CommandError(str(error)) from error
+    return config
 
 
 def say(text: str) -> None:
@@ -239,7 +249,7 @@ def access_to(folder: str, out: str) -> Iterator[None]:
 
 
 def check_is_run(folder: str) -> None:
-    """Raises UserError if there is no run in the folder, or if this job may not read it."""
+    """Raises UserError if there is no diffusion model in the folder, or if this job may not read it."""
     path = os.path.join(folder, workdir.CONFIG)
     try:
         if not is_url(folder):
@@ -252,13 +262,14 @@ def check_is_run(folder: str) -> None:
         ) from None
     except OSError as error:
         raise UserError(f"{folder} cannot be read ({error.strerror}): {files.how_to_allow(path)}") from None
+    workdir.check_kind(folder)
 
 
 def check_flags() -> None:
-    """Raises UserError for a flag that the mode does not read."""
+    """Raises CommandError for a flag that the mode does not read."""
     for flag, modes in READ_BY.items():
         if flags.FLAGS[flag].value and MODE.value not in modes:
-            raise UserError(
+            raise CommandError(
                 f"--{flag} is read by --mode={' and '.join(modes)} alone, and not by {MODE.value}: leave it out"
             )
 
@@ -279,7 +290,7 @@ def out_folder(folder: str) -> str:
     if OUT.value is None:
         return folder
     if MODE.value in TRAINING:
-        raise UserError(
+        raise CommandError(
             f"--out is {OUT.value!r}, but --mode={MODE.value} writes to the run itself: give --workdir alone"
         )
     return access.run_path("--out", OUT.value)
@@ -290,10 +301,17 @@ def source_run() -> str | None:
     if INIT_FROM.value is None:
         return None
     if MODE.value not in ("train", "distill"):
-        raise UserError(
+        raise CommandError(
             f"--init_from begins a run in --mode=train or distill, and --mode={MODE.value} begins none: leave it out"
         )
     return access.run_path("--init_from", INIT_FROM.value)
+
+
+def refuse(error: BaseException | None, text: str) -> NoReturn:
+    """Ends the command with an error in one line and code 1. Every start of a command with a wrong flag ends alike."""
+    if isinstance(error, CommandError) or not isinstance(error, UserError):
+        progress.give_up()
+    sys.exit(f"error: {text}")
 
 
 def in_one_line(error: Exception) -> str:
@@ -313,39 +331,40 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     A tuple that is given twice is an error, because ml_collections would join the two.
     """
     try:
-        tuples = set()
+        named, tuples = False, set()
         for argument in flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False):
             flag = argument.lstrip("-").partition("=")[0]
+            named |= flag == "config"
             if not flag.startswith("config."):
                 continue
             name = flag.removeprefix("config.")
             check_name(name)
+            if not named:
+                raise CommandError(f"--{flag} sets a field of a config that is not named yet: give --config=NAME first")
             if name in tuples:
-                raise UserError(f"--{flag} is given twice: give it once, as --{flag}='(A, B)'")
+                raise CommandError(f"--{flag} is given twice: give it once, as --{flag}='(A, B)'")
             if FIELDS[name].check.type is tuple:
                 tuples.add(name)
         rest = flags.FLAGS(argv)
         if len(rest) > 1:
-            raise UserError(
+            raise CommandError(
                 f"unexpected argument {rest[1]!r}: the config is given as --config=NAME, the mode as --mode=MODE, and "
                 "a field as --config.GROUP.FIELD=VALUE"
             )
         if CONFIG.value is None:
-            raise UserError(
+            raise CommandError(
                 "--config is missing: give the name of a config of the package, such as --config=digits, a Python "
                 "file, or the folder of a run"
             )
         return rest
-    except flags.IllegalFlagValueError as error:
-        sys.exit(f"error: {illegal_value(str(error))}")
     except flags.UnrecognizedFlagError as error:
         known = [f"--{flag.name}" for flag in (CONFIG, WORKDIR, MODE, OUT, RUNS, INIT_FROM, ALLOW_FRESH_START)]
-        sys.exit(
-            f"error: --{error.flagname} is no flag: choose among {', '.join(known)}, and set a field as "
-            "--config.GROUP.FIELD=VALUE"
-        )
+        text = f"--{error.flagname} is no flag: choose among {', '.join(known)}"
+        refuse(error, f"{text}, and set a field as --config.GROUP.FIELD=VALUE")
+    except flags.IllegalFlagValueError as error:
+        refuse(error.__context__, illegal_value(str(error)))
     except (flags.Error, UserError) as error:
-        sys.exit(f"error: {in_one_line(error)}")
+        refuse(error, in_one_line(error))
     except SystemExit as end:  # absl exits with 1 after it has printed the help
         sys.exit(0 if any(argument.lstrip("-").startswith("help") for argument in argv[1:]) else end.code)
 

@@ -2,8 +2,12 @@
 
 The command is `python -m cfd.main ...`, or a program that runs this on other machines and exits with the same code: 0
 finished, 75 stopped by a preemption, anything else a fault. It starts again after the last two, but not after three
-faults at the same place. Lines `cfd-progress: PLACE` in its standard output tell the place, because CFD_SUPERVISED is
-set; other lines are passed on.
+faults at the same place. Lines `cfd-progress: PLACE` in its standard output tell the place. A line `cfd-final:` says
+that a flag or a field of the config is wrong: such a fault is final, because the next start would end alike. The
+command prints both because CFD_SUPERVISED is set; other lines are passed on.
+
+If this program is killed (SIGKILL), the command runs on. Its output is lost, and it still holds the lock of the run,
+which names its process: end it with SIGTERM, or wait for its end, before the next start.
 
 With N processes, the command runs N times on this machine, as the processes of one job. If one of them fails, the
 others have `--grace-seconds` to notice before they are killed. A signal, or the end of the terminal, makes the job save
@@ -26,14 +30,18 @@ import time
 STOPPED = 75
 MAX_FAULTS = 3
 PROGRESS = "cfd-progress: "
+FINAL = "cfd-final:"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
 
 class Job:
-    """The processes of one start. `place` is the last progress that they reported."""
+    """The processes of one start. `place` is the last progress that they reported.
+
+    `is_final` is whether one of them reported that every start ends alike.
+    """
 
     def __init__(self, command: list, environments: list):
-        self.place = "no checkpoint yet"
+        self.place, self.is_final = "no checkpoint yet", False
         self.processes = [
             # In a session of its own, the command gets a signal to this program's group only once, through `send`.
             subprocess.Popen(
@@ -55,6 +63,8 @@ class Job:
             text, mark, place = line.partition(PROGRESS)
             if mark:
                 self.place = place.strip()
+            text, mark, _ = text.partition(FINAL)
+            self.is_final |= bool(mark)
             write(sys.stdout, text)
 
     def send(self, number: int) -> None:
@@ -129,6 +139,9 @@ def main() -> int:
             return 0
         if asked:
             break
+        if job.is_final:
+            say(f"failed with exit code {code}: the command is wrong; correct it as its error says, then start again")
+            return 1
         faults = 0 if code == STOPPED else faults + 1 if job.place == before else 1
         what = "stopped by a preemption" if code == STOPPED else f"failed with exit code {code} ({job.place})"
         if faults == MAX_FAULTS:

@@ -13,8 +13,9 @@
 # A closed terminal (SIGHUP) or a second Ctrl-C ends the script alone.
 #
 # After a fault, the processes start again on their hosts, with or without this script, until three faults at the same
-# place. Only the script replaces a slice that was preempted, and starts the job again after a host was restarted. While
-# it does not run, such a job waits or gives up. It loses no saved step, and goes on when the script is started again.
+# place, or one error of a flag or a field of the config. Only the script replaces a slice that was preempted, and starts
+# the job again after a host was restarted. While it does not run, such a job waits or gives up. It loses no saved step,
+# and goes on when the script is started again.
 #
 # WORKDIR and data.path can be in a bucket (gs://BUCKET/PATH), or on a disk that all hosts mount at the same place, such
 # as Filestore. The hosts get a Python of their own, with uv, because their image has Python 3.10. Optional variables:

@@ -12,8 +12,9 @@
 # because it has no locks between hosts and, on most buckets, renames no folders. Give the gs:// path itself instead.
 #
 # After a fault, the processes start again inside their pods. A pod that is evicted saves and exits with 75, and GKE
-# then starts the job again. After three faults without a new checkpoint, the job exits with 1, which is final. A host
-# whose pod starts late, for example while it pulls the image, is waited for. Optional variables:
+# then starts the job again. After three faults without a new checkpoint, or one error of a flag or a field of the
+# config, the job exits with 1, which is final. A host whose pod starts late, for example while it pulls the image, is
+# waited for. Optional variables:
 #   XPK_FLAGS                   more flags of `xpk workload create`, such as --num-slices=2 --spot
 #   XPK_WORKLOAD                the name of the workload (cfd- and the name of CONFIG, as a DNS label)
 #   XPK_GRACE_SECONDS           the time that an evicted pod has to save (600); a spot machine leaves about 25 s of it

@@ -6,6 +6,7 @@ JOB_CORES          number of cores to run on
 JOB_HANG           "main:S" or "loader:S": the main thread or the data-loading thread sleeps for ever at step S;
                    "error:S": the main thread raises an error
 JOB_HANG_PROCESS   the number of the process with the fault
+JOB_WAIT           "S:FILE": the main thread does not begin step S before FILE exists
 JOB_NOTES          the folder of steps.jsonl, if it is not the run's
 Each step, save and start of a loop adds a line to steps.jsonl. Unlike metrics.jsonl, it keeps steps that are repeated.
 """
@@ -78,6 +79,12 @@ def hangs(where: str, step: int) -> bool:
     return place == where and step == int(at) and here
 
 
+def wait(step: int) -> None:
+    at, _, file = os.environ.get("JOB_WAIT", "0:").partition(":")
+    while step == int(at) and not os.path.exists(file):
+        time.sleep(0.01)
+
+
 def open_split(config: Any, split: str) -> Dataset:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (EXAMPLES, SIZE, SIZE, 1), np.uint8)
@@ -134,6 +141,7 @@ def hanging(batches: Any) -> Any:
 
             def __next__(self) -> Any:
                 step = next(count)
+                wait(step)
                 if hangs("main", step):
                     time.sleep(1e6)
                 if hangs("error", step):

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 from job import init as network
+from ports import free_port
 from tiny import ROOT, flags_of, tiny_config
 
 from cfd.modes.settings import optimizer_of
@@ -101,12 +101,6 @@ def environment(devices: int, **more: str) -> dict[str, str]:
     base = {k: v for k, v in os.environ.items() if not k.startswith(("CFD_", "JOB_", "XLA_FLAGS"))}
     ours = dict(JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES=str(devices), PYTHONPATH=str(ROOT))
     return base | ours | {"CFD_HEARTBEAT_TIMEOUT": str(HEARTBEAT), "CFD_SHUTDOWN_TIMEOUT": str(HEARTBEAT)} | more
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def launch(

@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from typing import Any
 
 import jax
 import pytest
+from ports import free_port
 from tiny import ROOT, flags_of
 
 from cfd.devices import parallel
@@ -22,15 +22,15 @@ SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 
 ATTEMPTS = """
 import os, pathlib, signal, sys, time
-count = pathlib.Path("count")
-n = int(count.read_text()) if count.exists() else 0
+count = pathlib.Path("count" + os.environ.get("CFD_PROCESS_ID", ""))
+n = int(count.read_text() or 0) if count.exists() else 0
 count.write_text(str(n + 1))
 """
 
 
 def supervise(tmp_path: Path, program: str, *flags: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SUPERVISE), "--pause-seconds=0", *flags, "--", sys.executable, "-c", program]
-    return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
 
 
 def attempts(tmp_path: Path) -> int:
@@ -69,6 +69,17 @@ def test_three_faults_at_the_same_place_are_enough(tmp_path: Path, line: str, pl
     assert "gave up" in done.stderr and place in done.stderr and "exit code -9" in done.stderr
 
 
+def test_a_command_that_is_wrong_is_not_started_again(tmp_path: Path) -> None:
+    program = f"{ATTEMPTS}print('10 steps')\nif n == 0: print('cfd-final:')\nsys.exit(1)"
+    done = supervise(tmp_path, program)
+    assert (done.returncode, attempts(tmp_path), done.stdout) == (1, 1, "10 steps\n")
+    assert "failed with exit code 1: the command is wrong" in done.stderr and "gave up" not in done.stderr
+    flags = ["--config=digits", "--config.train.lr=1"]
+    command = [sys.executable, str(SUPERVISE), "--", sys.executable, "-m", "cfd.main", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1 and done.stderr.count("config.train.lr is not a field") == 1, done.stderr
+
+
 def test_progress_that_a_start_makes_before_it_fails_counts(tmp_path: Path) -> None:
     """The third start gets further before it fails, so two more faults are needed, at the new place."""
     program = f"{ATTEMPTS}print('cfd-progress: step', 5 if n < 3 else 7)\nif n == 2: print('cfd-progress: step 7')\n"
@@ -84,30 +95,31 @@ SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.
 def test_a_signal_reaches_the_job_which_is_not_started_again(tmp_path: Path, number: int) -> None:
     program = ATTEMPTS + (
         "def stop(*_):\n    print('Saved.')\n    sys.exit(75)\n"
-        f"signal.signal({int(number)}, stop)\nprint('ready', flush=True)\ntime.sleep(60)"
+        f"signal.signal({int(number)}, stop)\nprint('ready', flush=True)\ntime.sleep(600)"
     )
     command = [sys.executable, str(SUPERVISE), "--", sys.executable, "-c", program]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout and process.stdout.readline() == "ready\n"
         process.send_signal(number)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=100)
     assert (process.returncode, attempts(tmp_path)) == (75, 1)
     assert out == "Saved.\n" and "stopped on request (exit code 75)" in err
 
 
 def test_a_closed_terminal_is_ignored_under_nohup(tmp_path: Path) -> None:
-    program = ATTEMPTS + "print('ready', flush=True)\ntime.sleep(1)"
+    program = ATTEMPTS + ("print('ready', flush=True)\nwhile not pathlib.Path('signalled').exists(): time.sleep(0.05)")
     command = ["nohup", sys.executable, str(SUPERVISE), "--", sys.executable, "-c", program]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         assert process.stdout and process.stdout.readline() == b"ready\n"
         process.send_signal(signal.SIGHUP)
-        assert process.wait(30) == 0
+        (tmp_path / "signalled").touch()
+        assert process.wait(100) == 0
 
 
 def test_a_supervisor_whose_readers_go_away_waits_for_the_job(tmp_path: Path) -> None:
     program = ATTEMPTS + (
         "def stop(*_):\n    print('x' * 100_000)\n    pathlib.Path('saved').touch()\n    sys.exit(75)\n"
-        "signal.signal(signal.SIGTERM, stop)\nprint('ready', flush=True)\ntime.sleep(60)"
+        "signal.signal(signal.SIGTERM, stop)\nprint('ready', flush=True)\ntime.sleep(600)"
     )
     command = [sys.executable, str(SUPERVISE), "--", sys.executable, "-c", program]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -115,7 +127,24 @@ def test_a_supervisor_whose_readers_go_away_waits_for_the_job(tmp_path: Path) ->
         process.stdout.close()
         process.stderr.close()
         process.terminate()
-        assert process.wait(30) == 75 and (tmp_path / "saved").exists()
+        assert process.wait(100) == 75 and (tmp_path / "saved").exists()
+
+
+def test_the_command_outlives_a_supervisor_that_is_killed(tmp_path: Path) -> None:
+    program = ATTEMPTS + "print('ready', flush=True)\nwhile not pathlib.Path('go').exists(): time.sleep(0.05)\n"
+    program += "pathlib.Path('saved').touch()"
+    command = [sys.executable, str(SUPERVISE), "--", sys.executable, "-c", program]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout and process.stdout.readline() == b"ready\n"
+        process.kill()
+        assert process.wait(100) == -signal.SIGKILL
+    assert not (tmp_path / "saved").exists()
+    (tmp_path / "go").touch()
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "saved").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert attempts(tmp_path) == 1
 
 
 @pytest.mark.parametrize("codes, code", [((0, 0), 0), ((75, 75), 75), ((75, 0), 75), ((75, 1), 1), ((0, 3), 3)])
@@ -128,16 +157,18 @@ def test_the_worst_code_of_the_processes_counts(tmp_path: Path, codes: tuple[int
 
 
 def test_the_processes_of_a_job_know_of_each_other_and_end_together(tmp_path: Path) -> None:
+    """Process 1 would sleep for longer than `supervise` waits."""
     program = (
-        "import os, sys, time\n"
-        "me = os.environ['CFD_PROCESS_ID']\n"
+        "import os, pathlib, sys, time\n"
+        "me, greeted = os.environ['CFD_PROCESS_ID'], pathlib.Path('greeted')\n"
         "print(os.environ['CFD_NUM_PROCESSES'], me, os.environ['CFD_COORDINATOR'].split(':')[0], flush=True)\n"
-        "time.sleep(60 if me == '1' else 0)\n"
+        "if me == '1':\n"
+        "    greeted.touch()\n"
+        "    time.sleep(600)\n"
+        "while not greeted.exists(): time.sleep(0.05)\n"
         "sys.exit(3)"
     )
-    start = time.monotonic()
     done = supervise(tmp_path, program, "--processes=2", "--grace-seconds=0.5")
-    assert time.monotonic() - start < 30
     assert done.returncode == 1 and "exit code 3" in done.stderr
     assert sorted(set(done.stdout.splitlines())) == ["2 0 127.0.0.1", "2 1 127.0.0.1"]
 
@@ -292,9 +323,7 @@ def test_two_processes_on_this_machine(tmp_path: Path) -> None:
 def test_every_process_tells_its_supervisor_of_the_progress(tmp_path: Path) -> None:
     """On a cluster, each host has a supervisor of its own, which gives up after three faults without progress."""
     cpu = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "CFD_SUPERVISED": "1", "CFD_NUM_PROCESSES": "2"}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        cpu["CFD_COORDINATOR"] = f"127.0.0.1:{free.getsockname()[1]}"
+    cpu["CFD_COORDINATOR"] = f"127.0.0.1:{free_port()}"
     flags = [f"--workdir={tmp_path / 'run'}", *flags_of(eval__weights=())]
     for expected in (["step 2", "step 4", "step 6"], ["step 6"]):
         processes = [

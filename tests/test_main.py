@@ -1,85 +1,28 @@
 """The command line: the whole job once; every mistake is reported in a line or two, and nothing is overwritten."""
 
 import json
-import multiprocessing
 import os
 import re
-import runpy
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import permissions
 import pytest
+from commands import Command, command_in
 from PIL import Image
 from tiny import ROOT, flags_of, tiny_config
 
 from cfd.fields import FIELDS
-from cfd.runs import access, errors_log, manifest, npz, results, workdir
+from cfd.runs import access, manifest, npz, results, workdir
 
 DIGITS = f"--config={ROOT}/configs/digits.py"
 
 
-class Finished(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def start(arguments: list[str], output: str, folder: str) -> None:
-    """`python -m cfd.main` in a process that has already imported its modules, and obeys permission bits."""
-    permissions.obey()
-    os.chdir(folder)
-    for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT), number)
-    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-    sys.argv = ["cfd.main", *arguments]
-    try:
-        runpy.run_module("cfd.main", run_name="__main__", alter_sys=True)
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-
-
-class Command(NamedTuple):
-    """Runs the command in `folder`, the current directory of each process."""
-
-    folder: Path
-    outputs: Path
-    context: Any
-
-    def __call__(self, *arguments: str) -> Finished:
-        output = self.outputs / str(len(list(self.outputs.iterdir())))
-        process = self.context.Process(target=start, args=(arguments, str(output), str(self.folder)))
-        process.start()
-        process.join(100)
-        assert process.exitcode is not None, "the process is still running"
-        return Finished(process.exitcode, *(output.with_suffix(f".{name}").read_text() for name in ("out", "err")))
-
-    def fails(self, *arguments: str) -> str:
-        """The error that it prints, in a line or two, after lines about the data. Nothing in the folder may change."""
-        before = contents(self.folder)
-        code, out, err = self(*arguments)
-        assert code == 1 and all(line.startswith("The split ") for line in out.splitlines()), (code, out, err)
-        assert err.startswith("error: ") and "Traceback" not in err and err.count("\n") <= 2, err
-        assert contents(self.folder) == before
-        return err
-
-
-def contents(folder: Path) -> dict[Path, bytes]:
-    """The content of every file except the locks and errors.log, in which each start writes."""
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {path: path.read_bytes() for path in files if path.name not in (access.LOCK, errors_log.ERRORS)}
-
-
 @pytest.fixture
-def command(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cfd.modes.sweep", "cfd.modes.report", "cfd.modes.train"])
-    yield Command(tmp_path, tmp_path_factory.mktemp("outputs"), context)
+def command(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Command:
+    return command_in(tmp_path, tmp_path_factory.mktemp("outputs"))
 
 
 @pytest.mark.parametrize(
@@ -131,6 +74,7 @@ def test_a_mistake_is_reported_in_a_line(command: Command, arguments: list[str],
 
 def test_the_config_itself_can_be_the_mistake(command: Command) -> None:
     assert "--config is missing: give the name of a config of the package, such as --config=digits" in command().err
+    assert "--config.seed sets a field of a config that is not named yet" in command.fails("--config.seed=1", DIGITS)
     assert "nowhere.py" in command.fails("--config=nowhere.py")
     assert "--config is 's3://bucket/run'" in command.fails("--config=s3://bucket/run")
     broken = command.folder / "broken.py"
@@ -162,6 +106,33 @@ def test_the_config_itself_can_be_the_mistake(command: Command) -> None:
     wrong = command.folder / "wrong.py"
     wrong.write_text("from ml_collections import ConfigDict\ndef get_config():\n  return ConfigDict(dict(sed=0))\n")
     assert "config.sed is not a field; the group has seed" in command.fails(f"--config={wrong}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "is_final"),
+    [
+        (["--config=imagenet"], True),
+        ([DIGITS, "--verbos"], True),
+        ([DIGITS, "--mode=evaluate"], True),
+        ([DIGITS, "--config.train.lr=1"], True),
+        ([DIGITS, "--config.train.num_steps=ten"], True),
+        ([DIGITS, "--config.train.p_uncond=nan"], True),
+        ([DIGITS, "--mode=sample", "--allow_fresh_start"], True),
+        ([DIGITS, "--workdir=[old]"], True),
+        ([DIGITS, "--workdir=s3://bucket/run"], True),
+        ([DIGITS, "--config.data.source=folder", "--config.data.path=nowhere"], False),
+        ([DIGITS, "--mode=sample"], False),
+        ([DIGITS, "--init_from=nowhere"], False),
+        ([DIGITS, "--workdir=/proc/none"], False),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_a_supervisor_is_told_that_the_command_itself_is_wrong(
+    command: Command, arguments: list[str], is_final: bool
+) -> None:
+    """Files, devices and networks may be there at the next start, so that errors about them are not final."""
+    done = command(*arguments, supervised=True)
+    assert done.code == 1 and done.err.startswith("error: ") and ("cfd-final:\n" in done.out) == is_final, done
 
 
 def test_an_unknown_name_of_a_config_is_refused_with_the_names_to_choose_from(command: Command) -> None:
@@ -227,6 +198,15 @@ def test_the_folder_of_another_run_is_not_changed(run: Command) -> None:
     for mode in ("train", "sample", "sweep"):
         error = run.fails(DIGITS, *flags_of(train__learning_rate=0.5), f"--mode={mode}")
         assert "learning_rate: 0.001 there, 0.5 here" in error and "another --workdir" in error
+    assert "cfd-final:" in run(DIGITS, *flags_of(train__learning_rate=0.5), supervised=True).out
+
+
+def test_the_run_of_another_kind_is_refused_in_every_mode(command: Command) -> None:
+    content = workdir.describe("gan", tiny_config().to_dict(), tuple("0123456789"))
+    workdir.write_config(command.folder / "runs" / "digits", content)
+    for mode in ("sample", "sweep", "likelihood", "compare", "cost", "report", "train_classifier"):
+        error = command.fails(DIGITS, *flags_of(), f"--mode={mode}")
+        assert "runs/digits is the run of a gan: give the folder of a diffusion model" in error
 
 
 def test_a_run_without_a_checkpoint_says_that_it_has_none(run: Command) -> None:
@@ -241,6 +221,17 @@ def test_the_folders_to_compare_may_begin_with_a_tilde(run: Command) -> None:
     results.append_row(folder, dict.fromkeys(results.COLUMNS, 1) | {"manifest": manifest.manifest_name(made)})
     error = run.fails(DIGITS, *flags_of(), "--mode=compare", "--runs=~/no/such/run")
     assert f"{os.path.expanduser('~')}/no/such/run has no sweep.csv" in error
+
+
+def test_a_run_that_does_not_begin_leaves_nothing(command: Command) -> None:
+    student = ["--config=digits_student", "--mode=distill"]
+    assert "the teacher " in command.fails(*student) and "has no teacher yet" in command.fails(
+        *student, "--config.distill.teacher="
+    )
+    nowhere = ["--config.data.source=folder", "--config.data.path=nowhere"]
+    assert "nowhere" in command.fails(DIGITS, "--mode=train_classifier", *nowhere)
+    (command.folder / "empty").mkdir()
+    assert "nowhere" in command.fails(DIGITS, "--workdir=empty/a/b", *nowhere)
 
 
 def test_a_sweep_without_weights_is_refused(run: Command) -> None:

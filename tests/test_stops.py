@@ -40,8 +40,8 @@ def interrupted(job: Job, number: int, which: int) -> float:
     """Seconds from the signal to exit code 75 of every process. Process 0 alone says what it did."""
     sent = time.monotonic()
     job.send(number, which)
-    assert job.finish(30) == [75] * len(job.processes), job.report()
-    said = ["; the same command resumes." in job.text(i) for i in range(len(job.processes))]
+    assert job.finish() == [75] * len(job.processes), job.report()
+    said = ["; the same command " in job.text(i) for i in range(len(job.processes))]
     assert said == [i == 0 for i in range(len(said))], job.report()
     return time.monotonic() - sent
 
@@ -93,18 +93,17 @@ def test_a_mode_that_looks_for_a_request_to_stop_receives_it(mode: str, monkeypa
 
 
 @slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(600)
 def test_a_second_interrupt_stops_at_once(start: Start, tmp_path: Path) -> None:
-    job = start(tmp_path / "run", env={"JOB_STEP_SECONDS": "20"}, train__num_steps=10)
-    wait_until(lambda: (tmp_path / "run" / "tensorboard").exists(), job)
-    time.sleep(5)  # until it is in its first step
+    """The first one waits for the end of a step that takes longer than the test may."""
+    job = start(tmp_path / "run", env={"JOB_STEP_SECONDS": "600"}, train__num_steps=10)
+    wait_until(lambda: noted(tmp_path / "run", "started"), job)
     job.send(signal.SIGINT)
     time.sleep(1)
     assert job.processes[0].poll() is None
-    sent = time.monotonic()
     job.send(signal.SIGINT)
-    assert job.finish(10)[0] != 0
-    assert "KeyboardInterrupt" in job.text() and time.monotonic() - sent < 10
+    assert job.finish()[0] != 0
+    assert "KeyboardInterrupt" in job.text()
 
 
 @slow
@@ -135,9 +134,16 @@ def test_stopped_in_sampling_and_in_the_sweep(processes: int, start: Start, refe
     print(f"sampling of {processes}: {interrupted(job, signal.SIGTERM, 0):.2f} s")
 
 
-def launched(folder: Path, cache: Path, env: dict[str, str], prefix: tuple[str, ...] = (), **keywords: Any) -> Any:
+def launched(
+    folder: Path,
+    cache: Path,
+    env: dict[str, str],
+    prefix: tuple[str, ...] = (),
+    num_steps: int = 100_000,
+    **keywords: Any,
+) -> Any:
     """The job in one process whose output is not a file."""
-    fields = dict(train__num_steps=60, train__checkpoint_every_steps=1000)
+    fields = dict(train__num_steps=num_steps, train__checkpoint_every_steps=1000)
     line = [*prefix, *command(folder, cache, "train", [], **fields)]
     return subprocess.Popen(line, cwd=ROOT, env=environment(1, **env), **keywords)
 
@@ -150,10 +156,12 @@ def wait_for_step_of(process: subprocess.Popen, folder: Path, step: int) -> None
 @pytest.mark.timeout(600)
 def test_a_run_whose_reader_goes_away_is_trained_to_the_end(cache: Path, tmp_path: Path) -> None:
     """As with `| head`, or when the program that collects logs dies. errors.log says so."""
-    folder = tmp_path / "run"
-    process = launched(folder, cache, {"JOB_STEP_SECONDS": "0.02"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    folder, closed = tmp_path / "run", tmp_path / "closed"
+    pipe: dict[str, Any] = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = launched(folder, cache, {"JOB_WAIT": f"10:{closed}"}, num_steps=60, **pipe)
     wait_for_step_of(process, folder, 3)
     process.stdout.close()
+    closed.touch()
     assert process.wait(STARTING) == 0
     assert len(losses(folder)) == 60 and final_state(folder)[0] == 60
     assert (
@@ -173,7 +181,7 @@ def test_an_interrupt_with_tee_is_a_stop(cache: Path, tmp_path: Path) -> None:
     job.stdout.close()
     wait_for_step_of(job, folder, 3)
     os.killpg(job.pid, signal.SIGINT)
-    assert tee.wait(30) == -signal.SIGINT and job.wait(30) == 75
+    assert tee.wait(STARTING) == -signal.SIGINT and job.wait(STARTING) == 75
     assert final_state(folder)[0] == len(losses(folder)) >= 3
 
 
@@ -204,7 +212,7 @@ def test_a_closed_terminal_is_a_stop(prefix: tuple[str, ...], cache: Path, tmp_p
     os.close(slave)
     wait_for_step_of(process, folder, 3)
     os.close(master)
-    assert process.wait(30) == 75
+    assert process.wait(STARTING) == 75
     assert final_state(folder)[0] == len(losses(folder)) >= 3
     assert (folder / "lock").read_bytes() == b""  # no process is left that holds it
 

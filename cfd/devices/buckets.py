@@ -19,7 +19,7 @@ from urllib.parse import quote
 
 from tqdm import tqdm
 
-from cfd.errors import UserError
+from cfd.errors import CommandError, UserError
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:(/|\Z)|gs:|.*://", re.DOTALL | re.IGNORECASE)
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
@@ -162,24 +162,24 @@ def _as_os_error(url: str) -> Iterator[None]:
 def split(name: str, url: str) -> tuple[str, str]:
     """The bucket of a URL gs://BUCKET/KEY, and KEY without a slash at its end.
 
-    Raises UserError, which calls the URL `name`, for another scheme and for a malformed URL.
+    Raises CommandError, which calls the URL `name`, for another scheme and for a malformed URL.
     """
     scheme = url.partition(":")[0]
     if scheme.lower() != "gs":
-        raise UserError(
+        raise CommandError(
             f"{name} is {url!r}, and {scheme}: is not a scheme that is read: give gs://BUCKET/NAME, or a path on this "
             "machine to which the files are copied"
         )
     bucket, _, key = url[len("gs://") :].partition("/")
     key = key.rstrip("/")
     if not url.startswith("gs://") or not _BUCKET.fullmatch(bucket):
-        raise UserError(
+        raise CommandError(
             f"{name} is {url!r}, which does not have the form gs://BUCKET/NAME: correct it; the name of a bucket has "
             "at least 3 lower-case letters, digits, '-', '_' and '.'"
         )
     parts = key.split("/") if key else []
     if {"", ".", ".."} & {*parts} or re.search(r"[\\\[\]*?#%\x00-\x1f\x7f]", key):
-        raise UserError(
+        raise CommandError(
             rf"{name} is {url!r}, and its clients do not agree about empty parts, '.', '..' and \ [ ] * ? # % in a "
             "name: give a name without them"
         )

@@ -32,7 +32,10 @@ _verify: Callable[[], str] | None = None
 
 
 class Stopped(Exception):
-    """The run was asked to stop, saved everything and stopped. The same command resumes it."""
+    """The run was asked to stop and did, in a sentence: where it stopped, and how the same command goes on."""
+
+    def __init__(self, where: str, then: str = "the same command resumes"):
+        super().__init__(f"{where}; {then}.")
 
 
 class Lost(UserError):

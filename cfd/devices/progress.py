@@ -1,4 +1,7 @@
-"""How far a run has come, for launch/supervise.py, which gives up when a run fails again and again at one place."""
+"""What a command tells launch/supervise.py: how far the run has come, and that the command itself is wrong.
+
+The supervisor gives up when a run fails again and again at one place, and at once when the command is wrong.
+"""
 
 import os
 
@@ -11,3 +14,9 @@ def report(place: str) -> None:
     """
     if os.environ.get("CFD_SUPERVISED"):
         print(f"cfd-progress: {place}", flush=True)
+
+
+def give_up() -> None:
+    """Tells launch/supervise.py that every start of this command ends alike. Elsewhere, nothing is printed."""
+    if os.environ.get("CFD_SUPERVISED"):
+        print("cfd-final:", flush=True)

@@ -33,15 +33,15 @@ import optax
 from jax import Array
 
 from cfd.config import Config, check_name, complete, with_classes
-from cfd.devices import notices, output, parallel, preemption, seeds, watchdog, xla
-from cfd.errors import UserError
+from cfd.devices import notices, output, parallel, preemption, progress, seeds, watchdog, xla
+from cfd.errors import CommandError, UserError
 from cfd.evaluation.reference import open_reference, reference_hash
 from cfd.evaluation.scores import score
 from cfd.fields import DEFAULTS, FIELDS
 from cfd.gan import losses
 from cfd.gan.networks import Init, image_networks, mlp_networks
 from cfd.loading import load_ema
-from cfd.modes import figures, settings, sweep
+from cfd.modes import figures, settings, sweep, tables
 from cfd.modes.fit import fit
 from cfd.modes.named import load_config
 from cfd.modes.sampler import to_uint8
@@ -67,8 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(measure(config, args.WORKDIR, args), flush=True)
             return 0
         except preemption.Stopped as stopped:
-            print(f"{stopped}; the same command resumes.", flush=True)
+            print(stopped, flush=True)
             return preemption.EXIT_CODE
+        except CommandError as error:
+            refuse(str(error))
         except UserError as error:
             end(str(error))
         except OSError as error:
@@ -90,14 +92,23 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--mlp", type=int, default=0, help="width of MLPs in place of the config's networks; 0: none")
     parser.add_argument("--penalty", type=float, default=0.02, help="weight of the gradient penalty")
     parser.add_argument("--penalty_every", type=int, default=15, help="steps per gradient penalty, on average")
-    parser.error = end
-    args = parser.parse_intermixed_args(argv)
+    parser.error = refuse
+    args, rest = parser.parse_known_intermixed_args(argv)
+    if unknown := [argument for argument in rest if argument.startswith("-")]:
+        known = ", ".join(f"--{name}" for name in vars(args) if name.islower())
+        refuse(f"{unknown[0]} is no flag: choose among {known}; a field of the config is GROUP.FIELD=VALUE")
     for name, low in (("levels", 1), ("latents", 1), ("penalty_every", 1), ("mlp", 0)):
         if getattr(args, name) < low:
-            end(f"--{name} is {getattr(args, name)}; give an integer >= {low}")
+            refuse(f"--{name} is {getattr(args, name)}; give an integer >= {low}")
     if not 0 <= args.penalty < math.inf:
-        end(f"--penalty is {args.penalty}; give a finite number >= 0")
+        refuse(f"--penalty is {args.penalty}; give a finite number >= 0")
     return args
+
+
+def refuse(message: str) -> NoReturn:
+    """Ends a command that is wrong itself: every start of it would end alike, which launch/supervise.py is told."""
+    progress.give_up()
+    end(message)
 
 
 def end(message: str) -> NoReturn:
@@ -106,7 +117,7 @@ def end(message: str) -> NoReturn:
 
 
 def config_of(named: str, changes: Sequence[str]) -> Config:
-    """The complete config that CONFIG names, with fields changed. Raises UserError for a bad name, field or value."""
+    """The complete config that CONFIG names, with fields changed. Raises CommandError if one is wrong."""
     config: Config = load_config(named)
     for change in changes:
         name, _, text = change.partition("=")
@@ -119,15 +130,18 @@ def config_of(named: str, changes: Sequence[str]) -> Config:
         try:
             (config[group] if group else config).update({field: value})
         except TypeError:
-            raise UserError(f"config.{name} is {text!r}; expected {FIELDS[name].check.words}") from None
-    return complete(config)
+            raise CommandError(f"config.{name} is {text!r}; expected {FIELDS[name].check.words}") from None
+    try:
+        return complete(config)
+    except UserError as error:
+        raise CommandError(str(error)) from error
 
 
 def check_generator(config: Config) -> None:
-    """Raises UserError if the config's group model describes more than the plain U-Net that the generator is."""
+    """Raises CommandError if the config's group model describes more than the plain U-Net that the generator is."""
     for field in ("network", "fourier", "learn_variance", "label_from", "weight_range"):
         if config.model[field] != (default := DEFAULTS[f"model.{field}"]):
-            raise UserError(
+            raise CommandError(
                 f"model.{field} is {config.model[field]!r}, which the generator, a plain U-Net, does not have: add "
                 f"model.{field}={default!r}, or --mlp=256"
             )
@@ -188,7 +202,8 @@ def measure(config: Config, folder: str, args: argparse.Namespace) -> str:
         watchdog.alive(slow=first == 0)
         batches.append(np.asarray(draw(found.params["g"], index, labels[index]))[: count - first])
         if preemption.requested():
-            raise preemption.Stopped(f"Stopped after {min(first + size, count)} of {count} images, which are not kept")
+            done = min(first + size, count)
+            raise preemption.Stopped(f"Stopped after {done} of {count} images", "the same command draws all of them")
     images = np.concatenate(batches)
     shown = np.unique(labels)[:10]
     columns = min(8, *(np.count_nonzero(labels == c) for c in shown))
@@ -212,7 +227,9 @@ def measure(config: Config, folder: str, args: argparse.Namespace) -> str:
     scores = score(iter([(images, labels)]), count, features, reference).values
     files.write_atomically(os.path.join(folder, "gan.json"), json.dumps({"step": found.step} | scores, indent=1) + "\n")
     measured = {fid_name(count, features.name): scores["fid"], **{k: scores[k] for k in ("is", "precision", "recall")}}
-    text = ", ".join(f"{key} {value:.3f}" for key, value in measured.items() if value is not None)
+    text = ", ".join(
+        f"{tables.NAMES.get(key, key)} {value:.3f}" for key, value in measured.items() if value is not None
+    )
     return f"Step {found.step}, T = {args.levels}: {text}. Wrote gan.npz, gan.png and gan.json in {folder}."
 
 

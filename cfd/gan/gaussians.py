@@ -81,6 +81,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--levels", type=int, default=4, help="T, steps of the chain")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    for name in ("steps", "levels"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} is {getattr(args, name)}; give an integer >= 1")
     logsnr = losses.levels(args.levels)
     params, networks = train(jax.random.key(args.seed), args.steps, logsnr)
     labels = jnp.zeros(10_000, jnp.int32)

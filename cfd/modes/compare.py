@@ -20,11 +20,12 @@ def compare(config: Config, folder: str, others: Sequence[str], out: str) -> str
     It takes the rows of `sample.step` of each run; -1 stands for the newest step that was swept. The sweep of the run
     in `folder` is the one in the folder `out`, or its own if there is none.
 
-    Rows that differ in seed alone become one, the mean over the seeds.
+    Rows that differ in seed alone become one, the mean over the seeds. Curves are named by the settings in which they
+    differ, and by their runs only if runs of different weights have the same settings.
 
     Writes compare.md, a table in the paper's layout, and compare.png to `out`. If rows differ in rule or guide, also
     writes the fronts, fronts.png, and the tables at matched strength, matched.md and matched.csv. Returns the tables.
-    Raises ValueError if the settings of two runs do not tell them apart, if runs were measured with different
+    Raises ValueError if two runs have rows of the same weights and settings, if runs were measured with different
     references or features, or if the manifest of a row is missing or damaged.
     """
     runs = (results.swept_folder(folder, out), *others)
@@ -32,11 +33,13 @@ def compare(config: Config, folder: str, others: Sequence[str], out: str) -> str
     floors = [tables.floor_of(run, [row for row in rows if row["run"] == run]) for run in runs]
     floor = next(filter(None, floors), None)
     real = tables.real_fid(floor, rows)
+    if tables.overlap(means):
+        means = named(means, runs)
     curves = tables.curves(means)
-    if sum(map(len, curves.values())) < len(means):
+    if tables.overlap(means):
         raise UserError(
-            f"{', '.join(runs)} hold rows of the same settings: nothing tells them apart. Give --runs without those "
-            "that have the settings of another one, or runs that differ in a setting such as p_uncond or the rule"
+            f"{', '.join(runs)} hold rows of the same settings and weights: nothing tells them apart. Give --runs "
+            "without those that hold the rows of another one"
         )
     published = tables.published_of(config, workdir.read_config(folder)["class_names"])
     blocks = {"ours": means, "paper": published.rows} if published.rows else {"": means}
@@ -71,6 +74,16 @@ def compare_rules(rows: list[results.Row], means: list[results.Row], out: str, f
     else:
         print(f"Wrote {out}/matched.md and matched.csv; fronts.png needs recall or the asked class.", flush=True)
     return text
+
+
+def named(rows: list[results.Row], runs: Sequence[str]) -> list[results.Row]:
+    """Rows with the name of their run as a setting, if their weights differ wherever their settings do not."""
+    made = [(row["weights"], *(row[key] for key in results.SETTINGS)) for row in rows]
+    if len(set(made)) < len(made):
+        return rows
+    short = {run: os.path.basename(os.path.normpath(run)) for run in runs}
+    unique = len({*short.values()}) == len(runs)
+    return [row | {tables.RUN: short[row["run"]] if unique else row["run"]} for row in rows]
 
 
 def unlisted(made: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from cfd.distillation import distillation_loss, halving_loss
 from cfd.errors import UserError
 from cfd.fields import BEFORE
 from cfd.losses import v_weight, x_weight
-from cfd.modes import finetune, settings
+from cfd.modes import finetune, settings, students
 from cfd.modes.fit import fit
 from cfd.modes.train_step import make_optimizer
 from cfd.networks.model import build
@@ -38,11 +38,11 @@ WEIGHTS: dict[str, Callable[[Array], Array] | None] = {"eps": None, "x": x_weigh
 def stages(config: Config, folder: str, init_from: str | None = None) -> list[tuple[Config, str, str | None]]:
     """The students that a config asks for: the config, the folder and the teacher of each, in order.
 
-    The teacher of the first is the run that `init_from` or distill.teacher names; None: the one that config.json
-    records. Raises ValueError if the numbers of steps do not halve.
+    The teacher of the first is the run that `init_from` names, or distill.teacher if the student has not begun yet;
+    None: the one that config.json records. Raises ValueError if the numbers of steps do not halve.
     """
-    config = of_student(config, config.distill.sampling_steps)
-    made = [(config, folder, init_from or config.distill.teacher or None)]
+    config = students.of_config(config, config.distill.sampling_steps)
+    made = [(config, folder, init_from or (not workdir.has_begun(folder) and config.distill.teacher) or None)]
     halvings = tuple(config.distill.halvings)
     before = (config.distill.sampling_steps or 2 * halvings[0], *halvings) if halvings else ()
     for longer, steps in zip(before, halvings, strict=False):
@@ -52,22 +52,8 @@ def stages(config: Config, folder: str, init_from: str | None = None) -> list[tu
                 f"not of {steps}: give numbers that halve, such as {(8, 4, 2, 1)}"
             )
         check_prediction(config, steps)
-        made.append((of_student(config, steps), os.path.join(folder, f"steps_{steps}"), made[-1][1]))
+        made.append((students.of_config(config, steps), os.path.join(folder, f"steps_{steps}"), made[-1][1]))
     return made
-
-
-def of_student(config: Config, steps: int) -> Config:
-    """A copy of a config for a student in any number of steps of sampling, or in `steps` of DDIM if that is not 0."""
-    student: Config = ConfigDict(config.to_dict())
-    student.model.weight_range = tuple(config.distill.weights)
-    student.model.update(learn_variance=False, out_channels=config.data.channels)
-    student.sample.variance = "fixed"
-    student.distill.sampling_steps = steps
-    if steps:
-        student.distill.halvings = ()
-        student.sample.update(num_steps=steps, sampler="ddim", clean_end=False, schedule="", respacing="")
-        student.eval.num_steps = ()
-    return student.lock()
 
 
 def check(config: Config, folder: str, teacher: str | None) -> None:
@@ -155,11 +141,13 @@ def distill(config: Config, folder: str, *, init_from: str | None = None, allow_
     dataset = settings.open_split(config, config.data.split)
     config = with_classes(config, len(dataset.class_names))
     content = workdir.describe("diffusion", config.to_dict(), dataset.class_names)
+    recorded = finetune.source_of(folder)
     if workdir.has_begun(folder):
         workdir.check_config(folder, content, BEFORE)
+        if init_from and recorded is not None and workdir.has_config(finetune.parse(init_from)[0]):
+            finetune.check_same(folder, recorded, init_from)
         if max(steps_of(files.place(folder, workdir.CHECKPOINTS)), default=0) >= config.distill.num_steps:
             return finetune.say(f"The student in {folder} has all its {config.distill.num_steps} steps.")
-    recorded = finetune.source_of(folder)
     place = recorded.run if recorded is not None else finetune.parse(init_from or "")[0]
     start = finetune.find(as_predicted(config, place), folder, init_from)
     assert start is not None, "check saw a teacher"

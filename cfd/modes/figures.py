@@ -241,7 +241,9 @@ def training_figure(metrics: list[dict[str, Any]]) -> Any:
     return figure
 
 
-def rate_figure(rate: Float[np.ndarray, " t"], rmse: Float[np.ndarray, " t"], logsnr: Float[np.ndarray, " t"]) -> Any:
+def rate_figure(
+    rate: Float[np.ndarray, " t"], rmse: Float[np.ndarray, " t"], logsnr: Float[np.ndarray, " t"], title: str
+) -> Any:
     """A matplotlib Figure of a progressive code: distortion and rate against λ, and distortion against rate.
 
     The rate is in bits per dimension and the distortion a root mean squared error on the scale of 0 to 255.
@@ -250,7 +252,9 @@ def rate_figure(rate: Float[np.ndarray, " t"], rmse: Float[np.ndarray, " t"], lo
 
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     distortion, spent = "root mean squared error (0 to 255)", "rate (bits per dimension)"
-    panels = ((logsnr, rmse, "λ", distortion), (logsnr, rate, "λ", spent), (rate, rmse, spent, distortion))
+    level = "log-SNR λ"
+    panels = ((logsnr, rmse, level, distortion), (logsnr, rate, level, spent), (rate, rmse, spent, distortion))
+    figure.suptitle(title, fontsize=11)
     for axes, (x, y, across, up) in zip(figure.subplots(1, 3), panels, strict=True):
         axes.plot(x, y)
         axes.set(xlabel=across, ylabel=up)

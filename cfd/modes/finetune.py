@@ -104,11 +104,8 @@ def find(config: Config, folder: str, init_from: str | None) -> Start | None:
     if workdir.has_begun(folder):
         if recorded is None:
             return None
-        if init_from is not None and not is_same(recorded, init_from):
-            raise UserError(
-                f"{folder} began from {recorded.run}, step {recorded.step}, whose weights are not those of "
-                f"--init_from={init_from}: give another --workdir, or leave --init_from out to resume"
-            )
+        if init_from is not None:
+            check_same(folder, recorded, init_from)
         return Start(recorded, functools.partial(read, recorded))
     if init_from is not None:
         run, step = parse(init_from)
@@ -137,6 +134,15 @@ def source_of(folder: str) -> Source | None:
         return None
     recorded = workdir.read_config(folder).get("init_from")
     return None if recorded is None else Source(**recorded)
+
+
+def check_same(folder: str, recorded: Source, init_from: str) -> None:
+    """Raises UserError unless `init_from` names the weights from which the run in `folder` began."""
+    if not is_same(recorded, init_from):
+        raise UserError(
+            f"{folder} began from {recorded.run}, step {recorded.step}, whose weights are not those of "
+            f"--init_from={init_from}: give another --workdir, or leave --init_from out to resume"
+        )
 
 
 def is_same(recorded: Source, init_from: str) -> bool:

@@ -21,6 +21,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 from jaxtyping import Float, Int, UInt8
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import cfd
@@ -30,6 +31,7 @@ from cfd.data.sources import Dataset
 from cfd.devices import parallel, preemption, seeds, watchdog, xla
 from cfd.errors import UserError
 from cfd.evaluation.reference import evenly_spaced
+from cfd.fields import DEFAULTS
 from cfd.guidance import NULL_LABEL
 from cfd.likelihood import Bound, bound, decoder_costs, rate_distortion
 from cfd.loading import Loaded
@@ -77,7 +79,7 @@ def likelihood(config: Config, folder: str, out: str) -> str:
     ValueError if the config asks for a score that the run does not train, and `preemption.Stopped` on request; the
     next start computes everything again.
     """
-    run = settings.open_run(config, folder)
+    run = settings.open_run(by_labels(config), folder)
     config, mesh, asked = run.config, parallel.make_mesh(**run.config.mesh), run.config.likelihood
     if students.is_student(config):
         raise UserError(
@@ -94,6 +96,8 @@ def likelihood(config: Config, folder: str, out: str) -> str:
     if config.train.p_uncond > 0 or not run.class_names:
         kinds.append(("none", 0.0))
     found: dict[tuple[str, str, float], Terms] = {}
+    if kinds[0][0] == "none" and tuple(asked.weights) != (0.0,):
+        settings.print_once((f"likelihood.weights is not used: {folder} was trained without labels.",))
     if asked.classes and kinds[0][0] == "none":
         raise UserError(f"likelihood.classes is True, and {folder} was trained without labels: set it to False")
     if asked.classes and ("class", 0.0) not in kinds:
@@ -137,20 +141,47 @@ def likelihood(config: Config, folder: str, out: str) -> str:
         held_out = found[config.eval.test_split, *kinds[0]]
         terms = held_out.prior, held_out.kl, held_out.decoder[-1], held_out.squared_error
         rate, rmse = map(np.asarray, rate_distortion(Bound(*(jnp.asarray(term, jnp.float32) for term in terms))))
-        figures.save_figure(os.path.join(out, "likelihood.png"), figures.rate_figure(rate, rmse, levels))
+        kind, w = kinds[0]
+        given = f"with their labels, w = {w:g}" if kind == "class" else "without labels"
+        title = f"step {model.step}, {len(held_out.prior):,} images of the split {config.eval.test_split!r} {given}"
+        figures.save_figure(os.path.join(out, "likelihood.png"), figures.rate_figure(rate, rmse, levels, title))
     return text
+
+
+def by_labels(config: Config) -> Config:
+    """A copy of a config whose guidance is classifier-free, as that of the chains is.
+
+    Raises ValueError if another guidance is asked for with a weight. Prints a line about the fields of `sample` that
+    the guided chains do not use.
+    """
+    sample = config.sample
+    if any(config.likelihood.weights):
+        if sample.guidance != "classifier-free":
+            raise UserError(
+                f"config.sample.guidance is {sample.guidance!r}, and the weights of likelihood.weights are those of "
+                "classifier-free guidance: set sample.guidance to 'classifier-free', or likelihood.weights to (0.0,)"
+            )
+        unread = [f"sample.{name}" for name in ("rule", "guide", "interval") if sample[name]]
+        if unread:
+            settings.print_once((f"{', '.join(unread)}: not used by the chains of likelihood.weights.",))
+    copy: Config = ConfigDict(config.to_dict())
+    copy.sample.guidance = "classifier-free"
+    return copy.lock()
 
 
 def levels_of(config: Config) -> Float[np.ndarray, " t"]:
     """The grid, uniform in λ, from the first λ of the process to likelihood.logsnr_max or the last of the process."""
     asked, process = config.likelihood, config.process
-    last = min(asked.logsnr_max, process.logsnr_max)
-    if last <= max(FIRST, process.logsnr_min):
+    low = max(FIRST, process.logsnr_min)
+    why = f"a chain must end above λ = {low:g}, because its decoder would otherwise code most of the image"
+    if process.logsnr_max <= low:
+        raise UserError(f"process.logsnr_max is {process.logsnr_max:g}, and {why}: take a run with a larger one")
+    if asked.logsnr_max <= low:
         raise UserError(
-            f"likelihood.logsnr_max is {asked.logsnr_max:g} and process.logsnr_max {process.logsnr_max:g}: give a "
-            f"chain that may end above λ = {FIRST:g}"
+            f"config.likelihood.logsnr_max is {asked.logsnr_max:g}, and {why}: give a larger one, such as "
+            f"{min(DEFAULTS['likelihood.logsnr_max'], process.logsnr_max):g}"
         )
-    return np.asarray(grid(asked.num_steps, linear(process.logsnr_min, last)))
+    return np.asarray(grid(asked.num_steps, linear(process.logsnr_min, min(asked.logsnr_max, process.logsnr_max))))
 
 
 def chosen(
@@ -199,7 +230,8 @@ def compile_bound(model: Loaded, config: Config, mesh: Mesh, levels: Float[np.nd
             parts.append([parallel.gather(output)[:count] for output in outputs])
             done(count)
             if preemption.requested():
-                raise preemption.Stopped("Stopped while computing the likelihood, of which nothing is kept")
+                where = "Stopped while computing the likelihood, of which nothing is written yet"
+                raise preemption.Stopped(where, "the same command starts over")
         return [np.concatenate(column).astype(np.float64).T for column in zip(*parts, strict=True)]
 
     def costs_of(images: Any, index: Any) -> np.ndarray:
@@ -275,8 +307,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         total = f"{row['total']:.4f}" + ("" if error is None else f" ± {1.96 * error:.4f}")
         lines.append(f"| {row['split']} | {row['labels']} | {row['w']:g} | {parts} | {total} | {row['num_images']:,} |")
     lines += [
-        f"\nThe class with the lowest bound at w = 0 is the right one for {row['class_accuracy']:.1%} of the images of "
-        f"the split {row['split']!r}."
+        f"\nThe class with the lowest bound at w = 0 is the right one for {row['class_accuracy']:.1%} of the "
+        f"{row['num_images']:,} images of the split {row['split']!r}."
         for row in rows
         if row.get("class_accuracy") is not None
     ]

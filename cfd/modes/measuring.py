@@ -102,7 +102,8 @@ def measure_cells(
     total = sum(row["num_samples"] * cost for (row, _), cost in zip(cells, costs, strict=True))
     flops = total_flops(model, cells, costs)
     if jax.process_index() == 0:
-        print(f"{len(cells)} cells to measure: {total:,} network evaluations, {flops:.3g} FLOP.", flush=True)
+        cells_to_measure = "1 cell" if len(cells) == 1 else f"{len(cells)} cells"
+        print(f"{cells_to_measure} to measure: {total:,} network evaluations, {flops:.3g} FLOP.", flush=True)
     prepared = prepare(reference, held_out) if jax.process_index() == 0 else None
     several = cells[0].row["step"] != cells[-1].row["step"]
     before: Measuring | None = None

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from cfd.config import with_defaults
 from cfd.devices.buckets import is_url
-from cfd.errors import UserError
+from cfd.errors import CommandError
 from cfd.modes import settings
 from cfd.runs import access, workdir
 
@@ -48,7 +48,7 @@ def config_file(name_or_file: str) -> str:
     path = config_folder() / f"{name_or_file}.py"
     if not path.is_file():
         names = sorted(file.stem for file in config_folder().glob("*.py"))
-        raise UserError(
+        raise CommandError(
             f"{name_or_file or 'an empty name'} names no config; choose one of {', '.join(names)}, or give a file, or "
             f"the folder of a run, with a slash, such as runs/{name_or_file or 'digits'}"
         )
@@ -88,7 +88,7 @@ def load_config(path: str) -> ConfigDict:
     except Exception as error:  # a file can raise anything
         config, reason = None, reason_of(error, file)
     if not isinstance(config, ConfigDict):
-        raise UserError(
+        raise CommandError(
             f"{path} is no config ({reason}): give a Python file with get_config() -> ConfigDict, the name of a config "
             "of the package, such as digits, or the folder of a run"
         )

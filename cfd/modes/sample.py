@@ -51,10 +51,8 @@ def sample(config: Config, folder: str, out: str) -> str:
     for batch in sampler(params, spec, classifier=classifier, guide=guide and guide.params):
         batches.append(batch)
         if preemption.requested():
-            done = sum(map(len, batches))
-            raise preemption.Stopped(
-                f"Stopped while sampling, after {done} of {len(spec.index)} images; the next start samples all of them"
-            )
+            where = f"Stopped while sampling, after {sum(map(len, batches))} of {len(spec.index)} images"
+            raise preemption.Stopped(where, "the same command samples all of them")
     images = np.concatenate(batches)
     seconds = time.perf_counter() - start
 

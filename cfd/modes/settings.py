@@ -210,11 +210,7 @@ def config_of_run(folder: str) -> Config:
             f"{folder} is a folder without {workdir.CONFIG}, which is no run: give the folder of a run, a "
             "Python file, or the name of a config of the package, such as digits"
         )
-    content = workdir.read_config(folder)
-    if content["kind"] != "diffusion":
-        usual = f"its diffusion model, which is usually {files.place(folder).parent}"
-        other = usual if content["kind"] == "classifier" else "a diffusion model"
-        raise UserError(f"{folder} is the run of a {content['kind']}: give the folder of {other}")
+    content = workdir.check_kind(folder)
     recorded = recorded_fields(files.place(folder, workdir.CONFIG), workdir.flatten(content["config"]))
     fields = dict(BEFORE)
     if is_imported(content):
@@ -230,7 +226,8 @@ def is_imported(content: dict[str, Any]) -> bool:
 def of_run(config: Config, folder: str) -> Config:
     """The whole config of the run in `folder`, which may not exist yet.
 
-    Fields that are younger than the run take the value that means what the code did then; a line names them. Raises
+    In the folder of a student, a config is that of the student, as `--mode=distill` makes it. Fields that are younger
+    than the run take the value that means what the code did then; a line names them. Raises
     ValueError if transparent images would get another background than before, and if the folder is in a bucket that
     cannot be read.
     """
@@ -240,6 +237,8 @@ def of_run(config: Config, folder: str) -> Config:
         return config
     place = files.place(folder, workdir.CONFIG)
     recorded = recorded_fields(place, workdir.flatten(workdir.read_config(folder)["config"]))
+    if recorded.get("model.weight_range") and not students.is_student(config):  # the config that --mode=distill takes
+        config = students.of_config(config, recorded["distill.sampling_steps"])
     background = recorded.get("data.transparency", BEFORE["data.transparency"])
     if background not in ("refuse", config.data.transparency):  # a run that refused them has seen none
         raise UserError(

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable
 
+from ml_collections import ConfigDict
+
 from cfd.config import Config
 from cfd.errors import UserError
 from cfd.modes.rules import Guidance
@@ -10,6 +12,20 @@ from cfd.modes.rules import Guidance
 def is_student(config: Config) -> bool:
     """Whether the config is that of a student, which --mode=distill trains."""
     return bool(config.model.weight_range)
+
+
+def of_config(config: Config, steps: int) -> Config:
+    """A copy of a config for a student in any number of steps of sampling, or in `steps` of DDIM if that is not 0."""
+    student: Config = ConfigDict(config.to_dict())
+    student.model.weight_range = tuple(config.distill.weights)
+    student.model.update(learn_variance=False, out_channels=config.data.channels)
+    student.sample.variance = "fixed"
+    student.distill.sampling_steps = steps
+    if steps:
+        student.distill.halvings = ()
+        student.sample.update(num_steps=steps, sampler="ddim", clean_end=False, schedule="", respacing="")
+        student.eval.num_steps = ()
+    return student.lock()
 
 
 def check(config: Config, weights: Iterable[float], guidance: Guidance, guide: str) -> None:

@@ -13,17 +13,21 @@ from cfd.evaluation.floor import read_floor
 from cfd.runs import manifest
 from cfd.runs.results import MEASURED, SETTINGS, Row, fid_name
 
-SYMBOLS = {"num_steps": "T", "num_samples": "N"}
+SYMBOLS = {"num_steps": "T", "num_samples": "N", "run_name": "run"}
 NAMES = {"sfid": "sFID", "kid": "KID", "is": "IS", "class_accuracy": "asked class"}
 """How tables write a measure, where they do not use its name in sweep.csv."""
 EMPTY = {"interval": "all", "rule": "plain", "guide": "classifier-free"}
 """How tables write settings that are ""."""
 
 
+RUN = "run_name"
+"""A setting that rows may have beside those of sweep.csv: the run that they are of."""
+
+
 def varied(rows: Iterable[Row], axis: str = "w") -> tuple[str, ...]:
     """The names of the settings, other than the axis of the curves, in which rows differ."""
     rows = list(rows)
-    return tuple(key for key in SETTINGS if key != axis and len({row.get(key) for row in rows}) > 1)
+    return tuple(key for key in (RUN, *SETTINGS) if key != axis and len({row.get(key) for row in rows}) > 1)
 
 
 def guided_in_several_ways(rows: Iterable[Row]) -> bool:
@@ -42,6 +46,11 @@ def curves(rows: list[Row], prefix: str = "", axis: str = "w") -> dict[str, list
         name = ", ".join(filter(None, [prefix, in_full(row, keys)])) or rows[0]["guidance"] + " guidance"
         grouped.setdefault(name, {})[row[axis]] = row
     return {name: [along[x] for x in sorted(along)] for name, along in grouped.items()}
+
+
+def overlap(rows: list[Row]) -> bool:
+    """Whether several rows have the same settings, so that `curves` would show only one of them."""
+    return sum(map(len, curves(rows).values())) < len(rows)
 
 
 def longest(curves: dict[str, list[Row]]) -> list[Row]:

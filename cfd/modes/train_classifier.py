@@ -60,9 +60,10 @@ def train_classifier(config: Config, folder: str, *, allow_fresh_start: bool = F
 
 
 def check_same_images(config: Config, folder: str, class_names: tuple[str, ...]) -> None:
-    """Raises ValueError if `folder` holds a diffusion model of other images or classes than the config's."""
+    """Raises ValueError if `folder` holds another run than a diffusion model of the config's images and classes."""
     if not workdir.has_config(folder):
         return
+    workdir.check_kind(folder)
     data = config.data
     workdir.check_images(folder, image_size=data.image_size, channels=data.channels, num_classes=data.num_classes)
     settings.check_class_names(folder, class_names, data.split)

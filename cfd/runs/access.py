@@ -6,7 +6,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,11 +14,13 @@ import jax
 
 from cfd.devices import buckets, parallel, preemption
 from cfd.devices.buckets import is_url
-from cfd.errors import UserError
+from cfd.errors import CommandError, UserError
 from cfd.runs import files, lease
 from cfd.runs.lease import LOCK, Lease
 
 MOUNTS = "/proc/mounts"
+LONGEST = "/".join(["x" * 63] * 4)
+"""A path as long as those of the files in a run may become."""
 
 _leases: list[Lease] = []
 """The leases that this process holds."""
@@ -30,7 +32,7 @@ def run_path(flag: str, path: str) -> str:
     Raises UserError if it is empty, a URL of another scheme or a malformed one, and if the bucket cannot be read.
     """
     if not path:
-        raise UserError(f"{flag} is empty: name a folder, or leave the flag out")
+        raise CommandError(f"{flag} is empty: name a folder, or leave the flag out")
     if not is_url(path):
         return os.path.expanduser(path)
     buckets.check(flag, path)
@@ -47,7 +49,7 @@ def check_run_path(folder: str | os.PathLike[str]) -> None:
         return
     path = str(Path(folder).absolute())
     if found := [mark for mark in r"\[]*?" if mark in path]:
-        raise UserError(
+        raise CommandError(
             f"{path} has {' '.join(found)} in its name, with which its checkpoints cannot be read back: give a "
             r"--workdir whose path has none of \ [ ] * ?"
         )
@@ -81,7 +83,7 @@ def check_writable(folder: str | os.PathLike[str], elsewhere: str) -> None:
             if is_url(folder):
                 _check_bucket(os.fspath(folder), elsewhere)
             else:
-                place = next(path for path in (Path(folder), *Path(folder).absolute().parents) if os.path.lexists(path))
+                place = _place_of(Path(folder))
                 with tempfile.TemporaryFile(dir=place):
                     pass
         except OSError as error:
@@ -90,6 +92,20 @@ def check_writable(folder: str | os.PathLike[str], elsewhere: str) -> None:
             problem = error
     if parallel.total(int(problem is not None)):
         raise problem or UserError(f"process 0 cannot write to {os.fspath(folder)}: {elsewhere}")
+
+
+def _place_of(folder: Path) -> Path:
+    """The folder itself, or the nearest one above it that exists.
+
+    Raises OSError if the file system there does not take one of the names below it, or a file in the folder, because a
+    name or the whole path is too long.
+    """
+    path = folder.absolute()
+    place = next(above for above in (path, *path.parents) if os.path.lexists(above))
+    for probe in (path / LONGEST, *(place / name for name in path.relative_to(place).parts)):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.stat(probe)
+    return place
 
 
 def _reason(error: OSError) -> str:
@@ -116,9 +132,9 @@ def lock(folder: str | os.PathLike[str], elsewhere: str = "give another --workdi
     """Locks the folder for this job, so that only one job at a time writes to it, and makes it if there is none.
 
     Process 0 holds the lock for all processes of the job, and every process must call this. The operating system
-    releases the lock of a process that died. In a bucket, the lock is a lease, which another job takes over when it is
-    not renewed: see `cfd.runs.lease`. Raises UserError, with the remedy `elsewhere`, if another live job holds the
-    lock, or if the folder cannot be written.
+    releases the lock of a process that died. A folder that the job made and left empty is removed. In a bucket, the
+    lock is a lease, which another job takes over when it is not renewed: see `cfd.runs.lease`. Raises UserError, with
+    the remedy `elsewhere`, if another live job holds the lock, or if the folder cannot be written.
     """
     with contextlib.ExitStack() as held:
         problem = None
@@ -177,13 +193,30 @@ def _leased(folder: str, elsewhere: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _flocked(folder: str | os.PathLike[str], elsewhere: str) -> Iterator[None]:
-    _refuse_gcsfuse(Path(folder), elsewhere)
-    file = _locked(Path(folder), elsewhere)
-    try:
-        yield
-    finally:
-        file.truncate(0)
-        file.close()
+    path = Path(folder)
+    _refuse_gcsfuse(path, elsewhere)
+    made = [place for place in (path, *path.parents) if not os.path.lexists(place)]
+    with _locked(path, elsewhere) as file:
+        try:
+            file.truncate(0)
+            file.write(json.dumps(lease.this_job()).encode())
+        except OSError as e:
+            _remove_if_empty(made)
+            raise UserError(f"{path / LOCK} cannot be written ({e.strerror}): free space, or {elsewhere}") from e
+        try:
+            yield
+        finally:
+            file.truncate(0)
+            _remove_if_empty(made)
+
+
+def _remove_if_empty(made: Sequence[Path]) -> None:
+    """Removes folders, each in the next one, if the first holds nothing but a lock, which this process must hold."""
+    with contextlib.suppress(OSError):  # another job has made something there, or removed it
+        if made and os.listdir(made[0]) == [LOCK]:
+            (made[0] / LOCK).unlink()
+            for place in made:
+                place.rmdir()
 
 
 def _refuse_gcsfuse(folder: Path, elsewhere: str) -> None:
@@ -210,11 +243,12 @@ def _refuse_gcsfuse(folder: Path, elsewhere: str) -> None:
 
 
 def _locked(folder: Path, elsewhere: str) -> BinaryIO:
-    """The open lock file, which this process holds and in which its name is written."""
+    """The open lock file, which this process holds."""
     path = folder / LOCK
     with contextlib.ExitStack() as on_error:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _place_of(folder)
+            folder.mkdir(parents=True, exist_ok=True)
             # Mode "w" would erase what the holder wrote before this process knows whether the lock is free. Without a
             # buffer, nothing is left to write when the file is closed on a full disk.
             file = on_error.enter_context(open(path, "ab+", buffering=0))
@@ -231,9 +265,10 @@ def _locked(folder: Path, elsewhere: str) -> BinaryIO:
                 f"{elsewhere}"
             ) from e
         try:
-            file.truncate(0)
-            file.write(json.dumps(lease.this_job()).encode())
-        except OSError as e:
-            raise UserError(f"{path} cannot be written ({e.strerror}): free space, or {elsewhere}") from e
+            is_there = os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+        except FileNotFoundError:
+            is_there = False
+        if not is_there:
+            return _locked(folder, elsewhere)  # its holder has just removed the folder, and others find another file
         on_error.pop_all()
     return file

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 from cfd.devices import parallel
-from cfd.errors import UserError
+from cfd.errors import CommandError, UserError
 from cfd.runs import files
 from cfd.runs.access import check_run_path
 from cfd.runs.log import METRICS
@@ -159,16 +159,39 @@ def check_config(
     Raises ValueError if a field outside of FREE_FIELDS differs from `config_json`. `defaults` is as for
     `config_differences`.
     """
-    old = read_config(workdir)
+    old, path = read_config(workdir), os.path.join(workdir, CONFIG)
+    if old["kind"] != config_json["kind"]:
+        raise CommandError(
+            f"{path} is another run's: {os.fspath(workdir)} is the run of a {_in_words(old)}, not of a "
+            f"{_in_words(config_json)}: give another --workdir"
+        )
     if differences := config_differences(old, json.loads(json.dumps(config_json)), defaults):
-        is_source = old["kind"] == "diffusion" and _has_steps(workdir) and _same_network(differences)
+        is_diffusion = old["kind"] == "diffusion"
+        is_student = bool(old["config"].get("model", {}).get("weight_range"))
+        is_source = is_diffusion and not is_student and _has_steps(workdir) and _same_network(differences)
+        same = f"the same config, which --config={os.fspath(workdir)} is" if is_diffusion else "the same values"
+        same += f" (only {', '.join(FREE_FIELDS)} may change)"
         trains_on = f". --init_from={os.fspath(workdir)} with another --workdir trains its weights on"
-        raise UserError(
-            f"{os.path.join(workdir, CONFIG)} is another run's: {abbreviate(differences)}. Give another --workdir, "
-            f"or the same config, which --config={os.fspath(workdir)} is (only {', '.join(FREE_FIELDS)} may change)"
+        raise CommandError(
+            f"{path} is another run's: {abbreviate(differences)}. Give another --workdir, or {same}"
             + (trains_on if is_source else "")
         )
     return old
+
+
+def check_kind(workdir: str | os.PathLike[str]) -> dict[str, Any]:
+    """The content of config.json. Raises UserError unless it is that of a diffusion model."""
+    content, place = read_config(workdir), files.place(workdir)
+    if content["kind"] != "diffusion":
+        usual = f"its diffusion model, which is usually {place.parent}"
+        other = usual if content["kind"] == "classifier" else "a diffusion model"
+        raise UserError(f"{os.fspath(workdir)} is the run of a {content['kind']}: give the folder of {other}")
+    return content
+
+
+def _in_words(content: Mapping[str, Any]) -> str:
+    """The kind of a run, in words."""
+    return "diffusion model" if content["kind"] == "diffusion" else content["kind"]
 
 
 def _same_network(differences: Sequence[str]) -> bool:

@@ -70,7 +70,11 @@ def test_the_mlps_do_too_and_labels_matter_to_them(classes: int) -> None:
     assert images.shape == (3, 8, 8, 1) and np.abs(images).max() <= 1.0 + 1e-4
 
 
-def test_errors_are_one_line_and_say_what_to_do(tmp_path: Path) -> None:
+def test_errors_are_one_line_and_say_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """They are final for a supervisor, because the command itself is wrong. A data set may be there later."""
+    monkeypatch.setenv("CFD_SUPERVISED", "1")
     for arguments, expected in (
         (["nowhere.py", str(tmp_path)], r"nowhere\.py is no config \(FileNotFoundError: there is no such file\): give"),
         (["nowhere", str(tmp_path)], "nowhere names no config; choose one of cifar10, "),
@@ -82,14 +86,18 @@ def test_errors_are_one_line_and_say_what_to_do(tmp_path: Path) -> None:
             r"model.label_from is 0, .* add model.label_from=-1, or --mlp=256",
         ),
         (["digits"], "error: the following arguments are required: WORKDIR$"),
-        (["digits", str(tmp_path), "--mpl=8"], "unrecognized arguments: --mpl=8"),
+        (["digits", str(tmp_path), "--mpl=8"], "^error: --mpl=8 is no flag: choose among --levels, --latents, --mlp"),
+        (["digits", str(tmp_path), "--mpl=8", "train.num_steps=3"], "^error: --mpl=8 is no flag: choose among"),
         (["digits", str(tmp_path), "--mlp=-1"], "--mlp is -1; give an integer >= 0"),
         (["digits", str(tmp_path), "--penalty=nan"], "--penalty is nan; give a finite number >= 0"),
         (["digits", "s3://bucket/run"], "WORKDIR is 's3://bucket/run'"),
     ):
         with pytest.raises(SystemExit, match=expected) as found:
             main(arguments)
-        assert "\n" not in str(found.value)
+        assert "\n" not in str(found.value) and capfd.readouterr().out == "cfd-final:\n"
+    with pytest.raises(SystemExit, match="nowhere"):
+        main([CONFIG, str(tmp_path / "run"), "--mlp=8", "data.source=folder", "data.path=nowhere"])
+    assert "cfd-final" not in capfd.readouterr().out
     assert config_of("digits", []) == config_of(CONFIG, [])
     assert config_of(CONFIG, ["train.num_steps=3", "data.split=test"]).data.split == "test"
     check_generator(config_of(CONFIG, ["model.label_from=-1"]))
@@ -140,6 +148,13 @@ def test_a_run_that_stops_resumes_to_the_same_images(
     content = json.loads((whole / "config.json").read_text())
     assert content["kind"] == "gan" and len(content["gan"]["levels"]) == 4
     np.testing.assert_array_equal(np.bincount(np.load(whole / "gan.npz")["arr_1"]), [4] * 10)
+
+
+def test_the_25_gaussians_need_a_step_and_a_level(capsys: pytest.CaptureFixture[str]) -> None:
+    for argument in ("--steps=0", "--levels=-1"):
+        with pytest.raises(SystemExit):
+            gaussians.main([argument])
+        assert f"{argument.replace('=', ' is ')}; give an integer >= 1" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -35,12 +35,28 @@ def test_runs_are_compared_in_the_layout_of_the_paper(tmp_path: Path) -> None:
     assert (half / "compare.md").read_text() == text + "\n" and (half / "compare.png").exists()
 
 
+@pytest.mark.usefixtures("no_pictures")
+def test_runs_of_other_weights_and_the_same_settings_are_named(tmp_path: Path) -> None:
+    """As those of two networks are. A name that two runs share becomes the path of the run."""
+    ours = run(tmp_path / "ours", 0.5)
+    for place in (tmp_path / "theirs", tmp_path / "copies" / "ours"):
+        place.mkdir(parents=True)
+        sweep_again(place, 0.5, weights=str(place))
+    text = compare(tiny_config(), str(ours), [str(tmp_path / "theirs")], str(ours))
+    assert text.splitlines()[0] == "| w | FID-20 run = ours / theirs | IS run = ours / theirs |"
+    other = str(tmp_path / "copies" / "ours")
+    named = f"run = {other} / {ours}"
+    assert compare(tiny_config(), str(ours), [other], str(ours)).startswith(f"| w | FID-20 {named} | IS {named} |")
+    sweep_again(tmp_path / "theirs", 0.1, weights="others")
+    text = compare(tiny_config(), str(ours), [str(tmp_path / "theirs")], str(ours))
+    names = "run, p_uncond = ours, 0.5 / theirs, 0.1 / theirs, 0.5"
+    assert text.startswith(f"| w | FID-20 {names} | IS {names} |")
+
+
 def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
     half, tenth = run(tmp_path / "half", 0.5), run(tmp_path / "tenth", 0.1)
     text = compare(tiny_config(), str(half), [str(tenth)], str(half))
-    with pytest.raises(
-        ValueError, match=r"nothing tells them apart\. Give --runs without those that have the settings"
-    ):
+    with pytest.raises(ValueError, match=r"nothing tells them apart\. Give --runs without those that hold the rows"):
         compare(tiny_config(), str(half), [str(run(tmp_path / "again", 0.5))], str(half))
     with pytest.raises(ValueError, match="nothing tells them apart"):
         compare(tiny_config(), str(half), [str(tenth), str(half)], str(half))

@@ -54,7 +54,7 @@ def make_run(folder: Path, config: Any, model: Any = None, **content: Any) -> st
 
 
 def student_config(steps: int = 0, **changes: Any) -> Any:
-    return distill.of_student(tiny_config(**OF_STUDENT | changes), steps)
+    return students.of_config(tiny_config(**OF_STUDENT | changes), steps)
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +226,35 @@ def test_numbers_of_steps_must_halve(halvings: Any) -> None:
     with pytest.raises(UserError, match=re.escape(f"distill.halvings is {halvings}")):
         of_v = dict(model__predict="v", distill__halvings=halvings)
         distill.stages(tiny_config(**OF_STUDENT | of_v), "new", "teacher")
+
+
+def test_other_modes_take_the_config_that_distill_takes(tmp_path: Path, student: str) -> None:
+    """In the folder of a student, of any number of steps, it is the config of that student."""
+    run = settings.open_run(tiny_config(**OF_STUDENT), student)
+    assert run.config == settings.open_run(student_config(), student).config and students.is_student(run.config)
+    with pytest.raises(UserError, match=r"is another run's: distill\.num_steps: 4 there, 5 here\."):
+        settings.open_run(tiny_config(**OF_STUDENT | {"distill__num_steps": 5}), student)
+    of_v: dict[str, Any] = dict(model__predict="v", distill__halvings=(4, 2))
+    folder = make_run(tmp_path / "run", student_config(steps=2, **of_v))
+    run = settings.open_run(tiny_config(**OF_STUDENT | of_v), folder)
+    assert (run.config.sample.num_steps, run.config.sample.sampler, run.config.distill.halvings) == (2, "ddim", ())
+
+
+def test_a_student_goes_on_with_the_teacher_that_it_began_with(
+    tmp_path: Path, teacher: str, student: str, capsys: pytest.CaptureFixture
+) -> None:
+    """A finished one too does not take another --init_from. distill.teacher is for the beginning."""
+    asked: dict[str, Any] = dict(distill__num_steps=3, distill__teacher=student)
+    source = Source(teacher, 3, load_ema(teacher, "diffusion").weights_hash)._asdict()
+    folder = make_run(tmp_path / "run", student_config(**asked), init_from=source)
+    (of_stage,) = distill.stages(tiny_config(**OF_STUDENT | asked), folder)
+    assert of_stage[1:] == (folder, None)
+    assert distill.stages(tiny_config(**OF_STUDENT | asked), str(tmp_path / "new"))[0][2] == student
+    for init_from in (None, teacher, f"{teacher}:3", str(tmp_path / "gone")):
+        distill.distill(of_stage[0], folder, init_from=init_from)
+        assert "has all its 3 steps." in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"step 3, whose weights are not those of --init_from=.*: give another"):
+        distill.distill(of_stage[0], folder, init_from=student)
 
 
 @pytest.mark.slow

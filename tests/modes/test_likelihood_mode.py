@@ -115,7 +115,7 @@ def test_the_implicit_classifier_is_that_of_class_scores(mixing_run: Path) -> No
     scores = jax.jit(lambda x: class_scores(keys, EPS, x, 10, logsnr=levels))(x)
     expected = np.mean(np.argmax(scores, axis=1) == labels)
     assert float(rows[4]["class_accuracy"]) == pytest.approx(expected)
-    assert f"the right one for {expected:.1%} of the images of the split 'test'" in text
+    assert f"the right one for {expected:.1%} of the 20 images of the split 'test'" in text
     # The rows are those of a start that does not ask for it, and an earlier file without the column is read.
     lines = (mixing_run / "likelihood.csv").read_text().splitlines()
     assert lines[0].endswith("num_images,class_accuracy,manifest")
@@ -133,5 +133,20 @@ def test_a_run_without_labels_has_no_implicit_classifier(mixing_run: Path) -> No
 
 
 def test_a_chain_that_ends_in_noise_is_refused(mixing_run: Path) -> None:
-    with pytest.raises(ValueError, match=r"likelihood\.logsnr_max is 3 and process\.logsnr_max 20: give a chain that"):
+    with pytest.raises(ValueError, match=r"likelihood\.logsnr_max is 3, and a chain must .* λ = 4, .* such as 13\.3"):
         likelihood(config_of(likelihood__logsnr_max=3.0), str(mixing_run), str(mixing_run))
+    with pytest.raises(ValueError, match=r"process\.logsnr_max is 2, and a chain must end above λ = 4, .*: take a run"):
+        levels_of(config_of(process__logsnr_max=2.0))
+
+
+def test_guided_chains_are_classifier_free(mixing_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """At w = 0, the guidance that sampling uses does not matter, and no noisy classifier is needed."""
+    folder = str(mixing_run)
+    with pytest.raises(ValueError, match=r"guidance is 'classifier', and the weights .*or likelihood\.weights to \(0"):
+        likelihood(config_of(sample__guidance="classifier"), folder, folder)
+    unguided = likelihood(config_of(sample__guidance="classifier", likelihood__weights=(0.0,)), folder, folder)
+    assert unguided == likelihood(config_of(likelihood__weights=(0.0,)), folder, folder)
+    assert "not used" not in capsys.readouterr().out
+    with_rule = likelihood(config_of(sample__rule="every(2)", sample__interval=(-1.0, 1.0)), folder, folder)
+    assert "sample.rule, sample.interval: not used by the chains of likelihood.weights." in capsys.readouterr().out
+    assert with_rule == likelihood(config_of(), folder, folder)

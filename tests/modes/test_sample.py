@@ -58,9 +58,11 @@ def test_a_sample_is_guided_by_the_classifier_of_the_run(mixing_run: Path, monke
     assert (decided[3] != indifferent[3]).any(), "class 7 at w = 2"
 
 
-def test_a_stop_says_that_the_next_start_samples_all_images(mixing_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_says_that_the_same_command_samples_all_images(
+    mixing_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(preemption, "requested", lambda: True)
-    with pytest.raises(preemption.Stopped, match="after 4 of 4 images; the next start samples all of them"):
+    with pytest.raises(preemption.Stopped, match="after 4 of 4 images; the same command samples all of them"):
         sampled(tiny_config(), str(mixing_run))
     assert not (mixing_run / "samples").exists()
 

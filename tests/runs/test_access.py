@@ -24,7 +24,7 @@ from cfd.runs import access
 def hold_lock(folder: str, ready: Any) -> None:
     with access.lock(folder):
         ready.set()
-        time.sleep(60)
+        time.sleep(600)
 
 
 def test_second_job_is_refused_and_a_dead_one_is_not_in_the_way(tmp_path: Path) -> None:
@@ -32,7 +32,7 @@ def test_second_job_is_refused_and_a_dead_one_is_not_in_the_way(tmp_path: Path) 
     ready = context.Event()
     first = context.Process(target=hold_lock, args=(str(tmp_path), ready))
     first.start()
-    assert ready.wait(60)
+    assert ready.wait(100)
     host = os.uname().nodename
     with (
         pytest.raises(ValueError, match=f"locked by pid {first.pid} on {host} since 20.*--workdir"),
@@ -96,6 +96,58 @@ def test_a_folder_that_cannot_be_written_is_named_with_the_remedy(tmp_path: Path
                 access.check_writable(folder, "give --out=DIR")
         access.check_writable(tmp_path / "a" / "b", "")  # the remedy
     assert sorted(path.name for path in tmp_path.iterdir()) == ["closed", "file", "link"]
+
+
+def test_names_and_paths_that_are_too_long_are_refused_before_anything_is_made(tmp_path: Path) -> None:
+    """The file system says which: a file in the folder must fit too."""
+    longest = os.pathconf(tmp_path, "PC_PATH_MAX") - len(str(tmp_path))
+    deep = Path(*["y" * 99] * (longest // 100))
+    for name in ("n" * 256, Path("a", "n" * 256, "run"), Path("new", "ü" * 128), deep):
+        for refused in (lambda f: access.check_writable(f, "give --out=DIR"), lambda f: enter(f, "give --out=DIR")):
+            with pytest.raises(ValueError, match=r"cannot be written \(File name too long\): give --out=DIR"):
+                refused(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+    for name in ("n" * 255, Path("new", "ü" * 127), Path(*deep.parts[:-3])):
+        access.check_writable(tmp_path / name, "")
+        enter(tmp_path / name, "")
+    assert not list(tmp_path.iterdir())
+
+
+def enter(folder: Path, elsewhere: str) -> None:
+    with access.lock(folder, elsewhere):
+        assert folder.is_dir()
+
+
+def test_folders_that_a_job_made_and_left_empty_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(KeyError), access.lock("runs/a/b"):
+        raise KeyError
+    assert not list(Path("runs").iterdir())
+    with access.lock("runs/a/b"):
+        Path("runs/a/other").touch()
+    assert [path.name for path in Path("runs/a").iterdir()] == ["other"]
+    with access.lock("runs/a/b"):
+        Path("runs/a/b/config.json").touch()
+    assert sorted(os.listdir("runs/a/b")) == ["config.json", "lock"]
+
+
+def test_a_lock_that_its_holder_removes_meanwhile_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise, a third job would lock another file of the same name."""
+    folder, flock, calls = tmp_path / "run", fcntl.flock, []
+
+    def late(file: Any, operation: int) -> None:
+        calls.append(operation)
+        if len(calls) == 1:
+            (folder / "lock").unlink()
+            folder.rmdir()
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with access.lock(folder):
+        assert len(calls) == 2 and json.loads((folder / "lock").read_text())["pid"] == os.getpid()
+        with pytest.raises(ValueError, match="locked by pid"), access.lock(folder):
+            pass
 
 
 def test_a_full_disk_is_named(tmp_path: Path) -> None:

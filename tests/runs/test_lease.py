@@ -90,8 +90,8 @@ def test_one_job_holds_a_folder_and_leaves_nothing(folder: str, lost: list[str])
         with lease.leased(f"{folder}2", ELSEWHERE):  # the remedy
             pass
     assert held(folder) is None and lost == []
-    for end in (KeyError, KeyboardInterrupt, preemption.Stopped):
-        with pytest.raises(end), lease.leased(folder, ELSEWHERE):
+    for end in (KeyError(), KeyboardInterrupt(), preemption.Stopped("Stopped")):
+        with pytest.raises(type(end)), lease.leased(folder, ELSEWHERE):
             raise end
         assert held(folder) is None
     with lease.leased(folder, ELSEWHERE):  # the other remedy

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from permissions import obeyed
 
+from cfd.errors import UserError
 from cfd.fields import FIELDS
 from cfd.runs import workdir
 
@@ -80,6 +81,20 @@ def test_another_config_is_refused_and_nothing_is_overwritten(
     assert all(text in str(error.value) for text in named)
     assert "--workdir" in str(error.value) and "train.num_steps" in str(error.value)
     assert workdir.read_config(tmp_path) == config_json()
+
+
+def test_a_run_of_another_kind_is_refused_with_remedies_that_work(tmp_path: Path) -> None:
+    """--config=RUN takes the run of a diffusion model alone."""
+    for kind in ("gan", "diffusion"):
+        workdir.write_config(tmp_path / kind, config_json() | {"kind": kind})
+        (tmp_path / kind / "checkpoints" / "2").mkdir(parents=True)
+    refused = r"is the run of a gan, not of a diffusion model: give another --workdir$"
+    with pytest.raises(UserError, match=refused):
+        workdir.write_config(tmp_path / "gan", config_json() | {"kind": "diffusion"})
+    with pytest.raises(UserError, match=r"seed: 0 there, 1 here\. Give another --workdir, or the same values \(only "):
+        workdir.write_config(tmp_path / "gan", config_json(seed=1) | {"kind": "gan"})
+    with pytest.raises(UserError, match=r"or the same config, which --config=.*diffusion is \(only "):
+        workdir.write_config(tmp_path / "diffusion", config_json(seed=1) | {"kind": "diffusion"})
 
 
 def test_no_other_field_may_change() -> None:
