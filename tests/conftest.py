@@ -25,6 +25,17 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 install_import_hook("cfd", "beartype.beartype")
 
+# Most tests spend their time in XLA:CPU's compiler. Without its fusion emitters, LLVM's optimizations and the division
+# of a program into 32 parts, it takes an eighth of the time for a small U-Net. tiny.EMITTERS and tiny.DEFAULTS undo
+# this for a program, `quick_tests_alone` for the package's own, and `XLA_FLAGS= pytest` for all.
+if "XLA_FLAGS" not in os.environ:
+    os.environ["XLA_FLAGS"] = (
+        "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+        "--xla_cpu_parallel_codegen_split_count=1"
+    )
+    jax.devices()  # XLA reads the variable
+    del os.environ["XLA_FLAGS"]  # the processes that tests start are as those of users
+
 
 @pytest.fixture(scope="session", autouse=True)
 def compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
@@ -46,6 +57,21 @@ def compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     compilation_cache.reset_cache()
 
 
+# The package is imported late here and below, because modules that are imported before the hook are not checked.
+@pytest.fixture(scope="session", autouse=True)
+def quick_tests_alone() -> Iterator[None]:
+    """The package's own programs are compiled as for users."""
+    from tiny import EMITTERS
+
+    from cfd.devices import xla
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(xla, "CPU_OPTIONS", EMITTERS | xla.CPU_OPTIONS)
+        xla.compiler_options.cache_clear()
+        yield
+    xla.compiler_options.cache_clear()
+
+
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGcs]:
     """An empty bucket on loopback, to which all clients go, in this process and in those that it starts."""
@@ -62,14 +88,13 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGcs]:
         gcsfs.GCSFileSystem.clear_instance_cache()
 
 
-# The module `jobs` is imported late, because modules of the package that it imports before the hook are not checked.
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of compiled programs, which the jobs of all tests of a module share."""
+    """The folder of compiled programs, which the jobs of all tests of a process share."""
     return tmp_path_factory.mktemp("compiled")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def reference(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Callable[[int, int], Path]:
     """The folders of runs that nothing interrupted: see `jobs.references`."""
     import jobs

@@ -1,19 +1,17 @@
 """Starts a function in new processes, which `jax.distributed` connects."""
 
 import multiprocessing
-import socket
 from collections.abc import Callable
 from typing import Any
 
 import jax
+from ports import free_port
 
 
 def in_processes(function: Callable[..., Any], *arguments: Any, processes: int = 2, devices: int = 1) -> list[Any]:
     """The result of `function(*arguments)`, of a module of the tests, in each process, which has `devices` devices."""
     context = multiprocessing.get_context("spawn")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     said = context.SimpleQueue()
     each = [(index, processes, devices, address, said, function, arguments) for index in range(processes)]
     started = [context.Process(target=_one, args=one) for one in each]

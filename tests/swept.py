@@ -31,12 +31,13 @@ def sweep_again(
     features_hash: str = "f",
     data: str = "data",
     reference: str = "reference",
+    weights: str = "weights",
     **changes: Any,
 ) -> Path:
     """Adds the rows of one more sweep at step 3 and at step 5."""
     config = tiny_config(**dict(train__p_uncond=p_uncond, eval__weights=(0.0, 4.0)) | changes)
     network = FeatureNetwork("classifier", features_hash, lambda _: Outputs(*[np.zeros((1, 1))] * 3))
-    hashes = dict(weights="weights", classifier="", reference=reference, data=data, held_out="")
+    hashes = dict(weights=weights, classifier="", reference=reference, data=data, held_out="")
     for row in sweep.rows_of_grid(config, 3) + sweep.rows_of_grid(config, 5):
         made = sweep.manifest_of(config, row, hashes, network)
         fid = 10 * p_uncond + row["w"] + 50 * (row["step"] == 3)

@@ -84,7 +84,7 @@ def test_killed_at_random_steps_of_one_process(
     folder, url, rng = tmp_path / "run", f"{bucket.url}/run", random.Random(0)
     fields: dict[str, Any] = dict(workdir=url, train__num_steps=steps, train__checkpoint_every_steps=5)
     for at in sorted(rng.sample(range(8, steps - 5), kills)):
-        job = start(folder, env=SLOWLY, **fields)
+        job = start(folder, env=SLOWLY | {"JOB_HANG": f"main:{at + 4}"}, **fields)  # it never ends by itself
         wait_for_step(job, at)
         time.sleep(rng.uniform(0.0, 0.3))
         job.send(signal.SIGKILL)

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ DETACHED = str(ROOT / "launch" / "detached.py")
 
 def detached(action: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, DETACHED, action, str(folder), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=200)
 
 
 @pytest.fixture
@@ -26,9 +26,9 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     detached("end", tmp_path / "run", "--grace-seconds=0")
 
 
-def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 30
-    while not path.exists():
+def until(happened: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 100
+    while not happened():
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -42,10 +42,11 @@ def test_the_end_of_a_command_is_told_by_its_exit_code(folder: Path, ends: str, 
 
 
 def test_a_command_whose_machine_is_restarted_is_lost_until_the_next_start(folder: Path) -> None:
-    detached("start", folder, "--", "bash", "-c", f"trap '' TERM; touch {shlex.quote(str(folder / 'ready'))}; sleep 60")
-    wait_for(folder / "ready")
+    ready = shlex.quote(str(folder / "ready"))
+    detached("start", folder, "--", "bash", "-c", f"trap '' TERM; touch {ready}; sleep 600")
+    until((folder / "ready").exists)
     detached("end", folder, "--grace-seconds=0")
-    assert detached("state", folder, "--", "true").stdout == "cfd: lost\n"
+    until(lambda: detached("state", folder, "--", "true").stdout == "cfd: lost\n")  # it does not wait for its kill
     assert detached("follow", folder).returncode == 77
     detached("start", folder, "--", "true")
     assert detached("follow", folder).returncode == 0
@@ -59,7 +60,7 @@ def test_only_the_end_of_the_output_is_repeated(folder: Path) -> None:
 
 
 def test_a_command_that_runs_is_not_started_twice(folder: Path) -> None:
-    command = ["bash", "-c", "touch ready.$$; sleep 60", "it's"]
+    command = ["bash", "-c", "touch ready.$$; sleep 600", "it's"]
     folder.mkdir()
     for _ in range(2):
         done = subprocess.run([sys.executable, DETACHED, "start", str(folder), "--", *command], cwd=folder)
@@ -68,6 +69,7 @@ def test_a_command_that_runs_is_not_started_twice(folder: Path) -> None:
     other = detached("start", folder, "--", "true")
     assert other.returncode == 1
     assert detached("state", folder, "--", "true").stdout == f"cfd: other: {shlex.join(command)}\n"
+    until(lambda: list(folder.glob("ready.*")))
     assert len(list(folder.glob("ready.*"))) == 1
 
 
@@ -75,8 +77,8 @@ def test_a_command_is_stopped_by_sigterm_and_ignores_a_closed_terminal(folder: P
     ready = folder.parent / "ready"
     program = f"trap 'echo saved; exit 75' TERM; touch {ready}; while :; do sleep 0.1; done"
     detached("start", folder, "--", "bash", "-c", program)
-    wait_for(ready)
-    wait_for(folder / "pid")
+    until(ready.exists)
+    until((folder / "pid").exists)
     os.kill(int((folder / "pid").read_text()), signal.SIGHUP)
     assert detached("state", folder, "--", "other").stdout.startswith("cfd: other")
     assert detached("stop", folder).returncode == 0
@@ -87,14 +89,15 @@ def test_a_command_is_stopped_by_sigterm_and_ignores_a_closed_terminal(folder: P
 def test_a_command_that_is_lost_leaves_nothing_behind(folder: Path) -> None:
     """A child in a session of its own, as the supervisor's are, would keep the accelerators from the next start."""
     child = folder.parent / "child"
-    detached("start", folder, "--", "bash", "-c", f"setsid bash -c 'echo $$ > {child}; sleep 60' & sleep 60")
-    wait_for(child)
+    detached("start", folder, "--", "bash", "-c", f"setsid bash -c 'echo $$ > {child}; sleep 600' & sleep 600")
+    until(lambda: child.exists() and child.read_text().endswith("\n"))
+    until((folder / "pid").exists)
     pid = int((folder / "pid").read_text())
     runner = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
     os.kill(runner, signal.SIGKILL)
     assert detached("end", folder, "--grace-seconds=0").returncode == 0
     assert detached("follow", folder).returncode == 77
-    assert not any(child.read_text().strip() == process.name for process in running())
+    until(lambda: all(child.read_text().strip() != process.name for process in running()))
 
 
 def running() -> list[Path]:

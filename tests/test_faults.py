@@ -37,6 +37,8 @@ from cfd.modes.settings import sampling_of
 from cfd.runs import npz
 
 slow = pytest.mark.slow
+SLACK = 60
+"""Seconds that a busy machine may add. Together with this, our time-outs are shorter than those that JAX has."""
 
 
 @pytest.mark.timeout(1200)
@@ -48,7 +50,8 @@ def test_killed_at_random_steps_of_one_process(
     folder = tmp_path / "run"
     rng = random.Random(0)
     for at in sorted(rng.sample(range(5, steps - 5), kills)):
-        job = start(folder, env={"JOB_STEP_SECONDS": "0.02"}, train__num_steps=steps, train__checkpoint_every_steps=5)
+        env = {"JOB_STEP_SECONDS": "0.02", "JOB_HANG": f"main:{at + 4}"}  # it never ends before it is killed
+        job = start(folder, env=env, train__num_steps=steps, train__checkpoint_every_steps=5)
         wait_for_step(job, at)
         time.sleep(rng.uniform(0.0, 0.05))
         job.send(signal.SIGKILL)
@@ -114,14 +117,14 @@ def test_killed_at_random_steps_of_two_processes(
     folder = tmp_path / "run"
     rng = random.Random(1)
     for kill, at in enumerate(sorted(rng.sample(range(5, steps - 5), kills))):
-        job = start(folder, processes=2, env={"JOB_STEP_SECONDS": "0.02"}, train__num_steps=steps)
+        env = {"JOB_STEP_SECONDS": "0.02", "JOB_HANG": f"main:{at + 4}"}
+        job = start(folder, processes=2, env=env, train__num_steps=steps)
         wait_for_step(job, at)
         job.send(signal.SIGKILL, kill % 2)
         killed = time.monotonic()
-        codes = job.finish()
+        codes = job.finish(HEARTBEAT + SLACK)
         assert codes[kill % 2] == -signal.SIGKILL and codes[1 - kill % 2] != 0
         print(f"process {kill % 2} killed; the other ended after {time.monotonic() - killed:.1f} s")
-        assert time.monotonic() - killed < HEARTBEAT + 5
     job = start(folder, processes=2, train__num_steps=steps)
     assert job.finish() == [0, 0], job.report()
     assert_same_run(folder, reference(steps, 2))
@@ -138,7 +141,8 @@ def test_kills_leave_every_snapshot_once(start: Start, tmp_path: Path) -> None:
     assert whole.finish() == [0, 0], whole.report()
     rng = random.Random(2)
     for at in (9, 23):
-        job = start(tmp_path / "killed" / "run", processes=2, env={"JOB_STEP_SECONDS": "0.02"}, **fields)
+        env = {"JOB_STEP_SECONDS": "0.02", "JOB_HANG": f"main:{at + 4}"}
+        job = start(tmp_path / "killed" / "run", processes=2, env=env, **fields)
         wait_for_step(job, at)
         time.sleep(rng.uniform(0.0, 0.3))
         job.send(signal.SIGKILL)
@@ -208,7 +212,7 @@ def test_a_frozen_process_ends_the_other(frozen: int, start: Start, tmp_path: Pa
     job.send(signal.SIGSTOP, frozen)
     stopped = time.monotonic()
     other = job.processes[1 - frozen]
-    assert other.wait(HEARTBEAT + 5) != 0
+    assert other.wait(HEARTBEAT + SLACK) != 0
     print(f"process {frozen} frozen; the other ended after {time.monotonic() - stopped:.1f} s, code {other.returncode}")
 
 
@@ -221,7 +225,7 @@ def test_a_hung_process_ends_with_its_stacks(where: str, processes: int, start: 
     job = start(tmp_path / "run", processes=processes, env=env, train__num_steps=10_000, train__watchdog_seconds=15)
     wait_for_step(job, 3)
     hung = time.monotonic()
-    assert all(code != 0 for code in job.finish(15 + 5 + 5)), job.report()
+    assert all(code != 0 for code in job.finish(15 + SLACK)), job.report()
     print(f"{processes} processes, {where} hung: all ended within {time.monotonic() - hung:.1f} s of step 3")
     for i in range(processes):
         assert "Timeout (0:00:15)!" in job.text(i) and "most recent call first" in job.text(i), job.report()
@@ -229,7 +233,7 @@ def test_a_hung_process_ends_with_its_stacks(where: str, processes: int, start: 
 
 
 @slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("process", [0, 1])
 def test_a_process_that_never_comes(process: int, start: Start, tmp_path: Path) -> None:
     """The other process says what it waits for, and for how long, before JAX aborts it."""
@@ -237,7 +241,7 @@ def test_a_process_that_never_comes(process: int, start: Start, tmp_path: Path) 
     job = start(tmp_path / "run", of=2, env=env)
     wait_until(lambda: "joins the coordinator" in job.text(), job)
     joined = time.monotonic()
-    codes = job.finish(10 + 10)
+    codes = job.finish(10 + SLACK)
     print(f"process {process} alone: ended after {time.monotonic() - joined:.1f} s, code {codes}")
     assert codes[0] != 0 and f"Process {process} of 2 joins" in job.text() and "after 10 s" in job.text()
 
@@ -287,7 +291,7 @@ def test_a_run_whose_checkpoints_are_all_damaged(start: Start, reference: Any, t
 
 
 @slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_nothing_is_left_of_a_killed_trainer(start: Start, tmp_path: Path) -> None:
     """Data is loaded by threads, so there is no process and no shared memory to leave behind."""
     shared = set(os.listdir("/dev/shm"))
@@ -303,7 +307,7 @@ def test_nothing_is_left_of_a_killed_trainer(start: Start, tmp_path: Path) -> No
 
 
 @slow
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 def test_the_coordinator_listens_only_on_its_address_and_survives_noise(start: Start, tmp_path: Path) -> None:
     job = start(tmp_path / "run", processes=2, env={"JOB_STEP_SECONDS": "0.02"}, train__num_steps=300)
     wait_for_step(job, 3)

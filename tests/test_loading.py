@@ -13,7 +13,7 @@ import optax
 import pytest
 from checkpoints import State, damage_lines, opened, same_bits, shardings, steps
 from jax import Array
-from tiny import QUICK, tiny_config
+from tiny import EMITTERS, QUICK, tiny_config
 
 from cfd import loading
 from cfd.attributes import joint_scores
@@ -286,7 +286,7 @@ def test_a_learned_variance_is_given_where_the_network_has_one(tmp_path: Path) -
     run, alone = load(tmp_path / "both", 1, variance=True), load(tmp_path / "both", 1)
     inputs = jnp.ones((3, 8, 8, 1)), jnp.array([-9.0, 0.0, 9.0]), jnp.array([4, -1, 2])
 
-    @partial(jax.jit, compiler_options=QUICK)
+    @partial(jax.jit, compiler_options=QUICK | EMITTERS)  # fuses alike what is computed twice
     def all_three(eps_fn: Any, alone: Any, params: Any, logsnr: Array) -> Any:
         z, _, labels = inputs
         outputs = net.apply({"params": params}, z, logsnr, labels)

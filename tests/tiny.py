@@ -9,6 +9,10 @@ from cfd.config import complete, with_classes, with_defaults
 ROOT = Path(__file__).parents[1]
 QUICK = {"xla_backend_optimization_level": 0}
 """Compiler options that halve the compile time, for programs that run once."""
+EMITTERS = {"xla_cpu_use_fusion_emitters": True}
+"""Compiler options with which XLA:CPU fuses as it does for users, contrary to XLA_FLAGS in conftest.py."""
+DEFAULTS = EMITTERS | {"xla_backend_optimization_level": 3}
+"""Compiler options with which it does all that it does for users."""
 
 
 def read_config(path: Path) -> Any:

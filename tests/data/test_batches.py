@@ -226,7 +226,7 @@ def test_close_stops_the_threads_and_reading_goes_ahead(folder: Path):
     iterator.close()
     iterator.close()
     for worker in workers:
-        worker.join(5)
+        worker.join(100)
         assert not worker.is_alive()
 
 

@@ -134,7 +134,7 @@ def test_an_image_in_memory_is_not_seen_before_it_is_decoded(folder: Path, monke
     def slow(*of, **how) -> np.ndarray:
         if folder in Path(of[1]).parents and not begun.is_set():
             begun.set()
-            assert go_on.wait(60)
+            assert go_on.wait(100)
         return decode(*of, **how)
 
     monkeypatch.setattr(sources, "decode", slow)
@@ -142,7 +142,7 @@ def test_an_image_in_memory_is_not_seen_before_it_is_decoded(folder: Path, monke
     first: list[tuple[np.ndarray, int]] = []
     thread = threading.Thread(target=lambda: first.append(dataset[12]))
     thread.start()
-    assert begun.wait(60)
+    assert begun.wait(100)
     second = dataset[12][0].copy(), dataset[12][1]
     go_on.set()
     thread.join()

@@ -134,8 +134,9 @@ def test_too_many_bad_images_of_a_class_stop_the_run_wherever_it_begins(monkeypa
 
 
 def test_each_bad_image_is_logged_once_and_is_bad_in_training_and_in_evaluation(
-    caplog: pytest.LogCaptureFixture,
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(batches_module, "_LOGGED", {})  # other tests of this process have images of the same names
     repaired: list[int] = []
     dataset, _ = made(np.arange(20) % 2, lambda i: i % 4 == 3 and i not in repaired)
     for _ in range(2):

@@ -16,7 +16,8 @@ from typing import Any
 
 import jax
 import pytest
-from jobs import assert_same_run, command, environment, free_port, launch
+from jobs import assert_same_run, command, environment, launch
+from ports import free_port
 from tiny import ROOT
 
 from cfd.devices import parallel

@@ -7,7 +7,8 @@ from pathlib import Path
 import jax
 import pytest
 from gcs import FakeGcs
-from jobs import environment, free_port
+from jobs import environment
+from ports import free_port
 
 from cfd.devices import xla
 from cfd.errors import UserError

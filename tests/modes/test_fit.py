@@ -19,6 +19,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import Mesh
+from jax.stages import Lowered
 from linear import assert_same_bits, bad_at, bad_loss, init, noisy, run
 from meshes import mesh_of
 from PIL import Image
@@ -259,15 +260,15 @@ def test_an_error_of_the_thread_that_compiles_the_initial_state_ends_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads = []
-    compiled = xla.compiled
 
-    def compile_badly(*arguments: Any, **options: Any) -> Any:
+    def compile_badly(program: Lowered) -> Any:
         if threading.current_thread() is threading.main_thread():
-            return compiled(*arguments, **options)
+            return compiled(program)
         threads.append(threading.current_thread())
         raise jax.errors.JaxRuntimeError("out of memory")
 
-    monkeypatch.setattr(xla, "compiled", compile_badly)
+    compiled = Lowered.compile
+    monkeypatch.setattr(Lowered, "compile", compile_badly)
     with pytest.raises(jax.errors.JaxRuntimeError, match="out of memory"):
         run(tmp_path)
     assert threads[0] is not threading.main_thread() and not threads[0].is_alive()

@@ -30,7 +30,7 @@ def is_normalized(params: Any) -> bool:
 
 @pytest.mark.slow
 def test_each_step_normalises_the_weights_before_the_average_on_any_devices() -> None:
-    """On one device with joined vectors, and with the parameters divided over four of eight."""
+    """On one device with joined arrays, and with the parameters divided over four of eight."""
     config = tiny_config(**MP)
     (init, loss_fn), optimizer = train.diffusion(config), settings.optimizer_of(config.train)
     pixels = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1), np.uint8)

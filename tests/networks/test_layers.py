@@ -257,7 +257,8 @@ def test_a_convolution_may_start_at_zero() -> None:
     x = jnp.ones((1, 4, 4, 3))
     for zero in (True, False):
         layer = Conv(2, "float32", zero=zero)
-        assert bool(jnp.any(layer.apply(layer.init(jax.random.key(0), x), x))) is not zero
+        y: Any = layer.apply(layer.init(jax.random.key(0), x), x)
+        assert bool(jnp.any(y)) is not zero
 
 
 @pytest.mark.parametrize("size, stride", [(3, 1), (3, 2), (1, 1)])
@@ -265,6 +266,7 @@ def test_an_initialisation_gives_outputs_of_the_right_shape(size: int, stride: i
     """Layers after it depend on that. With an odd height, and with either dtype."""
     x = jnp.ones((2, 5, 4, 3))
     for layer in (Conv(7, "bfloat16", size=size, stride=stride), Dense(7, "float32")):
+        made: Any
         made, params = layer.init_with_output(jax.random.key(0), x)
-        wanted = layer.apply(params, x)
+        wanted: Any = layer.apply(params, x)
         assert (made.shape, made.dtype) == (wanted.shape, wanted.dtype)

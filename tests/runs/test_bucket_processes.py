@@ -11,7 +11,7 @@ from checkpoints import CONFIG_JSON, abstract, make_state, opened, save
 from gcs import FakeGcs
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jobs import free_port
+from ports import free_port
 
 from cfd.runs import checkpoint, workdir
 
@@ -19,7 +19,7 @@ from cfd.runs import checkpoint, workdir
 def one_of_two(index: int, port: int, run: str, ask: Any, said: Any) -> None:
     """Process `index` of two with two devices each, which saves the steps that it is asked to save, or restores."""
     jax.config.update("jax_num_cpu_devices", 2)
-    address = f"localhost:{port}"
+    address = f"127.0.0.1:{port}"
     jax.distributed.initialize(address, 2, index, coordinator_bind_address=address)
     mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(AxisType.Auto,))
 

@@ -6,7 +6,6 @@ The damage is done to real files. In the last test, two real processes must agre
 import multiprocessing
 import random
 import shutil
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from checkpoints import (
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from ports import free_port
 
 from cfd import loading
 from cfd.runs import access, checkpoint, workdir
@@ -158,7 +158,7 @@ def one_of_two(index: int, port: int, folder: str, said: Any) -> None:
     They restore it divided by rows, as it was saved, or by columns, which divides each saved part over both processes.
     """
     jax.config.update("jax_num_cpu_devices", 2)
-    address = f"localhost:{port}"
+    address = f"127.0.0.1:{port}"
     jax.distributed.initialize(address, 2, index, coordinator_bind_address=address)
     mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(AxisType.Auto,))
 
@@ -241,9 +241,7 @@ def test_a_flipped_bit_is_seen_under_every_sharding(tmp_path: Path, after: str, 
 
 def test_two_processes_agree_on_what_is_damaged(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     said = context.SimpleQueue()
     pair = [context.Process(target=one_of_two, args=(index, port, str(tmp_path), said)) for index in (0, 1)]
     for process in pair:

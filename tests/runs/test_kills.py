@@ -23,9 +23,15 @@ from checkpoints import abstract, litter, make_state, opened, same_bits, save, s
 
 from cfd.runs import access, checkpoint
 
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["pytest", "cfd.runs.checkpoint"])
 
-def count_to(folder: str, said: Any, steps: int, pause: float, rows: int) -> None:
-    """A job that saves one step after the other and reports what it does. Its state is a function of the step."""
+
+def count_to(folder: str, said: Any, steps: int, go_on: Any, rows: int) -> None:
+    """A job that saves one step after the other and reports what it does. Its state is a function of the step.
+
+    After the first save it waits for the event `go_on`, if it is given.
+    """
     template = abstract(make_state(0, rows))
     with access.lock(folder), opened(Path(folder)) as manager:
         restored = checkpoint.restore(manager, template)
@@ -38,17 +44,16 @@ def count_to(folder: str, said: Any, steps: int, pause: float, rows: int) -> Non
             save(manager, step, state)
             checkpoint.wait(manager)
             said.put(("saved", step))
-            time.sleep(pause)
+            if go_on is not None:
+                go_on.wait()
     said.put(("done",))
 
 
 @contextmanager
-def job(folder: Path, steps: int, pause: float = 0.0, rows: int = 64) -> Iterator[tuple[Any, Callable[[], Any]]]:
+def job(folder: Path, steps: int, go_on: Any = None, rows: int = 64) -> Iterator[tuple[Any, Callable[[], Any]]]:
     """`count_to` in a process of its own, and a function that returns its next report."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "cfd.runs.checkpoint"])
-    said = context.SimpleQueue()
-    process = context.Process(target=count_to, args=(str(folder), said, steps, pause, rows))
+    said = CONTEXT.SimpleQueue()
+    process = CONTEXT.Process(target=count_to, args=(str(folder), said, steps, go_on, rows))
     process.start()
 
     def listen() -> Any:
@@ -68,11 +73,13 @@ def job(folder: Path, steps: int, pause: float = 0.0, rows: int = 64) -> Iterato
 
 
 def test_a_second_job_costs_the_first_no_save(tmp_path: Path) -> None:
-    with job(tmp_path, steps=8, pause=0.2) as (first, listen):
+    go_on = CONTEXT.Event()
+    with job(tmp_path, steps=8, go_on=go_on) as (first, listen):
         assert listen() == ("resumed", 0, [])
         assert listen() == ("saving", 1)
         with job(tmp_path, steps=8) as (second, listen_to_second):
             assert listen_to_second() == ("ended", 1)
+        go_on.set()
         heard = [("saving", 1), *(listen() for _ in range(16))]
         assert heard == [*((what, step) for step in range(1, 9) for what in ("saving", "saved")), ("done",)]
         first.join()
@@ -142,15 +149,13 @@ def test_killed_at_every_change_of_the_file_system(two_steps: Path, tmp_path_fac
     The audit hook does not see the calls of TensorStore, which change only the unfinished step: the test above kills
     during those.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "cfd.runs.checkpoint"])
     template = abstract(make_state(0))
     newest = []
     for deadly in itertools.count(1):
         folder = tmp_path_factory.mktemp("run")
         shutil.copytree(two_steps, folder, dirs_exist_ok=True)
-        said = context.SimpleQueue()
-        process = context.Process(target=save_and_die, args=(str(folder), said, deadly))
+        said = CONTEXT.SimpleQueue()
+        process = CONTEXT.Process(target=save_and_die, args=(str(folder), said, deadly))
         process.start()
         process.join()
         with opened(folder) as manager:

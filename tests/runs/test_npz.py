@@ -145,7 +145,7 @@ def hostile(tmp_path: Path) -> dict[str, Path]:
 
 def test_hostile_files_are_refused(tmp_path):
     for kind, path in hostile(tmp_path).items():
-        start = time.perf_counter()
+        start = time.process_time()  # a busy machine takes longer
         tracemalloc.start()
         with pytest.raises(ValueError) as error:
             npz.read_npz(path, max_bytes=2**22)
@@ -155,7 +155,7 @@ def test_hostile_files_are_refused(tmp_path):
         assert str(path) in str(error.value) and ": " in str(error.value).removeprefix(f"{path}: "), kind
         with pytest.raises(ValueError, match=r"\S: remove it$"):
             npz.read_npz(path, max_bytes=2**22, remedy="remove it")
-        assert peak < 2**20 and time.perf_counter() - start < 2.0, kind
+        assert peak < 2**20 and time.process_time() - start < 2.0, kind
         if kind != "bomb":  # its rows can be read, batch by batch, in little memory
             with pytest.raises(ValueError):
                 list(npz.npz_batches(path, "mu", 100))

@@ -14,7 +14,7 @@ from checkpoints import CONFIG_JSON, State, opened, save
 from gcs import FakeGcs
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
-from jobs import free_port
+from ports import free_port
 
 from cfd import loading
 from cfd.devices import parallel
@@ -73,7 +73,7 @@ def wrong(tree: Any, expected: Any) -> list[str]:
 def one_process(index: int, count: int, port: int, ask: Any, said: Any) -> None:
     """Process `index` of `count`, which saves and reads as it is asked, and says which arrays are wrong."""
     jax.config.update("jax_num_cpu_devices", DEVICES)
-    address = f"localhost:{port}"
+    address = f"127.0.0.1:{port}"
     jax.distributed.initialize(address, count, index, coordinator_bind_address=address)
     check_bits(index, count)
     said.put([])
