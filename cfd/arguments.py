@@ -132,13 +132,17 @@ def check_floating(x: Any) -> None:
         raise ValueError(f"x has dtype {dtype}; data lie in [-1, 1]: give float32, of uint8 images x / 127.5 - 1")
 
 
-def check_data(x: Array, labels_shape: tuple[int, ...]) -> None:
-    """Raises ValueError unless x holds floating numbers, and one example for each label, of which there are [B]."""
+def check_data(x: Array, labels_shape: tuple[int, ...]) -> Array:
+    """x in float32. Under `jax_enable_x64`, NumPy's images are float64.
+
+    Raises ValueError unless x holds floating numbers, and one example for each label, of which there are [B].
+    """
     if not isinstance(x, Array | np.ndarray):
         raise ValueError(f"x is a {type(x).__name__}; give one array of float32, such as jnp.asarray(x)")
     check_floating(x)
     if x.shape[:1] != labels_shape:
         raise ValueError(f"x has shape {x.shape} for labels of shape {labels_shape}; give one label per example, [B]")
+    return x.astype(jnp.float32)
 
 
 def known_labels(labels: Int[Array, "b"], logits: Float[Array, "b k"], lowest: int) -> Bool[Array, "b"]:

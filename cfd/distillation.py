@@ -54,8 +54,7 @@ def distillation_loss(
     the teacher is a student itself, which has no score for ∅.
     """
     lo, hi = _checked_range(weights)
-    check_data(x, (batch_size(labels),))
-    x = x.astype(jnp.float32)  # under `jax_enable_x64`, NumPy's images are float64
+    x = check_data(x, (batch_size(labels),))
     if is_student(teacher_fn):
         raise ValueError(
             "teacher_fn is a student, which has no unconditional score to mix: give the network that it learned from, "
@@ -98,8 +97,7 @@ def halving_loss(
     """
     lo, hi = _checked_range(weights)
     count = check_count("num_steps", num_steps)
-    check_data(x, (batch_size(labels),))
-    x = x.astype(jnp.float32)  # under `jax_enable_x64`, NumPy's images are float64
+    x = check_data(x, (batch_size(labels),))
     key_i, key_noise, key_w = jax.random.split(threefry(key), 3)
     levels = jnp.append(grid(2 * count, schedule, clean_end=False), jnp.inf)
     i = 2 * jax.random.randint(key_i, x.shape[:1], 0, count, jnp.int32)

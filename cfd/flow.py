@@ -87,8 +87,7 @@ def log_likelihood(
     key: one PRNG key, from which image i takes `fold_in(key, i)`, or [B] keys. Raises ValueError as `flow` does.
     """
     batch = batch_size(labels)
-    check_data(x, (batch,))
-    x = x.astype(jnp.float32)  # under `jax_enable_x64`, NumPy's images are float64
+    x = check_data(x, (batch,))
     count = check_count("num_steps", num_steps)
     check_ends(logsnr_min, logsnr_max)
     check_trained(eps_fn, logsnr_min, logsnr_max)

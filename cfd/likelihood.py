@@ -133,10 +133,9 @@ def bound(
     Raises: ValueError on concrete numbers out of range, and on arguments whose shapes do not agree.
     """
     batch = batch_size(labels)
-    check_data(x, (batch,))
+    x = check_data(x, (batch,))
     if decoder is softmax_decoder:
         check_pixels(x)
-    x = x.astype(jnp.float32)  # under `jax_enable_x64`, NumPy's images are float64
     check_grid(logsnr, "logsnr")
     check_v(v)
     check_trained(eps_fn, logsnr[0], logsnr[-1])

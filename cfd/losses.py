@@ -56,8 +56,7 @@ def eps_loss(
     Raises ValueError as `drop_labels` does, if x and labels do not agree, and if eps_fn returns no array of the shape
     of z, or schedule or weight none of shape [B].
     """
-    check_data(x, (batch_size(labels),))
-    x = x.astype(jnp.float32)  # under `jax_enable_x64`, NumPy's images are float64
+    x = check_data(x, (batch_size(labels),))
     key_u, key_eps, key_drop = jax.random.split(threefry(key), 3)
     labels = drop_labels(key_drop, labels, p_uncond, null)
     u = _times(key_u, len(x), low_discrepancy)
@@ -93,8 +92,7 @@ def learned_loss(
 
     `schedule` is strictly falling and differentiable. The other arguments, and what is raised, are as in `eps_loss`.
     """
-    check_data(x, (batch_size(labels),))
-    x = x.astype(jnp.float32)  # under `jax_enable_x64`, NumPy's images are float64
+    x = check_data(x, (batch_size(labels),))
     key_u, key_eps, key_drop = jax.random.split(threefry(key), 3)
     labels = drop_labels(key_drop, labels, p_uncond, null)
     u = _times(key_u, len(x), low_discrepancy)
@@ -198,8 +196,7 @@ def variance_loss(
     The other arguments, and what is raised, are as in `eps_loss`. Also raises ValueError as `check_grid` does, if
     eps_fn returns no v, and if weight is negative or not finite.
     """
-    check_data(x, (batch_size(labels),))
-    x = x.astype(jnp.float32)  # under `jax_enable_x64`, NumPy's images are float64
+    x = check_data(x, (batch_size(labels),))
     check_grid(logsnr, "logsnr")
     remedy = "it multiplies L_vlb: give one number >= 0 that is finite in float32"
     check_number("weight", weight, lambda x: (x >= 0.0) & (x < np.inf), remedy)
