@@ -29,7 +29,7 @@ def with_v(z, logsnr, labels):
 
 
 def wide_eps(z, logsnr, labels):
-    """Of float64 under `jax_enable_x64`. The network itself is asked in float32."""
+    """An ε in float64 under `jax_enable_x64`, from a network that is asked in float32."""
     assert z.dtype == logsnr.dtype == jnp.float32
     return np.float64(1.0) * eps_fn(z, logsnr, labels)
 

@@ -1,4 +1,4 @@
-"""What a command tells launch/supervise.py: how far the run has come, and that the command itself is wrong.
+"""Messages of a command to launch/supervise.py: how far the run has come, and that the command itself is wrong.
 
 The supervisor gives up when a run fails again and again at one place, and at once when the command is wrong.
 """
