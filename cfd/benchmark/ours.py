@@ -45,7 +45,7 @@ def our_side(setting: Setting) -> Built:
 
     def parameters() -> Any:
         if not setting.peer:
-            return xla.compiled(init, seeds.key(0))(seeds.key(0))
+            return xla.compiled(init, seeds.key(0), once=True)(seeds.key(0))
         with np.load(os.path.join(setting.folder, WEIGHTS)) as file:
             state = dict(file)
         hidden = Hidden(z.shape[1], 64, 0, "new", "cosine")

@@ -303,7 +303,7 @@ def train_classifier(net: Any, dataset: Dataset, *, num_steps: int, flip: bool, 
         return params, optimizer.init(params)
 
     key = seeds.key(seed)
-    params, opt_state = xla.compiled(init, key)(key)
+    params, opt_state = xla.compiled(init, key, once=True)(key)
 
     def loss_fn(params: Any, images: Array, labels: Array) -> Array:
         logits = net.apply({"params": params}, images)[1]

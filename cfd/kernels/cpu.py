@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from cfd.platforms import by_platform
+
 
 def materialize_on_cpu(arrays: Any) -> Any:
     """`arrays` unchanged. On a CPU, a barrier: XLA writes all of them to memory before any of them is used.
@@ -24,7 +26,7 @@ def materialize_on_cpu(arrays: Any) -> Any:
     Layers apply this to incoming and outgoing gradients. Otherwise XLA:CPU defers kernel gradients, keeps their inputs
     alive, and recomputes any gradient that has several consumers. All barriers together gain 1.14; digits 1.43.
     """
-    return jax.lax.platform_dependent(arrays, cpu=jax.lax.optimization_barrier, default=lambda a: a)
+    return by_platform(arrays, cpu=jax.lax.optimization_barrier, default=lambda a: a)
 
 
 @jax.custom_vjp
@@ -87,7 +89,7 @@ def channel_means(x: Float[Array, "b n c"], fold: bool = False) -> Float[Array, 
             x = sum(jnp.split(x, blocks, axis=1), start=jnp.zeros((), jnp.float32)) / blocks
         return jnp.matmul(jnp.full((x.shape[0], 2, x.shape[1]), 1.0 / x.shape[1]), x)[:, 0]
 
-    return jax.lax.platform_dependent(x, cpu=product, default=partial(jnp.mean, axis=1))
+    return by_platform(x, cpu=product, default=partial(jnp.mean, axis=1))
 
 
 @partial(jax.jit, static_argnames="num_groups")

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from cfd.platforms import by_platform
+
 
 def materialize_on_gpu(x: Array) -> Array:
     """x unchanged. On a GPU, a barrier: XLA writes x to memory once, in its own dtype.
@@ -20,7 +22,7 @@ def materialize_on_gpu(x: Array) -> Array:
     a 16-bit array was rounded from, for the operations that compute in float32.
     """
     barrier = jax.lax.optimization_barrier
-    return jax.lax.platform_dependent(x, cuda=barrier, rocm=barrier, default=lambda x: x)
+    return by_platform(x, cuda=barrier, rocm=barrier, default=lambda x: x)
 
 
 def means_in_two_stages(

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from cfd.kernels import cpu
 from cfd.kernels.cpu import channel_means, group_means, materialize_on_cpu
 from cfd.kernels.gpu import materialize_on_gpu, means_in_two_stages
+from cfd.platforms import by_platform
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
@@ -32,7 +33,9 @@ def group_norm(
 def _forward(
     x: Array, gain: Array, shift: Array, num_groups: int, epsilon: float, silu: bool
 ) -> tuple[Array, tuple[Array, ...]]:
-    mean, variance = jax.lax.platform_dependent(
+    # Without the barrier, XLA:CPU would repeat the sum that gave x in each of the three loops that read it.
+    x = materialize_on_cpu(x)
+    mean, variance = by_platform(
         x, cpu=partial(cpu.moments, num_groups=num_groups), default=partial(moments, num_groups=num_groups)
     )
     rstd = jax.lax.rsqrt(variance + epsilon)
@@ -93,7 +96,7 @@ def gradient(
         # terms once and write them to memory in float32.
         return jax.lax.optimization_barrier((x, g, *means_in_two_stages(terms, x, g)))
 
-    x, g, along_one, along_x = jax.lax.platform_dependent(x, g, cuda=means_on_gpu, rocm=means_on_gpu, default=means)
+    x, g, along_one, along_x = by_platform(x, g, cuda=means_on_gpu, rocm=means_on_gpu, default=means)
     centred, g_in = centred_and_gradient(x, g)
     along_x = along_x * rstd
     constant = rstd * group_means(gain * along_one, num_groups)

@@ -104,7 +104,7 @@ def fit(
     key_init, key_steps = jax.random.split(seeds.key(training.seed))
     workdir.write_config(folder, config_json, BEFORE)
     init_state = partial(initial_state, init, optimizer, num_posthoc=len(training.posthoc_ema))
-    abstract = parallel.with_shardings(mesh, jax.eval_shape(init_state, key_init))
+    abstract = parallel.with_shardings(mesh, xla.shapes(init_state, key_init))
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
 
     # Restore: the newest good checkpoint, if there is one.
@@ -132,7 +132,7 @@ def fit(
     with ThreadPoolExecutor(1) as thread:
         making = None
         if state is None:
-            making = thread.submit(xla.lowered(init_state, key_init, out_shardings=shardings).compile)
+            making = thread.submit(xla.lowered(init_state, key_init, once=True, out_shardings=shardings).compile)
         thread.submit(log.prepare)
         step_fn = compile_step(
             training, mesh, division, dataset, abstract, shardings, key_steps, loss_fn, optimizer, project, frozen

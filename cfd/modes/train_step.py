@@ -14,6 +14,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Float, UInt8
 
 from cfd.kernels.cpu import materialize_on_cpu
+from cfd.platforms import by_platform
 from cfd.posthoc_ema import advance
 
 SMALL = 2**16
@@ -193,7 +194,7 @@ def row_major(grads: Any) -> Any:
     def one(g: Array) -> Array:
         return with_layout_constraint(g, Layout(tuple(range(g.ndim))))
 
-    return jax.lax.platform_dependent(grads, cuda=partial(jax.tree.map, one), default=lambda grads: grads)
+    return by_platform(grads, cuda=partial(jax.tree.map, one), default=lambda grads: grads)
 
 
 def _loss_and_grads(
@@ -284,4 +285,4 @@ def global_norm(tree: Any) -> Array:
             squares[group] = squares.get(group, 0.0) + jax.lax.square(x)
         return jnp.sqrt(sum(map(jnp.sum, squares.values())))
 
-    return jax.lax.platform_dependent(jax.tree.leaves(tree), cpu=on_cpu, default=elsewhere)
+    return by_platform(jax.tree.leaves(tree), cpu=on_cpu, default=elsewhere)

@@ -1,7 +1,7 @@
 """The layers of the U-Net, each with its equation: convolution, bias, attention, group normalisation.
 
 Every layer has a plain form, and with `fast` (the default) the forms of `cfd.kernels` for some platforms, among which
-`jax.lax.platform_dependent` chooses. They all compute the same function up to rounding. The fast forms have
+`cfd.platforms` chooses. They all compute the same function up to rounding. The fast forms have
 hand-written gradients, which JAX can use in reverse mode only: `jax.jvp`, `jax.jacfwd` and `jax.linearize` need
 `fast=False`. Functions that many layers call are jitted: JAX then traces each once per shape, which saves three tenths
 of the time to trace a training step.
@@ -22,6 +22,7 @@ from jaxtyping import Float
 
 from cfd.kernels import cpu, direct, gpu, tpu, winograd
 from cfd.kernels import group_norm as group_norm_kernel
+from cfd.platforms import by_platform
 
 GROUPS = 32
 EPSILON = 1e-5
@@ -128,7 +129,7 @@ def _forms(stride: int, x: Float[Array, "b h w c"], kernel: Float[Array, "... c 
 def _by_platform(functions: dict[str, Callable[..., Any]], *arrays: Array) -> Any:
     if len(functions) == 1:
         return functions["default"](*arrays)
-    return jax.lax.platform_dependent(*arrays, **functions)
+    return by_platform(*arrays, **functions)
 
 
 def _plain_convolution(stride: int, kernel: Float[Array, "... c k"]) -> Callable[[Array, Array], Array]:
@@ -203,9 +204,9 @@ def dense(
     x, *parameters = cast_varying(x, *parameters)
     if kernel.dtype == x.dtype:
         on_cpu = partial(rounded, product=partial(product, of_rows=cpu.product))
-        return jax.lax.platform_dependent(x, *parameters, cpu=on_cpu, default=rounded)
+        return by_platform(x, *parameters, cpu=on_cpu, default=rounded)
     on_tpu = partial(tpu.linear if bias is None else tpu.dense, plain)
-    return jax.lax.platform_dependent(x, *parameters, tpu=on_tpu, default=rounded)
+    return by_platform(x, *parameters, tpu=on_tpu, default=rounded)
 
 
 def _rounded(plain: Callable[[Array, Array], Array], x: Array, kernel: Array) -> Array:
@@ -224,7 +225,7 @@ def attention(
     on_tpu = tpu.attention if tpu.pays(q.shape[1], k.shape[1]) else plain
     # JAX's attention itself promotes 16 bits to float32, which `jax_numpy_dtype_promotion="strict"` would refuse.
     with jax.numpy_dtype_promotion("standard"):
-        return jax.lax.platform_dependent(q, k, v, cpu=cpu.attention, tpu=on_tpu, default=plain, **cudnn)
+        return by_platform(q, k, v, cpu=cpu.attention, tpu=on_tpu, default=plain, **cudnn)
 
 
 @partial(jax.jit, static_argnames="fast")
@@ -236,7 +237,7 @@ def self_attention(qkv: Float[Array, "b t 3 n d"], *, fast: bool = True) -> Floa
 
     if not fast or not tpu.pays(qkv.shape[1], qkv.shape[1]):
         return plain(qkv)
-    return jax.lax.platform_dependent(qkv, tpu=tpu.self_attention, default=plain)
+    return by_platform(qkv, tpu=tpu.self_attention, default=plain)
 
 
 def group_norm(

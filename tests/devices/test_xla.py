@@ -70,8 +70,9 @@ def test_rematerialisation_spares_memory_under_the_options() -> None:
         init, loss_fn = diffusion(config)
         key = jax.eval_shape(lambda: jax.random.key(0))
         x, labels = jax.ShapeDtypeStruct((64, 8, 8, 1), jnp.float32), jax.ShapeDtypeStruct((64,), jnp.int32)
-        gradient = xla.jit(jax.value_and_grad(loss_fn, argnums=1)).lower(key, jax.eval_shape(init, key), x, labels)
-        needed[remat] = gradient.compile().memory_analysis().temp_size_in_bytes
+        gradient = jax.value_and_grad(loss_fn, argnums=1)
+        program = xla.compiled(gradient, key, jax.eval_shape(init, key), x, labels)
+        needed[remat] = program.memory_analysis().temp_size_in_bytes
     assert needed[True] < 0.5 * needed[False], needed
 
 
@@ -146,7 +147,7 @@ def test_a_program_keeps_nothing_of_what_it_was_made_from() -> None:
     np.testing.assert_array_equal(program(x), -np.asarray(x))
     assert xla.flops(fun, x) == x.size
     assert traced() == 0
-    xla.jit(fun).lower(x).compile()
+    xla.lowered(fun, x).compile()
     assert traced() > 0
 
 
