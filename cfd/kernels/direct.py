@@ -9,10 +9,12 @@ Results have the same bits on any number of threads: see `kernels.cpu.transposed
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float32
 
-from cfd.kernels.winograd import PADDING
+from cfd.kernels.cpu import transposed_product
+from cfd.kernels.winograd import LAYOUT, PADDING
 
 FEW = 8
 
@@ -32,8 +34,7 @@ def _convolve(x: Float32[Array, "b h w c"], kernel: Float32[Array, "3 3 c k"]) -
     b, height, width, channels = x.shape
     outputs = kernel.shape[3]
     if not _has_few_outputs(channels, outputs):
-        windows = jax.lax.optimization_barrier(jnp.concatenate(_windows(jnp.pad(x, PADDING), 1), axis=3))
-        return (windows.reshape(-1, 9 * channels) @ kernel.reshape(-1, outputs)).reshape(b, height, width, outputs)
+        return (_windows(x) @ kernel.reshape(-1, outputs)).reshape(b, height, width, outputs)
     # The width is the last axis, because loops over as few values as there are outputs are slow.
     taps = kernel.swapaxes(2, 3).reshape(9 * outputs, channels)
     products = (taps @ x.reshape(-1, channels).T).reshape(9, outputs, b, height, width)
@@ -56,17 +57,22 @@ def gradients(
 def _kernel_gradient(x: Float32[Array, "b h w c"], g: Float32[Array, "b h w k"]) -> Float32[Array, "3 3 c k"]:
     """The gradient of the kernel: a product with windows of x. With x and g exchanged, it is rotated by 180°."""
     channels, outputs = x.shape[3], g.shape[3]
-    planes = jax.lax.optimization_barrier(jnp.moveaxis(x, 3, 0))
-    windows = jnp.stack(_windows(jnp.pad(planes, ((0, 0), (0, 0), (1, 1), (1, 1))), 2))
-    rows = jax.lax.optimization_barrier(windows.reshape(9 * channels, -1))
-    return (rows @ g.reshape(-1, outputs)).reshape(3, 3, channels, outputs)
+    return transposed_product(_windows(x), g.reshape(-1, outputs)).reshape(3, 3, channels, outputs)
 
 
-def _windows(padded: Array, axis: int) -> list[Array]:
-    """For each of the nine taps, the values that it multiplies. The height is `axis`, and the width is the next one."""
-    height, width = padded.shape[axis] - 2, padded.shape[axis + 1] - 2
-    rows = [jax.lax.slice_in_dim(padded, i, i + height, axis=axis) for i in range(3)]
-    return [jax.lax.slice_in_dim(row, j, j + width, axis=axis + 1) for row in rows for j in range(3)]
+def _windows(x: Float32[Array, "b h w c"]) -> Float32[Array, "n 9*c"]:
+    """For each of the n positions, the values that the nine taps multiply, all channels of a tap together."""
+    height, width, channels = x.shape[1:]
+    if channels <= FEW:
+        # A convolution with ones and zeros copies exactly. XLA:CPU would compile ten loops for the slices.
+        copies = jnp.asarray(np.eye(9 * channels, dtype=np.float32).reshape(3, 3, channels, -1))
+        windows = jax.lax.conv_general_dilated(x, copies, (1, 1), PADDING[1:3], dimension_numbers=LAYOUT)
+    else:
+        padded = jnp.pad(x, PADDING)
+        windows = jnp.concatenate(
+            [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)], axis=3
+        )
+    return jax.lax.optimization_barrier(windows).reshape(-1, 9 * channels)
 
 
 def _has_few_outputs(channels: int, outputs: int) -> bool:

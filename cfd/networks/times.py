@@ -40,9 +40,12 @@ def adm_time(logsnr: Float[Array, "*b"], schedule: str) -> Float[Array, "*b"]:
 
     ADM never trained beyond the ends of its table. There, t stays at 0 (little noise) or 999 (much noise).
     """
-    table = logsnr_table(schedule)
-    steps = np.arange(NUM_STEPS, dtype=np.float32)
-    return jnp.interp(logsnr, np.float32(table[::-1]), steps[::-1])
+    # All levels are compared at once. The search of `jnp.interp` is a loop, which takes longer to compile.
+    rising = np.float32(logsnr_table(schedule)[::-1])
+    above = jnp.searchsorted(rising, logsnr, side="right", method="compare_all").clip(1, NUM_STEPS - 1)
+    low, high = jnp.asarray(rising)[above - 1], jnp.asarray(rising)[above]
+    t = (NUM_STEPS - above).astype(jnp.float32) - (logsnr - low) / (high - low)
+    return t.clip(0.0, NUM_STEPS - 1.0)
 
 
 def adm_logsnr(t: Float[Array, "*b"], schedule: str) -> Float[Array, "*b"]:
