@@ -118,8 +118,39 @@ def check_returned(function: str, value: Any, shape: tuple[int | None, ...], mea
     raise ValueError(f"{function} returned {given}; it must return {meaning}, one float32 array of shape {expected}")
 
 
+def eps_and_v(output: Any) -> tuple[Any, Any]:
+    """(ε, v) of an eps_fn's output, which is ε alone, or this pair with a learned variance. Of ε alone, v is None.
+
+    Nichol and Dhariwal (arXiv:2102.09672), Eq. 15, log Σ = v log β + (1 − v) log β̃, is the variance of `posterior`.
+    """
+    return output if isinstance(output, tuple) and len(output) == 2 else (output, None)
+
+
+def check_output(function: str, output: Any, shape: tuple[int, ...]) -> tuple[Array, Array | None]:
+    """`eps_and_v` in float32. Raises ValueError unless both are floating arrays of the shape of z."""
+    eps, v = eps_and_v(output)
+    check_returned(function, eps, shape, "the noise of z")
+    if v is None:
+        return eps.astype(jnp.float32), None
+    check_returned(function, v, shape, "v, the second of its pair")
+    return eps.astype(jnp.float32), v.astype(jnp.float32)
+
+
+def check_function(name: str, value: Any, signature: str) -> None:
+    """Raises ValueError unless the caller's argument `name` is a function."""
+    if not callable(value):
+        raise ValueError(f"{name} is {value!r}; give a function {signature}")
+
+
+def check_switch(name: str, value: Any) -> None:
+    """Raises ValueError unless `value` is True or False. A function or a text would mean True."""
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name} is {value!r}; give True or False")
+
+
 def row_weights(weight: Callable[[Array], Array], logsnr: Float[Array, "b"]) -> Float[Array, "b"]:
     """The weight of each row of a loss, `weight(logsnr)`, in float32. Raises ValueError unless it is one per row."""
+    check_function("weight", weight, "of λ [B], or None")
     weights = weight(logsnr)
     check_returned("weight", weights, logsnr.shape, "one weight per row")
     return weights.astype(jnp.float32)

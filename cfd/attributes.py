@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cfd.arguments import check_numbers
+from cfd.arguments import check_numbers, concrete
 
 
 def declared(function: Any, name: str) -> Any:
@@ -26,6 +26,21 @@ def trained_range(*functions: Any) -> tuple[float, float] | None:
     """The range of λ on which all these networks were trained, for those that say it; None if none does."""
     ranges = [found for function in functions if (found := declared(function, "logsnr_range")) is not None]
     return (max(lo for lo, _ in ranges), min(hi for _, hi in ranges)) if ranges else None
+
+
+def check_trained(eps_fn: Callable[..., Any], logsnr_min: Any, logsnr_max: Any) -> None:
+    """Raises ValueError if an end lies outside the range of λ on which eps_fn was trained. Unknown ends pass."""
+    trained = trained_range(eps_fn)
+    if trained is None:
+        return
+    lo, hi = trained
+    slack = 1e-3 * (hi - lo)  # for ends that were rounded
+    ends = concrete(logsnr_min), concrete(logsnr_max)
+    if not all(end is None or lo - slack <= end <= hi + slack for end in ends):
+        raise ValueError(
+            f"logsnr_min is {logsnr_min} and logsnr_max {logsnr_max}, but eps_fn was trained on λ in [{lo}, {hi}]: "
+            f"give logsnr_min={lo} and logsnr_max={hi}, or **run.process of the run that cfd.loading.load returned"
+        )
 
 
 def is_student(eps_fn: Any) -> bool:

@@ -15,9 +15,18 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Key, PyTree, UInt32
 
-from cfd.arguments import check_count, check_data, check_numbers, check_returned, row_weights, threefry
+from cfd.arguments import (
+    check_count,
+    check_data,
+    check_numbers,
+    check_output,
+    check_returned,
+    check_switch,
+    row_weights,
+    threefry,
+)
 from cfd.attributes import is_student
-from cfd.guidance import NULL_LABEL, batch_size, check_output, guide, nulls_like
+from cfd.guidance import NULL_LABEL, batch_size, guide, nulls_like
 from cfd.process import Schedule, cosine, diffuse, per_example, x_from_eps
 from cfd.steps import ddim, grid
 
@@ -130,7 +139,10 @@ def two_steps(
     with the shares (κ' − κ) / (κ'' − κ) of the first and (κ'' − κ') / (κ'' − κ) of the second: the formula of Salimans
     and Ho (arXiv:2202.00512), Algorithm 2, without its difference of nearly equal numbers. λ'' = ∞ stands for the last
     step of sampling, which returns the second x̃ itself. With `clip`, both are clipped to [−1, 1], as when sampling.
+
+    Raises ValueError unless clip is True or False.
     """
+    check_switch("clip", clip)
 
     def data(z: Array, logsnr: Array) -> Array:
         x = x_from_eps(z, eps_fn(z, logsnr), logsnr)

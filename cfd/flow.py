@@ -13,13 +13,15 @@ from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.nn import log_sigmoid
 from jax.typing import ArrayLike
 from jaxtyping import Float, Key, PyTree, Real, UInt32
 
-from cfd.arguments import check_count, check_data, check_numbers, image_keys, random_signs
-from cfd.guidance import NULL_LABEL, batch_size, check_trained, guided
+from cfd.arguments import check_count, check_data, check_numbers, concrete, image_keys, random_signs
+from cfd.attributes import check_trained
+from cfd.guidance import NULL_LABEL, batch_size, check_reached, guided
 from cfd.process import alpha_sigma, check_ends, per_example
 
 
@@ -52,6 +54,7 @@ def flow(
     known = check_numbers("logsnr", logsnr, one_way, remedy)
     if known is not None:
         check_trained(eps_fn, known.min(), known.max())
+        check_reached(w, known)
     field, levels = velocity(eps_fn, labels, w, null), jnp.asarray(logsnr, jnp.float32)
 
     def step(z: Array, ends: tuple[Array, Array]) -> tuple[Array, None]:
@@ -91,6 +94,9 @@ def log_likelihood(
     count = check_count("num_steps", num_steps)
     check_ends(logsnr_min, logsnr_max)
     check_trained(eps_fn, logsnr_min, logsnr_max)
+    first, last = concrete(logsnr_min), concrete(logsnr_max)
+    if first is not None and last is not None:
+        check_reached(w, np.linspace(first, last, count + 1))
     probe = jax.vmap(lambda key: random_signs(key, x.shape[1:]))(image_keys(key, batch))
     field = velocity(eps_fn, labels, w, null)
     axes = tuple(range(1, x.ndim))

@@ -14,10 +14,21 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int, Key, PyTree, Real, UInt32
 
-from cfd.arguments import check_number, check_numbers, check_returned, concrete, is_zero, known_labels, threefry
+from cfd.arguments import (
+    check_function,
+    check_number,
+    check_numbers,
+    check_output,
+    check_returned,
+    concrete,
+    eps_and_v,
+    is_zero,
+    known_labels,
+    threefry,
+)
 from cfd.attributes import check_student, declared, is_student, trained_range
 from cfd.process import alpha_sigma, eps_from_x, per_example, x_from_eps
-from cfd.steps import LearnedVariance, StepRule
+from cfd.steps import LearnedVariance, SecondOrder, StepRule, rule_of
 
 NULL_LABEL = -1
 """∅, the label of the unconditional model: "input zeros for the class identifier" (Section 3.2)."""
@@ -55,7 +66,7 @@ def nulls_like(labels: PyTree, null: PyTree, *, batched: bool = False) -> PyTree
     """One ∅ per label: `null`, repeated along the batch axis of `labels`. If `batched`, it may have one of its own.
 
     Raises ValueError if `null` does not have the structure and shape of one label, or if the dtype of the labels cannot
-    represent it: −1 as uint8, 0.5 as int32.
+    represent it: −1 as uint8, 0.5 as int32, a traced floating number as int32.
     """
     if jax.tree.structure(null) != jax.tree.structure(labels):
         raise ValueError(f"null is {null!r}; it must have the structure of labels, {jax.tree.structure(labels)}")
@@ -65,14 +76,15 @@ def nulls_like(labels: PyTree, null: PyTree, *, batched: bool = False) -> PyTree
             of_all = f", or of all, {c.shape}" if batched else ""
             raise ValueError(f"null has shape {jnp.shape(n)}; it must be that of one label, {c.shape[1:]}{of_all}")
         number = concrete(n)
-        if c.dtype.kind in "iub" and number is not None:
+        if number is None:
+            fits = not jnp.issubdtype(jnp.result_type(n), jnp.floating)
+        else:
             with np.errstate(invalid="ignore"):  # a cast of NaN
-                same = np.array_equal(number.astype(c.dtype), number)
-            if not same:
-                raise ValueError(
-                    f"null is {n!r}, which labels of dtype {c.dtype} cannot represent: give an integer, and labels as "
-                    "int32"
-                )
+                fits = number.dtype.kind not in "OSU" and np.array_equal(number.astype(c.dtype), number)
+        if c.dtype.kind in "iub" and not fits:
+            raise ValueError(
+                f"null is {n!r}, which labels of dtype {c.dtype} cannot represent: give an integer, and labels as int32"
+            )
         return jnp.broadcast_to(jnp.asarray(n, c.dtype), c.shape)
 
     return jax.tree.map(repeated, null, labels)
@@ -87,24 +99,6 @@ def batch_size(labels: PyTree) -> int:
             "jnp.array([0, 1])"
         )
     return leading.pop()[0]
-
-
-def eps_and_v(output: Any) -> tuple[Any, Any]:
-    """(ε, v) of an eps_fn's output, which is ε alone, or this pair with a learned variance. Of ε alone, v is None.
-
-    Nichol and Dhariwal (arXiv:2102.09672), Eq. 15, log Σ = v log β + (1 − v) log β̃, is the variance of `posterior`.
-    """
-    return output if isinstance(output, tuple) and len(output) == 2 else (output, None)
-
-
-def check_output(function: str, output: Any, shape: tuple[int, ...]) -> tuple[Array, Array | None]:
-    """`eps_and_v` in float32. Raises ValueError unless both are floating arrays of the shape of z."""
-    eps, v = eps_and_v(output)
-    check_returned(function, eps, shape, "the noise of z")
-    if v is None:
-        return eps.astype(jnp.float32), None
-    check_returned(function, v, shape, "v, the second of its pair")
-    return eps.astype(jnp.float32), v.astype(jnp.float32)
 
 
 def guide(
@@ -136,14 +130,14 @@ def guided(
         check_student_weight(eps_fn, w, null=null is not NULL_LABEL)
     labels = jax.tree.map(jnp.asarray, labels)
     unguided = student or (not isinstance(w, Interval) and is_zero(w))
-    nulls = None if unguided else nulls_like(labels, null, batched=True)
+    nulls = None if unguided and null is NULL_LABEL else nulls_like(labels, null, batched=True)
 
     def evaluate(z: Array, logsnr: Array, *inputs: PyTree) -> Array:
         return check_output("eps_fn", eps_fn(z, jnp.broadcast_to(logsnr, z.shape[:1]), *inputs), z.shape)[0]
 
     def field(z: Array, logsnr: Array) -> Array:
         eps = evaluate(z, logsnr, labels, *([weight_at(w, logsnr, batch)] if student else []))
-        if nulls is None:
+        if unguided:
             return eps
         weight = w.w if isinstance(w, Interval) else weight_of(w, logsnr, batch) if callable(w) else w
         weight = jnp.asarray(weight, jnp.float32)
@@ -160,8 +154,8 @@ class Interval(NamedTuple):
     Kynkäänniemi et al., Applying Guidance in a Limited Interval (arXiv:2404.07724). All three fields are traced: new
     values never recompile. Outside the interval, the sampler evaluates the network once per step instead of twice.
 
-    `guided_sample` refuses an interval that none of its steps falls into. `classifier_guidance` and `shift_mean` do not
-    know the steps: there, such an interval means no guidance.
+    `guided_sample`, `flow` and `log_likelihood` refuse an interval that none of their λ falls into. Everywhere else,
+    such an interval means no guidance.
     """
 
     w: Real[ArrayLike, "*b"]
@@ -198,6 +192,19 @@ def check_weight(w: Any, batch: int | None = None) -> None:
             raise ValueError(f"w is {w}, which contains no λ: {remedy}")
 
 
+def check_reached(w: Any, levels: np.ndarray | None) -> None:
+    """Raises ValueError if w is an `Interval` that none of these λ falls into. None, and traced ends, pass."""
+    bounds = (concrete(w.logsnr_lo), concrete(w.logsnr_hi)) if isinstance(w, Interval) else (None, None)
+    if levels is None or bounds[0] is None or bounds[1] is None:
+        return
+    distance = np.maximum(bounds[0] - levels, levels - bounds[1])
+    if distance.min() > 1e-4:  # more than the rounding of λ in float32
+        raise ValueError(
+            f"w is {w}, and none of the {len(levels)} steps falls into the interval: nothing is guided. The nearest "
+            f"step is at λ = {levels[distance.argmin()]:.6g}: widen the interval, or take more steps"
+        )
+
+
 def weight_of(w: Callable[[Array], Any], logsnr: Float[Array, "*t"], batch: int) -> Any:
     """w(λ), a scalar or [B], of a function. Raises ValueError if it returns anything else, and as `check_weight`."""
     weight = w(logsnr)
@@ -226,21 +233,6 @@ def weight_at(w: Any, logsnr: Float[Array, "*t"], batch: int) -> Float[Array, "b
     return jnp.broadcast_to(jnp.asarray(w, jnp.float32), (batch,))
 
 
-def check_trained(eps_fn: Callable[..., Any], logsnr_min: Any, logsnr_max: Any) -> None:
-    """Raises ValueError if an end lies outside the range of λ on which eps_fn was trained. Unknown ends pass."""
-    trained = trained_range(eps_fn)
-    if trained is None:
-        return
-    lo, hi = trained
-    slack = 1e-3 * (hi - lo)  # for ends that were rounded
-    ends = concrete(logsnr_min), concrete(logsnr_max)
-    if not all(end is None or lo - slack <= end <= hi + slack for end in ends):
-        raise ValueError(
-            f"logsnr_min is {logsnr_min} and logsnr_max {logsnr_max}, but eps_fn was trained on λ in [{lo}, {hi}]: "
-            f"give logsnr_min={lo} and logsnr_max={hi}, or **run.process of the run that cfd.loading.load returned"
-        )
-
-
 def classifier_guidance(
     eps_fn: Callable[..., Any], classifier_fn: Callable[[Array, Array], Array], w: Any
 ) -> Callable[[Array, Array, Array], Any]:
@@ -262,6 +254,7 @@ def classifier_guidance(
     same for all λ.
     """
     check_weight(w)
+    check_function("classifier_fn", classifier_fn, "(z, logsnr) -> logits")
     if is_student(eps_fn):
         raise ValueError(
             "eps_fn is a student, which is guided by its input w without a classifier: give its w to guided_sample, or "
@@ -314,9 +307,10 @@ def shift_mean(
     Raises ValueError if `sampler` is not a step rule that adds noise, and as `classifier_guidance` does.
     """
     check_weight(w)
+    check_function("classifier_fn", classifier_fn, "(z, logsnr) -> logits")
     learned = isinstance(sampler, LearnedVariance)
-    rule = sampler.rule if learned else sampler
-    if not callable(rule):
+    rule: Any = sampler.rule if learned else rule_of(sampler)
+    if isinstance(sampler, SecondOrder):
         raise ValueError(f"sampler is {sampler!r}; it must be a step rule that adds noise: give ancestral(v)")
     labels = jnp.asarray(labels)
 

@@ -25,8 +25,9 @@ from jax.scipy.special import log_ndtr
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int, Key, PyTree, Real, UInt32
 
-from cfd.arguments import check_count, check_data, check_number, check_numbers, image_keys
-from cfd.guidance import NULL_LABEL, batch_size, check_trained, guided
+from cfd.arguments import check_count, check_data, check_number, check_numbers, check_switch, image_keys
+from cfd.attributes import check_trained
+from cfd.guidance import NULL_LABEL, batch_size, guided
 from cfd.process import alpha_sigma, check_grid, check_v, diffuse, step_divergence, x_from_eps
 
 LEVELS = 256
@@ -139,6 +140,7 @@ def bound(
     check_grid(logsnr, "logsnr")
     check_v(v)
     check_trained(eps_fn, logsnr[0], logsnr[-1])
+    check_switch("clip", clip)
     levels, v = jnp.asarray(logsnr, jnp.float32), jnp.asarray(v, jnp.float32)
     keys = image_keys(key, batch)
     eps_of = guided(eps_fn, labels, w, null)

@@ -11,8 +11,17 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float, Key, PyTree, Real, UInt32
 
-from cfd.arguments import check_data, check_number, check_numbers, check_returned, row_weights, threefry
-from cfd.guidance import NULL_LABEL, batch_size, check_output, drop_labels, eps_and_v
+from cfd.arguments import (
+    check_data,
+    check_number,
+    check_numbers,
+    check_output,
+    check_returned,
+    eps_and_v,
+    row_weights,
+    threefry,
+)
+from cfd.guidance import NULL_LABEL, batch_size, drop_labels
 from cfd.process import (
     Schedule,
     check_grid,

@@ -57,7 +57,7 @@ def similar(cosine: Number, k: Number) -> Reuse:
     They are similar if their cosine, over one image, is at least `cosine`. Castillo et al. (arXiv:2312.12487) then
     leave the second score out; here, the difference stays, and is measured again after k steps.
     """
-    check_number("cosine", cosine, lambda x: (x >= -1.0) & (x <= 1.0), "it is a cosine: give a number in [-1, 1]")
+    _check_cosine(cosine)
     return Reuse(_count(k), float(cosine))
 
 
@@ -134,6 +134,11 @@ def check_reuse(reuse: Any) -> None:
     if not isinstance(reuse, Reuse):
         raise ValueError(f"reuse is {reuse!r}; give every(k), extrapolated(k) or similar(cosine, k), or None")
     check_count("k", reuse.k)
+    _check_cosine(reuse.cosine)
+
+
+def _check_cosine(cosine: Any) -> None:
+    check_number("cosine", cosine, lambda x: (x >= -1.0) & (x <= 1.0), "it is a cosine: give a number in [-1, 1]")
 
 
 def _count(k: Number) -> int:

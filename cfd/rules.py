@@ -322,6 +322,8 @@ def _narrow(x: Number) -> Number:
 
 def _check(**numbers: Any) -> None:
     for name, number in numbers.items():
+        if not isinstance(number, int | float | np.number | np.ndarray | Array):
+            raise ValueError(f"{name} is {number!r}; give a number, or an array of shape (B,) with one per image")
         check_numbers(name, number, np.isfinite, "give a number that is finite in float32")
 
 

@@ -16,15 +16,22 @@ from jax.typing import ArrayLike
 from jaxtyping import Key, PyTree, Real, UInt32
 
 from cfd import steps
-from cfd.arguments import check_returned, check_shape, concrete, image_keys, is_zero, warn_of_wrong_rows
-from cfd.attributes import is_student, joint_scores
+from cfd.arguments import (
+    check_function,
+    check_output,
+    check_returned,
+    check_shape,
+    image_keys,
+    is_zero,
+    warn_of_wrong_rows,
+)
+from cfd.attributes import check_trained, is_student, joint_scores
 from cfd.guidance import (
     NULL_LABEL,
     Interval,
     batch_size,
-    check_output,
+    check_reached,
     check_student_weight,
-    check_trained,
     check_weight,
     nulls_like,
     weight_at,
@@ -45,6 +52,7 @@ from cfd.steps import (
     grid,
     hold,
     is_grid,
+    known_levels,
     schedule,
     sde_dpm_solver,
 )
@@ -112,11 +120,11 @@ def guided_sample(
         NaN, so are the images. A student (`EpsFn`) is evaluated once per step with its w, which is 0 outside of an
         `Interval`; numbers outside of its range are refused.
       null: the label ∅ of the unconditional score, with the structure and shape of one label, or one for each label.
-        Another class in its place guides away from that class.
+        Another class in its place guides away from that class. It is not used if w is a concrete 0.
       guide: the eps_fn that guidance leads away from, given the same labels: a smaller or less trained network, which
         is autoguidance (arXiv:2406.02507), or a closure over the same weights with dropout or fewer blocks, or one
         that chooses by λ. By default, it is eps_fn with the label ∅: classifier-free guidance. It is evaluated exactly
-        where the unconditional score would be.
+        where the unconditional score would be. It takes no `null`.
       rule: how the two scores become one, such as `cfd.rules.apg(...)`, or any value with the functions of
         `cfd.rules.Rule`; by default, Eq. 6. A rule gets both scores at every step, or at those inside an `Interval`,
         whatever w is.
@@ -156,21 +164,26 @@ def guided_sample(
         raise ValueError("guide is a student, whose score depends on w: give the network that it learned from")
     if doubled and guide is not None:
         raise ValueError("doubled evaluates one network on both labels, and guide is another network: leave one out")
-    if isinstance(w, Interval):
-        _check_interval(w, num_steps, logsnr_min, logsnr_max)
+    if null is not NULL_LABEL and guide is not None:
+        raise ValueError(
+            f"null is {null!r}, and guide, which takes the place of eps_fn with that label, is given the same labels: "
+            "leave one out, or give a guide that ignores its label, lambda z, logsnr, _: guide(z, logsnr, other)"
+        )
+    known = known_levels(num_steps, logsnr_min, logsnr_max)
+    check_reached(w, known)
     labels = jax.tree.map(jnp.asarray, labels)
     keys = image_keys(key, batch)
     _check_functions(rule, clip, eps_fn=eps_fn, guide=guide)
     if reuse is not None:
         check_reuse(reuse)
         reuse = None if reuse.k == 1 else reuse
+    steps.check_held(sampler)
     guided_eps = _guided(eps_fn, guide, rule, reuse, labels, null, w, batch, doubled)
     if corrector is not None:
         steps.check_corrector(corrector)
         own_w = w if corrector.w is None else corrector.w
         check_weight(own_w, batch)
-        if isinstance(own_w, Interval):
-            _check_interval(own_w, num_steps, logsnr_min, logsnr_max)
+        check_reached(own_w, known)
         corrector_eps = _guided(eps_fn, guide, rule, reuse, labels, null, own_w, batch, doubled)
     if start is not None:
         start = jnp.asarray(start)
@@ -182,7 +195,8 @@ def guided_sample(
             )
     # The last λ' is never reached. A step of zero length there would make the gradients of some rules NaN.
     levels_next = jnp.concatenate([levels[1:], levels[-1:] + 1.0])
-    step_rule, reach = _extrapolation(sampler, levels, levels_next)
+    step_rule = steps.with_v(steps.rule_of(sampler))
+    reach = steps.reach(levels, levels_next) if isinstance(sampler, SecondOrder) else None
 
     def threshold(x: Array) -> Array:
         if not callable(clip):
@@ -223,45 +237,6 @@ def guided_sample(
     return (z, xs) if trajectory else z
 
 
-def _check_interval(interval: Interval, num_steps: Any, logsnr_min: Any, logsnr_max: Any) -> None:
-    """Raises ValueError if no step falls into the interval. Intervals and grids with a traced end pass."""
-    bounds = concrete(interval.logsnr_lo), concrete(interval.logsnr_hi)
-    # In NumPy, because JAX traces arrays under `jit`.
-    if is_grid(num_steps):
-        logsnr = concrete(num_steps)
-    else:
-        first, last = concrete(logsnr_min), concrete(logsnr_max)
-        logsnr = None if first is None or last is None else _float64_grid(operator.index(num_steps), first, last)
-    if logsnr is None or bounds[0] is None or bounds[1] is None:
-        return
-    distance = np.maximum(bounds[0] - logsnr, logsnr - bounds[1])
-    if distance.min() > 1e-4:  # more than the rounding of λ in float32
-        raise ValueError(
-            f"w is {interval}, and none of the {len(logsnr)} steps falls into the interval: nothing is guided. "
-            f"The nearest step is at λ = {logsnr[distance.argmin()]:.6g}: widen the interval, or take more steps"
-        )
-
-
-def _float64_grid(num_steps: int, first: Any, last: Any) -> np.ndarray:
-    """The grid of `schedule` in float64."""
-    first, last = float(first), float(last)
-    logsnr = -2.0 * np.log(
-        np.tan(np.linspace(np.arctan(np.exp(-0.5 * first)), np.arctan(np.exp(-0.5 * last)), num_steps))
-    )
-    logsnr[-1], logsnr[0] = last, first
-    return logsnr
-
-
-def _extrapolation(sampler: Any, logsnr: Array, logsnr_next: Array) -> tuple[Any, Array | None]:
-    """The step rule as a function of v too, and the factors [T] of `cfd.steps.reach`; None for a first-order rule."""
-    second_order = isinstance(sampler, SecondOrder)
-    rule = sampler.rule if second_order else sampler
-    made_by = (ancestral, ddim, dpm_solver, sde_dpm_solver, euler_maruyama, hold)
-    if not (callable(rule) or isinstance(rule, LearnedVariance)) or rule in made_by:
-        raise ValueError(f"sampler is {sampler!r}; give a step rule, such as the result of ancestral(v) or ddim()")
-    return steps.with_v(rule), steps.reach(logsnr, logsnr_next) if second_order else None
-
-
 def _correction(corrector: Langevin, eps_of: Any, noise: Any, unguided_memory: Any) -> Callable[..., Any]:
     """The function (z, t, λ, state) -> (z, memory of `reuse`) that takes the steps of a corrector."""
     c = jnp.asarray(corrector.c, jnp.float32)
@@ -283,8 +258,8 @@ def _correction(corrector: Langevin, eps_of: Any, noise: Any, unguided_memory: A
 def _check_functions(rule: Any, clip: Any, **networks: Any) -> None:
     """Raises ValueError for a rule without its functions, for a clip of another kind, and for what is no network."""
     for name, network in networks.items():
-        if not callable(network) and (network is not None or name == "eps_fn"):
-            raise ValueError(f"{name} is {network!r}; give a function (z, logsnr, labels) -> eps")
+        if network is not None or name == "eps_fn":
+            check_function(name, network, "(z, logsnr, labels) -> eps")
     if rule is not None and not (callable(getattr(rule, "init", None)) and callable(getattr(rule, "mix", None))):
         raise ValueError(f"rule is {rule!r}; give the result of a function of cfd.rules, such as cfgpp(), or None")
     if not (callable(clip) or isinstance(clip, bool | np.bool_)):
@@ -313,7 +288,7 @@ def _guided(
     unguided = rule is None and not isinstance(w, Interval) and is_zero(w)
     joint = None if guide is not None or doubled else joint_scores(eps_fn)
     one_score = student or unguided or guide is not None
-    guide_labels = labels if one_score else nulls_like(labels, null, batched=True)
+    guide_labels = labels if one_score and null is NULL_LABEL else nulls_like(labels, null, batched=True)
 
     def evaluate(network: EpsFn, z: Array, logsnr: Array, *inputs: PyTree) -> tuple[Array, Array | None]:
         output = network(z, jnp.broadcast_to(logsnr, z.shape[:1]), *inputs)

@@ -13,7 +13,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Key, PyTree, Real, UInt32
 
 from cfd.arguments import check_data, check_numbers, random_signs, threefry
-from cfd.guidance import NULL_LABEL, batch_size, check_trained, guided
+from cfd.attributes import check_trained
+from cfd.guidance import NULL_LABEL, batch_size, guided
 from cfd.process import alpha_sigma, per_example
 
 TINY = 1e-30

@@ -1,5 +1,6 @@
 """The grid of log-SNRs λ, and step rules: from z at λ and a prediction x̃ of the data to z at λ' > λ."""
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, SupportsIndex, overload
 
@@ -10,7 +11,7 @@ from jax.nn import log_sigmoid
 from jax.typing import ArrayLike
 from jaxtyping import Float, Real
 
-from cfd.arguments import check_count, check_number, check_returned, is_zero
+from cfd.arguments import check_count, check_number, check_returned, concrete, is_zero
 from cfd.process import Schedule, alpha_sigma, check_ends, check_grid, check_v, cosine_logsnr, eps_from_x, posterior
 
 StepRule = Callable[[Array, Array, Array, Array], tuple[Array, Array | None]]
@@ -55,6 +56,23 @@ def _uniform(count: int) -> Float[Array, "t"]:
 def is_grid(num_steps: Any) -> bool:
     """Whether `num_steps` is a grid of λ, and no number of steps."""
     return np.ndim(num_steps) > 0
+
+
+def known_levels(num_steps: Any, logsnr_min: Any, logsnr_max: Any) -> Float[np.ndarray, " t"] | None:
+    """The levels of `schedule` in float64, or None if they are traced.
+
+    They are computed in NumPy, because JAX traces arrays under `jit`.
+    """
+    if is_grid(num_steps):
+        return concrete(num_steps)
+    known = concrete(logsnr_min), concrete(logsnr_max)
+    if known[0] is None or known[1] is None:
+        return None
+    first, last = float(known[0]), float(known[1])
+    angles = np.arctan(np.exp(-0.5 * first)), np.arctan(np.exp(-0.5 * last))
+    levels = -2.0 * np.log(np.tan(np.linspace(*angles, operator.index(num_steps))))
+    levels[-1], levels[0] = last, first
+    return levels
 
 
 class LearnedVariance(NamedTuple):
@@ -125,7 +143,11 @@ def hold() -> StepRule:
 
     With a corrector of many steps, this is annealed Langevin dynamics: Song and Ermon (arXiv:1907.05600), Algorithm 1.
     """
-    return lambda z, x, logsnr, logsnr_next: (z * jnp.exp(0.5 * (log_sigmoid(logsnr_next) - log_sigmoid(logsnr))), None)
+    return _held
+
+
+def _held(z: Array, x: Array, logsnr: Array, logsnr_next: Array) -> tuple[Array, None]:
+    return z * jnp.exp(0.5 * (log_sigmoid(logsnr_next) - log_sigmoid(logsnr))), None
 
 
 class Langevin(NamedTuple):
@@ -177,6 +199,21 @@ class SecondOrder(NamedTuple):
     """
 
     rule: StepRule | LearnedVariance
+
+
+def rule_of(sampler: Any) -> Any:
+    """The `StepRule` or `LearnedVariance` of a sampler. Raises ValueError for anything else, such as `ddim`."""
+    rule = sampler.rule if isinstance(sampler, SecondOrder) else sampler
+    made_by = (ancestral, ddim, dpm_solver, sde_dpm_solver, euler_maruyama, hold)
+    if not (callable(rule) or isinstance(rule, LearnedVariance)) or rule in made_by:
+        raise ValueError(f"sampler is {sampler!r}; give a step rule, such as the result of ancestral(v) or ddim()")
+    return rule
+
+
+def check_held(sampler: Any) -> None:
+    """Raises ValueError for `hold()` of second order, because it does not use the x̃ that is extrapolated."""
+    if isinstance(sampler, SecondOrder) and sampler.rule is _held:
+        raise ValueError("sampler is SecondOrder(hold()), and hold() uses no x̃ to extrapolate: give hold() alone")
 
 
 def with_v(rule: Any) -> Callable[[Array, Array, Array, Array, Array | None], tuple[Array, Array | None]]:

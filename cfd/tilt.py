@@ -26,9 +26,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Key, PyTree, Real, UInt32
 
 from cfd import steps
-from cfd.arguments import check_count, check_number, check_shape, threefry
-from cfd.attributes import is_student
-from cfd.guidance import NULL_LABEL, check_output, check_trained, check_weight, guide, nulls_like
+from cfd.arguments import check_count, check_number, check_output, check_shape, threefry
+from cfd.attributes import check_trained, is_student
+from cfd.guidance import NULL_LABEL, check_weight, guide, nulls_like
 from cfd.process import alpha_sigma, check_ends, x_from_eps
 
 
