@@ -98,6 +98,9 @@ def test_all_cells_run_with_a_network_of_a_few_steps(tmp_path: Path) -> None:
             if title == TRAIN:
                 for place, message in (("", "WORKDIR is empty"), ("/content/drive/MyDrive/x", "only Colab has")):
                     assert message in stopped(run(text.replace('WORKDIR = "runs/digits"', f'WORKDIR = "{place}"')))
+                for steps in ("800", 0, None):
+                    message = stopped(run(text.replace("STEPS = 800", f"STEPS = {steps!r}")))
+                    assert message.startswith(f"STEPS is {steps!r}; expected an integer >= 1 and < 2^31.")
                 text = text.replace("STEPS = 800", "STEPS = 3")
             executed: Any = run(text)
             printed(executed)

@@ -42,6 +42,30 @@ colab.auth = types.SimpleNamespace(authenticate_user=lambda: print("The user is 
 sys.modules["google.colab"] = colab
 """
 
+WRONG = {
+    TRAIN: ("STEPS", ("800", 2.5, None, True, 0, -1, 2**31), "an integer >= 1 and < 2^31"),
+    GRID: (
+        "WEIGHTS",
+        ("0.0", 2.0, None, (), ("1",), (-1.5,), [1e39], (True,)),
+        "a tuple of guidance weights, each finite in float32 and >= -1 (w = -1 is the unconditional model)",
+    ),
+    SLIDER: ("MAX_W", ("8", None, 0, -1.0, 1e39, True), "a number > 0, finite in float32"),
+    SWEEP: ("NUM_SAMPLES", ("500", 2.5, None, 3, 2**31), "an integer >= 4 and < 2^31"),
+}
+"""The fields of the forms, with values of which each has another kind or is out of range, and the expected ones."""
+
+INTERRUPTING = """
+import signal
+requested, steps = preemption.requested, []
+def interrupted():
+    steps.append(len(steps))
+    if len(steps) == 3:
+        os.kill(os.getpid(), signal.SIGINT)
+    return requested()
+preemption.requested = interrupted
+"""
+"""The button that interrupts a cell sends SIGINT to the kernel. Here, this is in the third check of the training."""
+
 UNTRAINED = """
 add_noise = lambda x: x + 0.1 * jax.random.normal(jax.random.key(0), x.shape)
 run = run._replace(eps_fn=jax.tree.map(add_noise, run.eps_fn))
@@ -141,8 +165,9 @@ def test_without_the_package_the_first_cell_installs_it_from_its_address_or_says
     pip = {"PIP_TARGET": str(target), "PIP_NO_DEPS": "1", "PIP_NO_BUILD_ISOLATION": "0", "PIP_NO_INDEX": "1"}
     path = os.pathsep.join((str(hiding), str(target)))
     with kernel(tmp_path / "alone", PYTHONPATH=path, **pip) as run:
-        message = stopped(run(source(INSTALL)))
-        assert "ADDRESS is empty" in message and "git+https://HOST/OWNER/REPOSITORY" in message
+        for empty in ("", " ", None, 3):
+            message = stopped(run(source(INSTALL, ADDRESS=empty)))
+            assert f"ADDRESS is {empty!r}. Set ADDRESS" in message and "git+https://HOST/OWNER/REPOSITORY" in message
 
         message = stopped(run(source(INSTALL, ADDRESS="cfd")))  # never the name of a package on the index
         assert f"no file or folder {tmp_path / 'alone' / 'cfd'}. Set ADDRESS" in message
@@ -162,6 +187,11 @@ def test_without_the_package_the_first_cell_installs_it_from_its_address_or_says
 
         assert "only Colab has a Drive" in stopped(run(source(PLACE, WORKDIR="/content/drive/MyDrive/digits")))
         assert "WORKDIR is empty" in stopped(run(source(PLACE, WORKDIR=" ")))
+        assert "WORKDIR is None; expected a string. Change it" in stopped(run(source(PLACE, WORKDIR=None)))
+        message = stopped(run(source(PLACE, WORKDIR="a*b")))
+        assert f"{tmp_path / 'alone' / 'a*b'} has * in its name" in message and "give a WORKDIR whose path" in message
+        message = stopped(run(source(PLACE, WORKDIR=str(wheels / "jax-99.0-py3-none-any.whl" / "digits"))))
+        assert "jax-99.0-py3-none-any.whl is a file): set WORKDIR to another folder, and run all cells again" in message
         assert "WORKDIR is 's3://bucket/digits'" in stopped(run(source(PLACE, WORKDIR="s3://bucket/digits")))
         assert printed(run(source(PLACE))) == f"The run is saved in {tmp_path / 'alone' / 'runs' / 'notebook'}.\n"
         run(COLAB)
@@ -189,6 +219,13 @@ def test_it_resumes_and_the_slider_draws_without_compiling(tmp_path: Path) -> No
         printed(run(source(INSTALL)))
         printed(run(source(PLACE)))
         assert "Saving step 2 of 2." in printed(run(source(TRAIN, STEPS=2)))
+        for title, (name, values, expected) in WRONG.items():
+            for value in values:
+                shown = tuple(value) if isinstance(value, list) else value
+                message = f"{name} is {shown!r}; expected {expected}. Change it, and run this cell again."
+                assert stopped(run(source(title, **{name: value}))) == message
+        for value in ("7", 1.5, None, -1, 2**32):
+            assert f"SEED is {value!r}; expected an integer in [0, 2^32)" in stopped(run(source(GRID, SEED=value)))
         assert (folder / "runs" / "notebook" / "config.json").is_file()
         assert len(pictures(run(source(GRID, WEIGHTS=(0.0, 2.0))))) == 1
         printed(run(UNTRAINED))
@@ -215,6 +252,17 @@ def test_it_resumes_and_the_slider_draws_without_compiling(tmp_path: Path) -> No
         text = printed(run(source(TRAIN, STEPS=3)))
         assert "at step 3 of 3." in text and " steps in " not in text
         assert printed(run("print([line['step'] for line in lines])")) == "[2, 3]\n"
+
+        printed(run(INTERRUPTING))
+        message = stopped(run(source(TRAIN, STEPS=9)))
+        found = re.fullmatch(r"at step (\d) of 9, saved in (.*)\. To go on, run this cell again\.", message)
+        assert found and 3 < int(found[1]) < 9 and found[2] == str(folder / "runs" / "notebook"), message
+        text = printed(run(source(TRAIN, STEPS=9)))
+        assert f"at step {found[1]} of 9." in text and f"\n{9 - int(found[1])} steps in " in text
+        assert len(pictures(run(source(GRID, WEIGHTS=[0.0])))) == 1
+
+        printed(run(source(PLACE, WORKDIR="elsewhere")))
+        assert f"{folder / 'elsewhere'} is not the folder of a run" in stopped(run(source(GRID)))
 
 
 @pytest.mark.slow
