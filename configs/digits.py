@@ -7,7 +7,7 @@ with a small classifier of the training images, not with Inception. The network 
 parameters. p_uncond, λ, v and the weights are those of the paper's ImageNet 64 experiment (Table 1). T is 32.
 
 Measured on two cores without an accelerator: the whole job takes 1 min 36 s (AMD EPYC, Zen 5) or 2 min 30 s (Intel
-Xeon), and 1.0 GB of memory. Earlier versions took 3 min 32 s (AMD EPYC, Zen 2) and 5 min 41 s (Xeon at 2.5 GHz). All
+Xeon), and 0.9 GB of memory. Earlier versions took 3 min 32 s (AMD EPYC, Zen 2) and 5 min 41 s (Xeon at 2.5 GHz). All
 give the same figures to the last printed digit:
 
          w        FID-500   IS        recall    recognised as the class asked for
