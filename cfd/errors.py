@@ -1,5 +1,9 @@
 """The errors that the user of the command can correct. Every other error is a fault of a program."""
 
+import contextlib
+import errno
+from collections.abc import Iterator
+
 
 class UserError(ValueError):
     """An error whose message names a value, what was expected, and a remedy.
@@ -16,6 +20,46 @@ class CommandError(UserError):
     Every start of the same command ends with it. An error about other files, devices or a network is none, because a
     later start may find them otherwise.
     """
+
+
+class InputError(UserError):
+    """An error about data or a run that the command names: nothing is there, or it does not fit the config.
+
+    Every start of a new run ends with it. A run with a config.json has found its inputs before, and a later start may
+    find them again, for example when a disk is mounted.
+    """
+
+
+class PassingError(UserError):
+    """An error of a bucket or of its credentials that a later start may not meet, because the service is away."""
+
+
+@contextlib.contextmanager
+def about_inputs() -> Iterator[None]:
+    """Within the block, a UserError is raised as an InputError, except for CommandError and errors that may pass.
+
+    Those that may pass are PassingError, and the errors that an OSError has caused: the system could not read what is
+    there. A missing file is not one of these.
+    """
+    try:
+        yield
+    except UserError as error:
+        if isinstance(error, CommandError | InputError) or _may_pass(error):
+            raise
+        raise InputError(str(error)) from error
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    if error is None:
+        return False
+    passes = isinstance(error, PassingError) or (isinstance(error, OSError) and not is_missing(error))
+    return passes or _may_pass(error.__context__)
+
+
+def is_missing(error: OSError) -> bool:
+    """Whether an error says that there is no such file or folder. Others say that the system could not look."""
+    missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+    return missing or error.errno in (errno.ENAMETOOLONG, errno.ELOOP)
 
 
 def reason_of(error: Exception | str) -> str:

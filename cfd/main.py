@@ -22,7 +22,7 @@ from ml_collections import config_flags
 from cfd.config import Config, check_name, complete, listing
 from cfd.devices import memory, notices, output, parallel, preemption, progress, watchdog, xla
 from cfd.devices.buckets import is_url
-from cfd.errors import CommandError, UserError
+from cfd.errors import CommandError, UserError, about_inputs
 from cfd.fields import FIELDS
 from cfd.modes import (
     compare,
@@ -64,11 +64,12 @@ INIT_FROM = flags.DEFINE_string(
 
 def run_train(config: Config, folder: str, out: str) -> None:
     """The whole job: train, with the small guide if `eval` asks for one, then sweep the weights of `eval`."""
-    finetune.check(config, folder, source_run())
-    train.check_run(config, folder)
-    if config.eval.weights:
-        sweep.check(config, folder, out)
-        train.check_steps(config, folder)
+    with about_inputs():
+        finetune.check(config, folder, source_run())
+        train.check_run(config, folder)
+        if config.eval.weights:
+            sweep.check(config, folder, out)
+            train.check_steps(config, folder)
     train.train(config, folder, init_from=source_run(), allow_fresh_start=ALLOW_FRESH_START.value)
     if guides.has_own(config):
         say(f"The small guide of the run is in {guides.own_folder(folder)}.")
@@ -84,11 +85,12 @@ def run_train_classifier(config: Config, folder: str, out: str) -> None:
 
 def run_distill(config: Config, folder: str, out: str) -> None:
     """Distill the students that `distill` asks for, and sweep the weights that `eval` asks for with each."""
-    students = distill.stages(config, folder, source_run())
-    distill.check(*students[0])
-    if config.eval.weights:
-        for student, place, _ in students:
-            sweep.check(student, place, place)
+    with about_inputs():
+        students = distill.stages(config, folder, source_run())
+        distill.check(*students[0])
+        if config.eval.weights:
+            for student, place, _ in students:
+                sweep.check(student, place, place)
     for student, place, teacher in students:
         distill.distill(student, place, init_from=teacher, allow_fresh_start=ALLOW_FRESH_START.value)
         if config.eval.weights:
@@ -170,7 +172,7 @@ def main(argv: Sequence[str]) -> int:
             return f"The traceback is not in {out}/{ERRORS} ({error.strerror})."
         return ""
 
-    with output.lasting(note):
+    with output.lasting(note), notices.warnings_in_lines():
         try:
             config = checked_config()
             if MODE.value == "config":
@@ -185,7 +187,7 @@ def main(argv: Sequence[str]) -> int:
             process = jax.process_index()
             xla.use_compilation_cache(config.xla.compilation_cache)
             watchdog.install(config.train.watchdog_seconds)
-            with stoppable(), access_to(folder, out), notices.warnings_in_lines():
+            with stoppable(), workdir.inputs_are_final(folder), access_to(folder, out):
                 MODES[MODE.value](config, folder, out)
             return 0
         except preemption.Stopped as stopped:

@@ -3,8 +3,9 @@
 The command is `python -m cfd.main ...`, or a program that runs this on other machines and exits with the same code: 0
 finished, 75 stopped by a preemption, anything else a fault. It starts again after the last two, but not after three
 faults at the same place. Lines `cfd-progress: PLACE` in its standard output tell the place. A line `cfd-final:` says
-that a flag or a field of the config is wrong: such a fault is final, because the next start would end alike. The
-command prints both because CFD_SUPERVISED is set; other lines are passed on.
+that a flag or a field of the config is wrong, or that a new run does not find its data or the run to begin from: such a
+fault is final, because the next start would end alike. The command prints both because CFD_SUPERVISED is set; other
+lines are passed on.
 
 If this program is killed (SIGKILL), the command runs on. Its output is lost, and it still holds the lock of the run,
 which names its process: end it with SIGTERM, or wait for its end, before the next start.

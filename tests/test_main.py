@@ -120,9 +120,18 @@ def test_the_config_itself_can_be_the_mistake(command: Command) -> None:
         ([DIGITS, "--mode=sample", "--allow_fresh_start"], True),
         ([DIGITS, "--workdir=[old]"], True),
         ([DIGITS, "--workdir=s3://bucket/run"], True),
-        ([DIGITS, "--config.data.source=folder", "--config.data.path=nowhere"], False),
+        ([DIGITS, "--config.data.source=folder", "--config.data.path=nowhere"], True),
+        ([DIGITS, "--config.eval.weights=()", "--config.data.source=folder", "--config.data.path=nowhere"], True),
+        ([DIGITS, "--config.data.num_classes=9"], True),
+        ([DIGITS, "--config.eval.reference=nowhere.npz"], True),
+        ([DIGITS, "--init_from=nowhere"], True),
+        ([DIGITS, "--mode=distill", "--init_from=nowhere"], True),
+        ([DIGITS, "--mode=distill", "--config.distill.halvings=(8, 3)"], True),
+        ([DIGITS, "--mode=train_classifier", "--config.data.source=folder", "--config.data.path=nowhere"], True),
+        ([DIGITS, "--config.data.source=folder", "--config.data.path=closed/data"], False),
+        ([DIGITS, "--config.eval.reference=closed/reference.npz"], False),
+        ([DIGITS, "--init_from=closed/run"], False),
         ([DIGITS, "--mode=sample"], False),
-        ([DIGITS, "--init_from=nowhere"], False),
         ([DIGITS, "--workdir=/proc/none"], False),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
@@ -130,7 +139,9 @@ def test_the_config_itself_can_be_the_mistake(command: Command) -> None:
 def test_a_supervisor_is_told_that_the_command_itself_is_wrong(
     command: Command, arguments: list[str], is_final: bool
 ) -> None:
-    """Files, devices and networks may be there at the next start, so that errors about them are not final."""
+    """A new run that does not find its inputs ends alike at every start. What the system cannot read now may be read
+    later: a folder without permissions stands for a disk whose server does not answer."""
+    (command.folder / "closed").mkdir(mode=0, exist_ok=True)
     done = command(*arguments, supervised=True)
     assert done.code == 1 and done.err.startswith("error: ") and ("cfd-final:\n" in done.out) == is_final, done
 
@@ -199,6 +210,12 @@ def test_the_folder_of_another_run_is_not_changed(run: Command) -> None:
         error = run.fails(DIGITS, *flags_of(train__learning_rate=0.5), f"--mode={mode}")
         assert "learning_rate: 0.001 there, 0.5 here" in error and "another --workdir" in error
     assert "cfd-final:" in run(DIGITS, *flags_of(train__learning_rate=0.5), supervised=True).out
+
+
+def test_data_that_a_run_has_found_before_may_come_back(run: Command) -> None:
+    """Its disk may not be mounted at the moment."""
+    done = run(DIGITS, *flags_of(data__source="folder", data__path="nowhere"), supervised=True)
+    assert done.code == 1 and "nowhere" in done.err and "cfd-final:" not in done.out, done
 
 
 def test_the_run_of_another_kind_is_refused_in_every_mode(command: Command) -> None:

@@ -164,5 +164,6 @@ def test_a_full_disk_is_reported_in_a_line_and_nothing_half_written_is_left(run:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(["bash", "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "error: runs/mine cannot be written (File too large): free space, and start again\n"
+    remedy = "raise the limit on the size of a file (ulimit -f), and start again"
+    assert done.stderr == f"error: runs/mine cannot be written (File too large): {remedy}\n"
     assert sorted(run.rglob("*")) == sorted([*before, run / "errors.log"])

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from cfd.data.decode import BadImage
 from cfd.devices import buckets
-from cfd.errors import UserError
+from cfd.errors import UserError, is_missing
 
 MAX_DEPTH = 100
 """Largest number of folders inside each other in a .zip file."""
@@ -53,6 +53,26 @@ class Place(NamedTuple):
 def is_hidden(name: str) -> bool:
     """Whether a file or folder is passed over: a dot file, such as the ._ companions of macOS, or __MACOSX."""
     return name.startswith(".") or name == "__MACOSX"
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether there is a folder at `path`. Raises UserError if the system cannot say."""
+    return stat.S_ISDIR(_mode(path))
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether there is a regular file at `path`. Raises UserError if the system cannot say."""
+    return stat.S_ISREG(_mode(path))
+
+
+def _mode(path: str | Path) -> int:
+    """The mode of a file or folder, or 0 if there is none. `os.path.isdir` hides that a network disk is away."""
+    try:
+        return os.stat(path).st_mode
+    except OSError as error:
+        if is_missing(error):
+            return 0
+        raise _unreadable(str(path), error) from error
 
 
 def folder_on_disk(path: Path) -> Place:

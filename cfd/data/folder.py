@@ -8,7 +8,6 @@ note.
 
 import hashlib
 import json
-import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +23,8 @@ from cfd.data.files import (
     archive_on_disk,
     folder_in_bucket,
     folder_on_disk,
+    is_file,
+    is_folder,
     read_object,
     zip_file,
 )
@@ -105,9 +106,9 @@ def open_place(path: str, by_table: bool) -> Place:
 def _on_disk(path: str) -> tuple[Place, tuple[str, ...] | None]:
     """The folder at `path` and None, or a .zip file and the folders inside it that lead to `path`."""
     root = Path(path).expanduser()
-    if path and os.path.isdir(root):
+    if path and is_folder(root):
         return folder_on_disk(root), None
-    file = next((file for file in (root, *root.parents) if os.path.isfile(file)), None)
+    file = next((file for file in (root, *root.parents) if is_file(file)), None)
     if not path or file is None or file.suffix.lower() != ".zip":
         unpack = " (unpack it first)" if file == root and not is_image(root.name) else ""
         raise UserError(
@@ -306,7 +307,7 @@ def _by_table(place: Place, labels: str, unread: Unread) -> _Listed:
         there = size is not None
         content = read_object(size, labels, MAX_TABLE_BYTES) if size is not None else b""
     elif file.is_absolute():
-        label, there, real = str(file), os.path.isfile(file), file.resolve()
+        label, there, real = str(file), is_file(file), file.resolve()
         content = folder_on_disk(real.parent).read(real.name, MAX_TABLE_BYTES) if there else b""
     else:
         label, there = f"{place.label}/{labels}", labels in found

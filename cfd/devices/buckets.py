@@ -19,7 +19,7 @@ from urllib.parse import quote
 
 from tqdm import tqdm
 
-from cfd.errors import CommandError, UserError
+from cfd.errors import CommandError, PassingError, UserError
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:(/|\Z)|gs:|.*://", re.DOTALL | re.IGNORECASE)
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
@@ -209,10 +209,14 @@ def _connect(name: str, url: str) -> tuple[Any, str, dict[str, str]]:
             system = _files()
             system.credentials.apply(headers)
     except (GoogleAuthError, ValueError, OSError) as error:
-        raise UserError(f"{name} is {url!r}, and the credentials cannot be used ({_line(error)}): {LOGIN}") from error
+        raise PassingError(
+            f"{name} is {url!r}, and the credentials cannot be used ({_line(error)}): {LOGIN}"
+        ) from error
     except HttpError as error:
         cause = error.__cause__ or error
-        raise UserError(f"{name} is {url!r}, and the credentials cannot be used ({_line(cause)}): {LOGIN}") from error
+        raise PassingError(
+            f"{name} is {url!r}, and the credentials cannot be used ({_line(cause)}): {LOGIN}"
+        ) from error
     return requests.Session(), system.base.removesuffix("storage/v1/"), headers
 
 
@@ -303,5 +307,7 @@ def _raise_unless_ok(name: str, url: str, found: _Answer, headers: dict[str, str
             f"{begin}, and {who} has no permission to {action} objects there{said}: {remedy if headers else LOGIN}"
         )
     if found.status == 0:
-        raise UserError(f"{begin}, and the service cannot be reached{said}: check the network, and start again")
-    raise UserError(f"{begin}, and the service answers {found.status}{said}: start again later, or give another place")
+        raise PassingError(f"{begin}, and the service cannot be reached{said}: check the network, and start again")
+    raise PassingError(
+        f"{begin}, and the service answers {found.status}{said}: start again later, or give another place"
+    )

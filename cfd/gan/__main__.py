@@ -62,7 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             parallel.process_count()
             xla.use_compilation_cache(config.xla.compilation_cache)
             watchdog.install(config.train.watchdog_seconds)
-            with preemption.stopping_on_request(), access.lock(args.WORKDIR, "give another WORKDIR"):
+            with (
+                preemption.stopping_on_request(),
+                workdir.inputs_are_final(args.WORKDIR),
+                access.lock(args.WORKDIR, "give another WORKDIR"),
+            ):
                 train(config, args.WORKDIR, args)
                 print(measure(config, args.WORKDIR, args), flush=True)
             return 0

@@ -130,7 +130,7 @@ def parse(init_from: str) -> tuple[str, int | None]:
 
 def source_of(folder: str) -> Source | None:
     """The source that the config.json of a folder records; None if there is neither."""
-    if not files.exists(files.place(folder, workdir.CONFIG)):
+    if not workdir.has_config(folder):
         return None
     recorded = workdir.read_config(folder).get("init_from")
     return None if recorded is None else Source(**recorded)

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from cfd.attributes import is_student
 from cfd.config import Config, as_recorded, complete, recorded_fields, with_classes, with_defaults
 from cfd.data.sources import Dataset, check_classes, open_dataset
-from cfd.errors import UserError
+from cfd.errors import UserError, about_inputs
 from cfd.fields import BEFORE, DEFAULTS, NETWORK
 from cfd.guidance import NULL_LABEL
 from cfd.loading import (
@@ -62,22 +62,23 @@ def open_split(config: Config, split: str) -> Dataset:
             "here. Set data.source to 'folder' or 'tfds', with data.path or data.name, for a copy of them; or measure "
             "without them, with eval.features = 'inception' and an .npz file as eval.reference"
         )
-    dataset = open_dataset(
-        source=data.source,
-        name=data.name,
-        split=split,
-        path=data.path,
-        image_size=data.image_size,
-        channels=data.channels,
-        num_classes=data.num_classes if split == data.split else 0,
-        on_bad_image=data.on_bad_image,
-        in_memory=data.in_memory,
-        labels=data.labels,
-        empty_classes=data.empty_classes,
-        exif_orientation=data.exif_orientation,
-        transparency=data.transparency,
-        max_pixels=data.max_pixels,
-    )
+    with about_inputs():
+        dataset = open_dataset(
+            source=data.source,
+            name=data.name,
+            split=split,
+            path=data.path,
+            image_size=data.image_size,
+            channels=data.channels,
+            num_classes=data.num_classes if split == data.split else 0,
+            on_bad_image=data.on_bad_image,
+            in_memory=data.in_memory,
+            labels=data.labels,
+            empty_classes=data.empty_classes,
+            exif_orientation=data.exif_orientation,
+            transparency=data.transparency,
+            max_pixels=data.max_pixels,
+        )
     print_once(dataset.notes)
     return dataset
 

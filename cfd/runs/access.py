@@ -63,7 +63,7 @@ def check_file(name: str, path: str, remedy: str) -> None:
     if is_url(path):
         buckets.check(name, path)
     try:
-        found = files.exists(path) if is_url(path) else os.path.isfile(path)
+        found = files.exists(path) and (is_url(path) or os.path.isfile(path))
     except OSError as error:
         raise UserError(
             f"{name} is {path!r}, which cannot be read ({error.strerror}): {files.how_to_allow(path)}"
@@ -202,7 +202,9 @@ def _flocked(folder: str | os.PathLike[str], elsewhere: str) -> Iterator[None]:
             file.write(json.dumps(lease.this_job()).encode())
         except OSError as e:
             _remove_if_empty(made)
-            raise UserError(f"{path / LOCK} cannot be written ({e.strerror}): free space, or {elsewhere}") from e
+            raise UserError(
+                f"{path / LOCK} cannot be written ({e.strerror}): {files.how_to_make_room(e)}, or {elsewhere}"
+            ) from e
         try:
             yield
         finally:

@@ -16,6 +16,7 @@ from absl import logging
 from etils import epath
 
 from cfd.devices.buckets import is_url
+from cfd.errors import is_missing
 
 AnyPath = Path | epath.Path
 
@@ -61,10 +62,19 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes | None:
 
 
 def exists(path: str | os.PathLike[str]) -> bool:
-    """Whether there is a file now. Raises OSError if a bucket does not say. For folders in a bucket, use `names`."""
+    """Whether there is a file now. For folders in a bucket, use `names`.
+
+    Raises OSError if a bucket or a disk does not say, for example a network disk whose server does not answer.
+    """
     path = place(path)
     if isinstance(path, Path):
-        return os.path.exists(path)
+        try:
+            os.stat(path)
+        except OSError as error:
+            if not is_missing(error):
+                raise
+            return False
+        return True
     return _result(store(path.parent).read(path.name, byte_range=slice(0, 0)), path).state == "value"
 
 
@@ -230,13 +240,19 @@ def despite_a_full_disk(path: str | os.PathLike[str]) -> Iterator[None]:
         logging.error("%s was not written: %s", path, e.strerror)
 
 
+def how_to_make_room(error: OSError) -> str:
+    """The remedy for one of the errors FULL."""
+    return "raise the limit on the size of a file (ulimit -f)" if error.errno == errno.EFBIG else "free space"
+
+
 def reason_of_storage(error: OSError, folder: str) -> str:
     """The message about a full disk, or about a bucket that refuses or does not answer; "" for another error.
 
     `folder` is the one that the program writes to.
     """
     if error.errno in FULL:
-        return f"{folder or error.filename} cannot be written ({error.strerror}): free space, and start again"
+        remedy = f"{how_to_make_room(error)}, and start again"
+        return f"{folder or error.filename} cannot be written ({error.strerror}): {remedy}"
     if is_url(str(error.filename)):
         return f"{error.filename} was not read or written ({error.strerror}): start again when the bucket allows it"
     return ""

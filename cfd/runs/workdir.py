@@ -10,15 +10,16 @@
 All processes of the run must see the folder, in a bucket or on a file system with atomic renames and `flock`.
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from cfd.devices import parallel
-from cfd.errors import CommandError, UserError
+from cfd.errors import CommandError, InputError, UserError
 from cfd.runs import files
 from cfd.runs.access import check_run_path
 from cfd.runs.log import METRICS
@@ -138,6 +139,17 @@ def has_config(workdir: str | os.PathLike[str]) -> bool:
         return files.exists(path)
     except OSError as e:
         raise UserError(f"{path} cannot be read ({e.strerror}): {files.how_to_allow(path)}") from None
+
+
+@contextlib.contextmanager
+def inputs_are_final(workdir: str | os.PathLike[str]) -> Iterator[None]:
+    """Within the block, an InputError is raised as a CommandError, which is final, if the folder has no config.json."""
+    try:
+        yield
+    except InputError as error:
+        if has_config(workdir):
+            raise
+        raise CommandError(str(error)) from error
 
 
 def has_begun(workdir: str | os.PathLike[str]) -> bool:

@@ -12,16 +12,17 @@ from etils.epath import backend as epath_backend
 from gcs import FakeGcs
 
 from cfd.devices import buckets
-from cfd.errors import UserError
+from cfd.errors import PassingError, UserError
 
 MALFORMED = ["gs:", "gs:/", "gs:/cfd-test/x", "gs://", "gs:///x", "gs:////x", "gs://B/x", "gs://b/x", "GS://cfd-test/x"]
 FOREIGN = ["s3://b/x", "http://h/x", "https://storage.googleapis.com/b/x", "hdfs://h/x", "file:///x", "s3:/b/x"]
 
 
-def refusal(url: str = f"{FakeGcs.url}/run", **options: bool) -> str:
-    """The message with which a URL is refused, in one line."""
+def refusal(url: str = f"{FakeGcs.url}/run", *, passes: bool = False, **options: bool) -> str:
+    """The message with which a URL is refused, in one line. The error is a PassingError if and only if `passes`."""
     with pytest.raises(UserError) as raised:
         buckets.check("data.path", url, **options)
+    assert isinstance(raised.value, PassingError) == passes
     message = str(raised.value)
     assert "\n" not in message and message.startswith(f"data.path is {url!r}, ")
     return message
@@ -163,7 +164,7 @@ def test_a_bucket_that_is_busy_is_asked_again(bucket: FakeGcs, monkeypatch: pyte
         buckets.check("data.path", f"{bucket.url}/run", write=True)
         assert len(bucket.requests) == 9 and not bucket.objects
     bucket.fail = lambda request: 503
-    assert "the service answers 503: start again later" in refusal()
+    assert "the service answers 503: start again later" in refusal(passes=True)
 
 
 def test_a_write_whose_answers_are_lost_passes(bucket: FakeGcs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +180,7 @@ def test_a_service_that_cannot_be_reached(bucket: FakeGcs, monkeypatch: pytest.M
         port = server.getsockname()[1]
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
     forget_clients()
-    message = refusal()
+    message = refusal(passes=True)
     assert "the service cannot be reached (" in message and message.endswith("check the network, and start again")
 
 

@@ -27,6 +27,21 @@ def test_a_warning_of_the_package_is_one_line_of_process_0_and_others_keep_their
     assert [(str(w.message), w.filename) for w in others] == [("of a test", __file__)]
 
 
+def test_a_message_of_the_package_by_absl_is_one_line_and_those_of_others_keep_their_form(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    def log(place: str) -> None:
+        code = "for f in (logging.error, logging.warning): f('step %d is damaged', 4)"
+        exec(compile(code, place, "exec"), {"logging": logging})
+
+    with warnings_in_lines():
+        log(metrics.__file__)
+        log("/elsewhere.py")
+    assert capsys.readouterr().err == "error: step 4 is damaged\nwarning: step 4 is damaged\n"
+    log(metrics.__file__)
+    assert [record.pathname for record in caplog.records] == ["/elsewhere.py"] * 2 + [metrics.__file__] * 2
+
+
 def test_outside_of_the_block_warnings_are_those_of_python(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.warns(UserWarning) as every:
         with warnings_in_lines():
