@@ -303,15 +303,17 @@ def classifier_folder(folder: str) -> str:
 
 
 def check_classifier(config: Config, folder: str) -> None:
-    """Raises ValueError if sample.guidance asks for a noisy classifier that is missing or takes other images."""
+    """Raises ValueError if sample.guidance asks for a noisy classifier that is missing, or does not fit the run."""
     if config.sample.guidance == "classifier-free":
         return
-    place = classifier_folder(folder)
-    if not workdir.has_config(place):
+    begin, place = f"config.sample.guidance is {config.sample.guidance!r}, and", classifier_folder(folder)
+    if config.train.p_uncond == 1:
         raise UserError(
-            f"config.sample.guidance is {config.sample.guidance!r}, and {place} holds no noisy classifier: train it "
-            "with --mode=train_classifier"
+            f"{begin} train.p_uncond = 1 trains no conditional score for a classifier to guide: set "
+            "sample.guidance='classifier-free', and the weight (-1.0,)"
         )
+    if not workdir.has_config(place):
+        raise UserError(f"{begin} {place} holds no noisy classifier: train it with --mode=train_classifier")
     data, ours = config.data, config.process
     workdir.check_images(place, image_size=data.image_size, channels=data.channels, num_classes=data.num_classes)
     theirs = workdir.read_config(place)["config"]["process"]

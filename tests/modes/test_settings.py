@@ -55,6 +55,16 @@ def test_a_run_without_a_conditional_score_is_sampled_only_at_minus_1() -> None:
             settings.check_weights(tiny_config(train__p_uncond=1.0, sample__guidance=guidance), weights)
 
 
+def test_a_run_without_a_conditional_score_is_not_told_to_train_a_classifier(tmp_path: Path) -> None:
+    """Classifier guidance would be refused with it too. The remedy works without it."""
+    config = tiny_config(train__p_uncond=1.0, sample__guidance="classifier", eval__weights=(-1.0,))
+    with pytest.raises(UserError, match=r"p_uncond = 1 trains no conditional.*set sample.guidance='classifier-free'"):
+        settings.check_classifier(config, str(tmp_path))
+    config.sample.guidance = "classifier-free"
+    settings.check_classifier(config, str(tmp_path))
+    settings.check_weights(config, config.eval.weights)
+
+
 def test_an_interval_that_no_step_falls_into_is_refused() -> None:
     """The four steps of the paper's schedule are at λ = −20, −1.0985, 1.0985 and 20. The remedy, more steps, works."""
     config = tiny_config()
