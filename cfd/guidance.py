@@ -308,10 +308,10 @@ def shift_mean(
     """
     check_weight(w)
     check_function("classifier_fn", classifier_fn, "(z, logsnr) -> logits")
-    learned = isinstance(sampler, LearnedVariance)
-    rule: Any = sampler.rule if learned else rule_of(sampler)
     if isinstance(sampler, SecondOrder):
         raise ValueError(f"sampler is {sampler!r}; it must be a step rule that adds noise: give ancestral(v)")
+    learned = isinstance(sampler, LearnedVariance)
+    rule: Any = sampler.rule if learned else rule_of(sampler)
     labels = jnp.asarray(labels)
 
     def step(z: Array, x: Array, logsnr: Array, logsnr_next: Array, *v: Array) -> tuple[Array, Array]:

@@ -177,7 +177,7 @@ def guided_sample(
     if reuse is not None:
         check_reuse(reuse)
         reuse = None if reuse.k == 1 else reuse
-    steps.check_held(sampler)
+    step_rule = steps.with_v(steps.rule_of(sampler))
     guided_eps = _guided(eps_fn, guide, rule, reuse, labels, null, w, batch, doubled)
     if corrector is not None:
         steps.check_corrector(corrector)
@@ -195,7 +195,6 @@ def guided_sample(
             )
     # The last λ' is never reached. A step of zero length there would make the gradients of some rules NaN.
     levels_next = jnp.concatenate([levels[1:], levels[-1:] + 1.0])
-    step_rule = steps.with_v(steps.rule_of(sampler))
     reach = steps.reach(levels, levels_next) if isinstance(sampler, SecondOrder) else None
 
     def threshold(x: Array) -> Array:

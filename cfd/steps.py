@@ -202,18 +202,18 @@ class SecondOrder(NamedTuple):
 
 
 def rule_of(sampler: Any) -> Any:
-    """The `StepRule` or `LearnedVariance` of a sampler. Raises ValueError for anything else, such as `ddim`."""
+    """The `StepRule` or `LearnedVariance` of a sampler.
+
+    Raises ValueError for anything else, such as `ddim`, and for `hold()` of second order, because it does not use the x̃
+    that is extrapolated.
+    """
     rule = sampler.rule if isinstance(sampler, SecondOrder) else sampler
     made_by = (ancestral, ddim, dpm_solver, sde_dpm_solver, euler_maruyama, hold)
     if not (callable(rule) or isinstance(rule, LearnedVariance)) or rule in made_by:
         raise ValueError(f"sampler is {sampler!r}; give a step rule, such as the result of ancestral(v) or ddim()")
-    return rule
-
-
-def check_held(sampler: Any) -> None:
-    """Raises ValueError for `hold()` of second order, because it does not use the x̃ that is extrapolated."""
-    if isinstance(sampler, SecondOrder) and sampler.rule is _held:
+    if isinstance(sampler, SecondOrder) and rule is _held:
         raise ValueError("sampler is SecondOrder(hold()), and hold() uses no x̃ to extrapolate: give hold() alone")
+    return rule
 
 
 def with_v(rule: Any) -> Callable[[Array, Array, Array, Array, Array | None], tuple[Array, Array | None]]:
