@@ -99,8 +99,8 @@ def recorded_fields(file: str | os.PathLike[str], fields: Mapping[str, Any]) -> 
     wrong = [f"{name} = {value!r}" for name, value in values.items() if not has_type(FIELDS[name].check, value)]
     if wrong or (wrong := [f"no {name}" for name in ALWAYS_RECORDED if name not in values]):
         raise UserError(
-            f"{os.fspath(file)} is damaged, because it has {wrong[0]}: restore it from checkpoints/<step>/meta or a "
-            "backup"
+            f'{os.fspath(file)} is damaged, because it has {wrong[0]}: restore it from a backup, or from "config" in '
+            "checkpoints/<step>/meta/metadata, which is JSON"
         )
     return values
 

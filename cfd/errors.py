@@ -2,6 +2,8 @@
 
 import contextlib
 import errno
+import os
+import re
 from collections.abc import Iterator
 
 
@@ -62,8 +64,25 @@ def is_missing(error: OSError) -> bool:
     return missing or error.errno in (errno.ENAMETOOLONG, errno.ELOOP)
 
 
-def reason_of(error: Exception | str) -> str:
+def reason_of(error: BaseException | str) -> str:
     """An error in one line of at most 200 characters."""
     text = " ".join(str(error).split())
     kind = "" if isinstance(error, str) else f"{type(error).__name__}: "
     return kind + (text if len(text) <= 200 else f"{text[:200]}...")
+
+
+def os_error_of(error: BaseException | None) -> OSError | None:
+    """The error of the operating system that an exception is, that caused it, or that TensorStore names in its text."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno:
+            return error
+        if found := re.search(r"os_error_code='(\d+)'", str(error)):
+            return OSError(int(found[1]), os.strerror(int(found[1])))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def root_reason(error: BaseException) -> str:
+    """The reason of the operating system that the text of a library's exception hides, or the exception in one line."""
+    cause = None if isinstance(error, OSError) else os_error_of(error)
+    return (cause and cause.strerror) or reason_of(error)

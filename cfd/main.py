@@ -156,23 +156,29 @@ def main(argv: Sequence[str]) -> int:
     """Run one mode in one folder. Returns the exit code: 0 finished, 75 stopped on request and saved.
 
     An error that a user can correct is printed in a line, and exits with code 1. Every other error is raised. The
-    traceback of both is added to errors.log in the folder that the mode writes to, if there is such a folder. If the
-    command itself is wrong, launch/supervise.py is told not to start it again.
+    traceback of both is added to errors.log in the folder that the mode writes to, if there is such a folder, and so is
+    that of an interrupt that does not wait. If the command itself is wrong, launch/supervise.py is told not to start it
+    again.
     """
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
     out, process = "", 0
 
+    def append(text: str, *, also_in_bucket: bool = False) -> files.AnyPath | None:
+        """Adds a text to errors.log, and returns the file, or None if there is none, or if a bucket has to wait."""
+        if not out or (is_url(out) and not also_in_bucket):
+            return None
+        return append_error(out, f"--mode={MODE.value}", text, process=process)
+
     def note(text: str) -> str:
         """Adds a text to errors.log. Returns the reason why it is not there, or ""."""
         try:
-            if out:
-                append_error(out, f"--mode={MODE.value}", text, process=process)
+            append(text, also_in_bucket=True)
         except OSError as error:
             return f"The traceback is not in {out}/{ERRORS} ({error.strerror})."
         return ""
 
-    with output.lasting(note), notices.warnings_in_lines():
+    with output.lasting(note), notices.tracebacks_in_a_file(append), notices.warnings_in_lines():
         try:
             config = checked_config()
             if MODE.value == "config":
@@ -180,15 +186,16 @@ def main(argv: Sequence[str]) -> int:
                 return 0
             check_flags()
             folder = run_folder()
-            out = out_folder(folder)
-            source_run()
-            memory.set_up()
-            parallel.init_distributed()
-            process = jax.process_index()
-            xla.use_compilation_cache(config.xla.compilation_cache)
-            watchdog.install(config.train.watchdog_seconds)
-            with stoppable(), workdir.inputs_are_final(folder), access_to(folder, out):
-                MODES[MODE.value](config, folder, out)
+            with workdir.inputs_are_final(folder):
+                out = out_folder(folder)
+                source_run()
+                memory.set_up()
+                parallel.init_distributed()
+                process = jax.process_index()
+                xla.use_compilation_cache(config.xla.compilation_cache)
+                watchdog.install(config.train.watchdog_seconds)
+                with stoppable(), access_to(folder, out):
+                    MODES[MODE.value](config, folder, out)
             return 0
         except preemption.Stopped as stopped:
             say(str(stopped))
@@ -203,6 +210,9 @@ def main(argv: Sequence[str]) -> int:
             if problem:
                 print(problem, file=sys.stderr)
             raise
+        except KeyboardInterrupt:
+            note(traceback.format_exc())
+            sys.exit("error: interrupted at once, without saving: the same command goes on from what is written")
         finally:
             watchdog.off()
 

@@ -54,10 +54,12 @@ def test_every_mode_in_a_bucket(start: Start, bucket: FakeGcs, tmp_path: Path) -
 def test_a_bucket_that_is_not_there_is_refused_before_anything_is_compiled(
     start: Start, bucket: FakeGcs, tmp_path: Path
 ) -> None:
-    job = start(tmp_path / "notes", workdir="gs://nobodys/run")
+    """A supervisor does not start the command again."""
+    job = start(tmp_path / "notes", workdir="gs://nobodys/run", env={"CFD_SUPERVISED": "1"})
     assert job.finish() == [1]
-    [line] = job.text().splitlines()
+    told, line = sorted(job.text().splitlines())
     assert line.startswith("error: --workdir is 'gs://nobodys/run', and there is no bucket gs://nobodys: correct")
+    assert told == "cfd-final:"
     assert not list(tmp_path.rglob("compiled/*"))
     for path in ("gs://nobodys/run", "gs:/bucket/run", "s3://bucket/run"):
         with pytest.raises(UserError, match=f"--config is '{path}'"):

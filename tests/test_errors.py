@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cfd.data.files import is_file, is_folder
-from cfd.errors import CommandError, InputError, PassingError, UserError, about_inputs
+from cfd.errors import CommandError, InputError, PassingError, UserError, about_inputs, os_error_of, root_reason
 from cfd.runs import files, workdir
 
 
@@ -76,3 +76,18 @@ def test_an_error_about_inputs_is_final_for_a_folder_without_a_run(tmp_path: Pat
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match="nowhere"), workdir.inputs_are_final(tmp_path):
         raise InputError("nowhere")
+
+
+def test_the_reason_of_the_system_is_found_behind_the_errors_of_libraries() -> None:
+    refused = OSError(errno.EROFS, os.strerror(errno.EROFS), "x/3")
+    of_tensorstore = ValueError(f"Error writing {'x' * 300} [os_error_code='28' source locations='y']")
+    wrapped, shown = RuntimeError("the save failed"), ValueError("no such key")
+    wrapped.__cause__ = of_tensorstore
+    for error, number, text in (
+        (refused, errno.EROFS, "OSError: [Errno 30] Read-only file system: 'x/3'"),
+        (of_tensorstore, errno.ENOSPC, "No space left on device"),
+        (wrapped, errno.ENOSPC, "No space left on device"),
+        (shown, None, "ValueError: no such key"),
+    ):
+        found = os_error_of(error)
+        assert (found and found.errno) == number and root_reason(error) == text

@@ -102,8 +102,10 @@ def test_a_second_interrupt_stops_at_once(start: Start, tmp_path: Path) -> None:
     time.sleep(1)
     assert job.processes[0].poll() is None
     job.send(signal.SIGINT)
-    assert job.finish()[0] != 0
-    assert "KeyboardInterrupt" in job.text()
+    assert job.finish() == [1]
+    assert job.text().splitlines()[-1].startswith("error: interrupted at once, without saving: the same command")
+    assert "Traceback" not in job.text()
+    assert "KeyboardInterrupt" in (tmp_path / "run" / "errors.log").read_text()
 
 
 @slow

@@ -19,7 +19,7 @@ from urllib.parse import quote
 
 from tqdm import tqdm
 
-from cfd.errors import CommandError, PassingError, UserError
+from cfd.errors import CommandError, InputError, PassingError, UserError
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:(/|\Z)|gs:|.*://", re.DOTALL | re.IGNORECASE)
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
@@ -283,7 +283,10 @@ def _line(text: object) -> str:
 
 
 def _raise_unless_ok(name: str, url: str, found: _Answer, headers: dict[str, str], action: str, write: bool) -> None:
-    """Raises UserError, with the remedy, unless the answer to a request that does `action` is a success."""
+    """Raises UserError, with the remedy, unless the answer to a request that does `action` is a success.
+
+    If there is no such bucket, it is an InputError: a later start finds none either.
+    """
     bucket = "gs://" + url.removeprefix("gs://").partition("/")[0]
     begin, says = f"{name} is {url!r}", _said(found.body)
     said = f" ({says})" if says else ""
@@ -291,7 +294,7 @@ def _raise_unless_ok(name: str, url: str, found: _Answer, headers: dict[str, str
         return
     if found.status == 404:
         make = f", or make it with `gcloud storage buckets create {bucket}`" if write else ""
-        raise UserError(f"{begin}, and there is no bucket {bucket}: correct the name{make}")
+        raise InputError(f"{begin}, and there is no bucket {bucket}: correct the name{make}")
     if found.status == 401:
         what = "the credentials of this machine are refused" if headers else "this machine has no credentials"
         raise UserError(f"{begin}, and {what}{said}: {LOGIN}")

@@ -101,6 +101,7 @@ def score(
 
     "class_accuracy" is the fraction of images that the feature network assigns to the class in their label. It is None
     unless the network is the classifier of the data set's own classes and every image has a class; -1 stands for none.
+    Images that do not depend on their class, such as those of w = -1, are assigned to it by chance.
     "sfid" is None if the network or the reference has no spatial layer, "is" if the network gives no probabilities,
     "kid", "precision" and "recall" if the reference has no features, "fid_test" without `held_out`, and "saturation" if
     the outputs have none. Raises ValueError if the number of images is not `count`, or if the classifier has no class

@@ -79,6 +79,7 @@ def likelihood(config: Config, folder: str, out: str) -> str:
     ValueError if the config asks for a score that the run does not train, and `preemption.Stopped` on request; the
     next start computes everything again.
     """
+    read_rows(out)  # before hours of computing
     run = settings.open_run(by_labels(config), folder)
     config, mesh, asked = run.config, parallel.make_mesh(**run.config.mesh), run.config.likelihood
     if students.is_student(config):
@@ -283,12 +284,25 @@ def manifest_of(
     }
 
 
+def read_rows(out: str) -> list[dict[str, Any]]:
+    """The rows of likelihood.csv as texts; [] if there is none. Raises ValueError if it is not of this kind."""
+    path = os.path.join(out, "likelihood.csv")
+    lines = csv.DictReader(results.whole_lines(path))
+    try:
+        names, rows = {*(lines.fieldnames or COLUMNS)}, list(lines)
+        sound = {"manifest"} <= names <= {*COLUMNS} and all(row["manifest"] and None not in row for row in rows)
+    except csv.Error:
+        sound, rows = False, []
+    if not sound:
+        raise UserError(f"{path} is damaged, or has columns that this version does not write: move it away")
+    return rows
+
+
 def write_rows(out: str, rows: list[dict[str, Any]]) -> None:
     """Add rows to likelihood.csv. Rows of the same manifest are replaced."""
-    path = os.path.join(out, "likelihood.csv")
     names = {row["manifest"] for row in rows}
-    before = [row for row in csv.DictReader(results.whole_lines(path)) if row.get("manifest") not in names]
-    text = io.StringIO()
+    before = [row for row in read_rows(out) if row["manifest"] not in names]
+    path, text = os.path.join(out, "likelihood.csv"), io.StringIO()
     writer: Any = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows([*before, *rows])

@@ -93,9 +93,10 @@ def read_metrics(path: str) -> list[Row]:
     for number, line in enumerate(results.whole_lines(path), 1):
         try:
             row = json.loads(line)
-            float(row["step"])
+            if not all(value is None or math.isfinite(value) for value in (row["step"] + 0, *row.values())):
+                raise ValueError
             rows.append(row)
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, OverflowError):
             raise UserError(f"{path}: line {number} is damaged: delete it, and ask for the report again") from None
     return rows
 
@@ -128,7 +129,11 @@ def explorer(folder: str, line: list[Row], class_names: Sequence[str], one_of_ma
     states = [
         {
             "w": row["w"],
-            "text": f"{row['fid_name']} {tables.rounded(row['fid'])}, IS {tables.rounded(row['is'])}",
+            "text": ", ".join(
+                f"{name} {tables.rounded(row[key])}"
+                for name, key in ((row["fid_name"], "fid"), ("IS", "is"))
+                if row[key] is not None
+            ),
             "images": [figures.png_uri(image) for image in column],
         }
         for row, column in zip(line, columns, strict=True)

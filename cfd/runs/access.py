@@ -14,7 +14,7 @@ import jax
 
 from cfd.devices import buckets, parallel, preemption
 from cfd.devices.buckets import is_url
-from cfd.errors import CommandError, UserError
+from cfd.errors import CommandError, InputError, UserError
 from cfd.runs import files, lease
 from cfd.runs.lease import LOCK, Lease
 
@@ -29,13 +29,17 @@ _leases: list[Lease] = []
 def run_path(flag: str, path: str) -> str:
     """The folder that a flag gives: a local one with ~ expanded, or gs://BUCKET/FOLDER without a slash at its end.
 
-    Raises UserError if it is empty, a URL of another scheme or a malformed one, and if the bucket cannot be read.
+    Raises CommandError if it is empty, a URL of another scheme or a malformed one, and if there is no such bucket, and
+    UserError if the bucket cannot be read.
     """
     if not path:
         raise CommandError(f"{flag} is empty: name a folder, or leave the flag out")
     if not is_url(path):
         return os.path.expanduser(path)
-    buckets.check(flag, path)
+    try:
+        buckets.check(flag, path)
+    except InputError as error:
+        raise CommandError(str(error)) from error
     return "gs://" + "/".join(buckets.split(flag, path)).rstrip("/")
 
 
@@ -203,7 +207,7 @@ def _flocked(folder: str | os.PathLike[str], elsewhere: str) -> Iterator[None]:
         except OSError as e:
             _remove_if_empty(made)
             raise UserError(
-                f"{path / LOCK} cannot be written ({e.strerror}): {files.how_to_make_room(e)}, or {elsewhere}"
+                f"{path / LOCK} cannot be written ({e.strerror}): {files.how_to_write(e)}, or {elsewhere}"
             ) from e
         try:
             yield

@@ -10,6 +10,7 @@ the lease of the run keeps the list of its steps itself, because Orbax's manager
 
 import contextlib
 import dataclasses
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from cfd.devices import parallel, watchdog
-from cfd.errors import UserError, reason_of
+from cfd.errors import UserError, os_error_of, reason_of, root_reason
 from cfd.runs import files, steps
 from cfd.runs.access import check_run_path, still_held
 from cfd.runs.digest import digests, leaves
@@ -43,9 +44,10 @@ class Manager:
     """An Orbax manager and the state of its saves.
 
     It is mutable because a save continues after the call that began it: `saving` is the step that is being written, and
-    `failed_saves` counts the saves in a row that failed. For a bucket, `orbax` only saves. `bucket_steps` are the steps
-    that count, `litter` are steps to be deleted, and `failed` those of failed saves, which may still add files. All of
-    this is the same on every process. `reached` are the barriers that the save has reached on this process.
+    `failed_saves` counts the saves in a row that failed. `failure` says why the last one did, and what to do. For a
+    bucket, `orbax` only saves. `bucket_steps` are the steps that count, `litter` are steps to be deleted, and `failed`
+    those of failed saves, which may still add files. All of this is the same on every process. `reached` are the
+    barriers that the save has reached on this process.
     """
 
     directory: AnyPath
@@ -54,6 +56,7 @@ class Manager:
     orbax: Any
     saving: int | None = None
     failed_saves: int = 0
+    failure: str = ""
     bucket_steps: list[int] = dataclasses.field(default_factory=list)
     litter: set[int] = dataclasses.field(default_factory=set)
     failed: set[int] = dataclasses.field(default_factory=set)
@@ -178,7 +181,7 @@ def save(manager: Manager, step: int, state: Any, *, data_state: dict[str, Any],
     if nonfinite:
         raise CheckpointError(
             f"the state of step {step} is not saved because it has NaN or Inf in {some(nonfinite)}. The last good "
-            f"checkpoint in {manager.directory} is step {_newest(manager)}; start again to resume from it"
+            f"checkpoint in {manager.directory} is {_newest_in_words(manager)}; start again to resume from it"
         )
     meta = seal({"step": step, "arrays": arrays, "data_state": data_state, "config": config_json})
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
@@ -191,7 +194,7 @@ def save(manager: Manager, step: int, state: Any, *, data_state: dict[str, Any],
             manager.orbax.save(step, args=args, force=True)
         else:
             from_process_0(lambda: _prepare(manager, step))
-            manager.orbax.save(_step_directory(manager.directory, step), args=args, force=True)
+            manager.orbax.save(manager.directory / str(step), args=args, force=True)
     except Exception as e:  # the exceptions of Orbax and TensorStore have no common class
         _finish(manager, step, e)
 
@@ -211,6 +214,11 @@ def _newest(manager: Manager) -> int | None:
     return max(_steps(manager), default=None)
 
 
+def _newest_in_words(manager: Manager) -> str:
+    newest = _newest(manager)
+    return "none" if newest is None else f"step {newest}"
+
+
 def _steps(manager: Manager) -> list[int]:
     """The steps that are written."""
     return list(manager.orbax.all_steps()) if isinstance(manager.directory, Path) else manager.bucket_steps
@@ -226,8 +234,8 @@ def wait(manager: Manager) -> None:
     try:
         _wait_orbax(manager, step)
         looks = is_local or jax.process_index() == 0
-        is_there = not looks or steps.is_committed(_step_directory(manager.directory, step))
-        error = None if is_there else "no step was written"
+        is_there = not looks or steps.is_committed(manager.directory / str(step))
+        error = None if is_there else OSError("no step was written")
     except Exception as e:  # no common class, as in `save`
         error = e
     _finish(manager, step, error)
@@ -250,7 +258,7 @@ def _wait_orbax(manager: Manager, step: int) -> None:
         raise
 
 
-def _finish(manager: Manager, step: int, error: Exception | str | None) -> None:
+def _finish(manager: Manager, step: int, error: Exception | None) -> None:
     manager.saving = None
     if on_all(error is None):
         manager.failed_saves = 0
@@ -259,8 +267,8 @@ def _finish(manager: Manager, step: int, error: Exception | str | None) -> None:
         _tidy(manager)
         return
     manager.failed_saves += 1
-    reason = reason_of(error) if error else "another process failed"
-    logging.error("checkpoint of step %s was not written in %s: %s", step, manager.directory, reason)
+    reason = root_reason(error) if error else "another process failed"
+    logging.error("checkpoint of step %s was not written in %s: %s", step, manager.directory, reason, exc_info=error)
     try:
         manager.orbax.close()
     except Exception as e:  # it closes what it can, and the next statement replaces it
@@ -268,12 +276,13 @@ def _finish(manager: Manager, step: int, error: Exception | str | None) -> None:
     manager.failed.add(step)
     _tidy(manager)
     manager.orbax = _open_orbax(manager.directory, manager.keep, manager.keep_every, manager.reached)
+    gc.collect()  # writes that never ended complain when they are collected: not in the midst of later work
+    on_disk, good = isinstance(manager.directory, Path), _newest_in_words(manager)
+    remedy = files.how_to_write(os_error_of(error)) if on_disk else "let this job write to the bucket"
+    manager.failure = f"{reason}. The last good checkpoint is {good}; {remedy} and start again"
     if manager.failed_saves >= MAX_FAILED_SAVES:
-        space = "free space" if isinstance(manager.directory, Path) else "let this job write to the bucket"
-        raise CheckpointError(
-            f"{manager.failed_saves} saves in a row failed in {manager.directory}, the last one that of step {step}: "
-            f"{reason}. The last good checkpoint is step {_newest(manager)}; {space} and start again"
-        )
+        failed = f"{manager.failed_saves} saves in a row failed in {manager.directory}"
+        raise CheckpointError(f"{failed}, the last one that of step {step}: {manager.failure}")
 
 
 def close(manager: Manager) -> None:
@@ -283,7 +292,8 @@ def close(manager: Manager) -> None:
     failed = manager.failed_saves > 0 and last is not None
     manager.orbax.close()
     if failed:
-        raise CheckpointError(f"the last checkpoint, step {last}, was not written in {manager.directory}: see the log")
+        failed = f"the last checkpoint, step {last}, was not written in {manager.directory}"
+        raise CheckpointError(f"{failed}: {manager.failure}")
 
 
 def abandon(manager: Manager) -> None:
@@ -297,7 +307,7 @@ def abandon(manager: Manager) -> None:
         manager.orbax.close()
     except Exception as e:  # no common class, as in `save`
         logging.error(
-            "checkpoint of step %s was not written in %s: %s", manager.saving, manager.directory, reason_of(e)
+            "checkpoint of step %s was not written in %s: %s", manager.saving, manager.directory, root_reason(e)
         )
 
 
@@ -315,7 +325,7 @@ def restore(
     damaged: list[tuple[int, str]] = []
     found = None
     for step in sorted(_steps(manager), reverse=True):
-        place = _step_directory(manager.directory, step)
+        place = manager.directory / str(step)
         result = read_verified(place, lambda meta, step=step: _match(meta, abstract_state, step))
         if isinstance(result, str):
             logging.warning("checkpoint of step %d in %s is damaged and skipped: %s", step, manager.directory, result)
@@ -330,23 +340,18 @@ def restore(
                 + "; ".join(f"step {step}: {reason}" for step, reason in damaged)
                 + "). Restore the folder from a copy, or start again from step 0 with --allow_fresh_start"
             )
-        _refuse_copies(manager.directory)
+        # Steps in a bucket that do not count would be hidden by a fresh start.
+        if others := from_process_0(lambda: steps.uncommitted(manager.directory)):
+            raise CheckpointError(
+                f"{steps.about_uncommitted(manager.directory, others)}; or start again from step 0 with "
+                "--allow_fresh_start"
+            )
     if damaged:
         _quarantine(manager, [step for step, _ in damaged])
     if found is None:
         return None
     step, state, meta = found
     return step, state, meta["data_state"]
-
-
-def _refuse_copies(directory: AnyPath) -> None:
-    """Raises CheckpointError if a bucket has only steps that do not count, which a fresh start would then hide."""
-    if isinstance(directory, Path):
-        return
-    if others := from_process_0(lambda: steps.uncommitted(directory)):
-        raise CheckpointError(
-            f"{steps.about_uncommitted(directory, others)}; or start again from step 0 with --allow_fresh_start"
-        )
 
 
 def _quarantine(manager: Manager, damaged: list[int]) -> None:
@@ -392,7 +397,3 @@ def _match(meta: dict[str, Any], abstract_state: Any, step: int) -> Any:
 
 def _text(shape_dtype: tuple[tuple[int, ...], str]) -> str:
     return f"{shape_dtype[1]}{list(shape_dtype[0])}"
-
-
-def _step_directory(directory: AnyPath, step: int) -> AnyPath:
-    return directory / str(step)

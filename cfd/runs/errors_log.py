@@ -26,7 +26,8 @@ def append_error(folder: str | os.PathLike[str], who: str, text: str, *, process
     if in_bucket:
         files.rewrite(path, lambda old: old if old.endswith(data) else old + data)
         return path
-    # One write in append mode: entries of several programs do not mix.
+    # One write in append mode: entries of several programs do not mix. What a full disk leaves out raises the error.
     with open(path, "ab", buffering=0) as file:
-        file.write(data)
+        while data:
+            data = data[file.write(data) :]
     return path

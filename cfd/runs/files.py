@@ -25,6 +25,17 @@ fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors of a full disk, of an exhausted quota, and of a file that has reached its size limit."""
+_AWAY = "look whether its disk works and is mounted"
+REMEDIES = {
+    errno.ENOSPC: "free space",
+    errno.EDQUOT: "free space, or ask for a larger quota",
+    errno.EFBIG: "raise the limit on the size of a file (ulimit -f)",
+    errno.EROFS: "mount its file system so that it can be written",
+    errno.EACCES: "let this job write there, by chmod or chown",
+    errno.EPERM: "let this job write there, by chmod or chown",
+    **dict.fromkeys((errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT), _AWAY),
+}
+"""The remedies for errors of writing a file on a disk, as the end of a message."""
 
 _MEMORY = tensorstore.Context()
 """Holds the content of memory://, which lasts as long as this process."""
@@ -179,6 +190,10 @@ def uploaded(path: str | os.PathLike[str]) -> Iterator[Path]:
             fsync(tmp)
             os.replace(tmp, path)
             fsync(path.parent)
+        except OSError as error:
+            if error.filename in (None, os.fspath(tmp)):
+                error.filename = os.fspath(path)
+            raise
         finally:
             tmp.unlink(missing_ok=True)
         return
@@ -240,21 +255,22 @@ def despite_a_full_disk(path: str | os.PathLike[str]) -> Iterator[None]:
         logging.error("%s was not written: %s", path, e.strerror)
 
 
-def how_to_make_room(error: OSError) -> str:
-    """The remedy for one of the errors FULL."""
-    return "raise the limit on the size of a file (ulimit -f)" if error.errno == errno.EFBIG else "free space"
+def how_to_write(error: OSError | None) -> str:
+    """The remedy for an error of writing a file on a disk."""
+    return REMEDIES.get((error and error.errno) or 0, "remove the cause")
 
 
 def reason_of_storage(error: OSError, folder: str) -> str:
-    """The message about a full disk, or about a bucket that refuses or does not answer; "" for another error.
+    """The message about a disk or a bucket that refuses or does not answer; "" for another error.
 
-    `folder` is the one that the program writes to.
+    `folder` is the one that the program writes to. Of an error that names no file, it takes only those of FULL.
     """
-    if error.errno in FULL:
-        remedy = f"{how_to_make_room(error)}, and start again"
-        return f"{folder or error.filename} cannot be written ({error.strerror}): {remedy}"
     if is_url(str(error.filename)):
         return f"{error.filename} was not read or written ({error.strerror}): start again when the bucket allows it"
+    if error.errno in FULL or (error.errno in REMEDIES and error.filename is not None):
+        action = "written" if error.errno in (*FULL, errno.EROFS) else "read or written"
+        name = folder if error.filename is None else error.filename
+        return f"{name} cannot be {action} ({error.strerror}): {how_to_write(error)}, and start again"
     return ""
 
 

@@ -132,7 +132,7 @@ def _value(key: str, text: str) -> str | int | float | None:
         return int(text)
     if key == "ema":  # empty in the rows of an earlier version
         return float(text or 0.0)
-    return float(text) if text else None
+    return float(text) if text or key in SETTINGS else None
 
 
 def latest(folder: str) -> list[Row]:

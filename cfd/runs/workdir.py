@@ -28,6 +28,8 @@ CHECKPOINTS = "checkpoints"
 SNAPSHOTS = "snapshots"
 POSTHOC = "posthoc"
 CONFIG = "config.json"
+RESTORE = f'restore it from a backup, or from "config" in {CHECKPOINTS}/<step>/meta/metadata, which is JSON'
+"""The remedy for a config.json that is damaged or missing."""
 
 CONVENTIONS = {
     "w": "the paper's weight: eps = (1 + w) eps(z, c) - w eps(z); w = 0 is conditional, w = -1 unconditional",
@@ -106,10 +108,7 @@ def write_config(
         files.rewrite(path, lambda found: found or content)
     parallel.barrier("cfd.workdir.write_config")
     if not has_config(workdir) and has_steps:
-        raise UserError(
-            f"{os.fspath(workdir)} has checkpoints but no {CONFIG}: put it back, from {CHECKPOINTS}/<step>/meta or a "
-            "backup, or give another --workdir"
-        )
+        raise UserError(f"{os.fspath(workdir)} has checkpoints but no {CONFIG}: {RESTORE}, or give another --workdir")
     if not has_config(workdir):
         raise UserError(
             f"process 0 wrote {path}, but this process does not see it: put the workdir on a disk that all processes "
@@ -239,7 +238,10 @@ def read_config(workdir: str | os.PathLike[str]) -> dict[str, Any]:
     except OSError as e:
         raise UserError(f"{path} cannot be read ({e.strerror}): {files.how_to_allow(path)}") from None
     if content is None:
-        raise UserError(f"{path} does not exist: {os.fspath(workdir)} is not the folder of a run")
+        raise UserError(
+            f"{path} does not exist: {os.fspath(workdir)} is not the folder of a run: train one there first, or give "
+            "another folder"
+        )
     return _parsed(path, content)
 
 
@@ -248,12 +250,10 @@ def _parsed(path: str, text: bytes) -> dict[str, Any]:
     try:
         content = json.loads(text)
     except ValueError as e:
-        raise UserError(f"{path} is not JSON ({e}): restore it from {CHECKPOINTS}/<step>/meta or a backup") from None
+        raise UserError(f"{path} is not JSON ({e}): {RESTORE}") from None
     content = content if isinstance(content, dict) else {}
     if wrong := [f'"{name}"' for name, holds in PARTS.items() if not holds(content.get(name))]:
-        raise UserError(
-            f"{path} has no valid {', '.join(wrong)}: restore it from {CHECKPOINTS}/<step>/meta or a backup"
-        )
+        raise UserError(f"{path} has no valid {', '.join(wrong)}: {RESTORE}")
     return content
 
 

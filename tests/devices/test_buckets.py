@@ -3,6 +3,7 @@
 import os
 import socket
 import sys
+from functools import partial
 from pathlib import Path
 
 import fsspec.config
@@ -12,7 +13,8 @@ from etils.epath import backend as epath_backend
 from gcs import FakeGcs
 
 from cfd.devices import buckets
-from cfd.errors import PassingError, UserError
+from cfd.errors import CommandError, InputError, PassingError, UserError
+from cfd.runs import access
 
 MALFORMED = ["gs:", "gs:/", "gs:/cfd-test/x", "gs://", "gs:///x", "gs:////x", "gs://B/x", "gs://b/x", "GS://cfd-test/x"]
 FOREIGN = ["s3://b/x", "http://h/x", "https://storage.googleapis.com/b/x", "hdfs://h/x", "file:///x", "s3:/b/x"]
@@ -93,8 +95,22 @@ def test_a_bucket_that_can_be_used_passes_and_is_left_as_it_was(key: str, bucket
     assert len(written) == 1 and written[0].rpartition("/")[0] == key.strip("/")
 
 
-def test_a_bucket_that_does_not_exist(bucket: FakeGcs) -> None:
+def test_a_bucket_that_does_not_exist(bucket: FakeGcs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every start of a new run ends with it, and every start with a flag that names the bucket."""
+    monkeypatch.setattr(buckets, "PAUSES", ())
     assert refusal("gs://no-such-bucket/run").endswith("there is no bucket gs://no-such-bucket: correct the name")
+    for kind, look in (
+        (InputError, partial(buckets.check, "data.path")),
+        (InputError, partial(buckets.sizes, "data.path")),
+        (InputError, partial(buckets.size, "data.labels")),
+        (CommandError, partial(access.run_path, "--init_from")),
+    ):
+        with pytest.raises(kind, match="there is no bucket gs://no-such-bucket: correct the name"):
+            look("gs://no-such-bucket/run")
+        bucket.fail = lambda request: 503
+        with pytest.raises(PassingError):
+            look("gs://no-such-bucket/run")
+        bucket.fail = lambda request: None
     message = refusal("gs://no-such-bucket/run", write=True)
     assert message.endswith("or make it with `gcloud storage buckets create gs://no-such-bucket`")
 

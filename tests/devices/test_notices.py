@@ -1,12 +1,19 @@
 """The package's own Python warnings in the output of the command."""
 
+import errno
+import logging as python_logging
+import os
+import sys
 import warnings
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import pytest
 from absl import logging
 
-from cfd.devices.notices import absl_errors_only, warnings_in_lines
+from cfd.devices.notices import absl_errors_only, tracebacks_in_a_file, warnings_in_lines
 from cfd.evaluation import metrics
 
 
@@ -60,3 +67,89 @@ def test_only_errors_of_absl_are_logged_within_the_block(caplog: pytest.LogCaptu
     logging.warning("a later one")
     assert [record.getMessage() for record in caplog.records] == ["no such file", "a later one"]
     assert logging.get_verbosity() == before
+
+
+@pytest.fixture
+def absl_handler(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """absl's handler, through which a command logs."""
+    root, handler = python_logging.getLogger(), logging.get_absl_handler()
+    monkeypatch.setattr(handler.python_handler, "stream", sys.stderr)
+    root.addHandler(handler)
+    yield
+    root.removeHandler(handler)
+
+
+def fail(place: str, logger: object = logging) -> None:
+    """What a function in this file logs of an error of TensorStore."""
+    code = """
+try:
+    raise ValueError("Failed to write 9 bytes to file 5: [os_error_code='28']")
+except ValueError:
+    log.exception("thread 3 failed")
+"""
+    exec(compile(code, place, "exec"), {"log": logger})
+
+
+def test_tracebacks_of_other_packages_are_in_a_file_and_the_same_reason_is_one_line(
+    capsys: pytest.CaptureFixture[str], absl_handler: None
+) -> None:
+    texts: list[str] = []
+
+    def append(text: str) -> str:
+        texts.append(text)
+        return "errors.log"
+
+    before = sys.unraisablehook
+    with tracebacks_in_a_file(append), warnings_in_lines():
+        fail("/x/site-packages/orbax/future.py")
+        fail("/x/site-packages/orbax/manager.py")
+        fail("/x/asyncio/events.py", python_logging.getLogger("asyncio"))
+        fail(metrics.__file__)
+        raised = RuntimeError("Event loop is closed")
+        of_task: Any = SimpleNamespace(
+            exc_type=RuntimeError, exc_value=raised, exc_traceback=None, err_msg=None, object="a task"
+        )
+        sys.unraisablehook(of_task)
+        logging.error("no traceback")
+    assert sys.unraisablehook is before
+    space = os.strerror(errno.ENOSPC)
+    *lines, last = [line for line in capsys.readouterr().err.splitlines() if "before flag parsing" not in line]
+    assert lines == [
+        f"error: orbax: {space}; the traceback is in errors.log",
+        f"error: asyncio: {space}; the traceback is in errors.log",
+        "error: thread 3 failed",
+        "error: Exception ignored in: 'a task': RuntimeError: Event loop is closed; the traceback is in errors.log",
+    ]
+    assert last.endswith("no traceback")
+    assert len(texts) == 5 and all("thread 3 failed\nTraceback" in text for text in texts[:4])
+    assert texts[4] == "Exception ignored in: 'a task'\nRuntimeError: Event loop is closed"
+
+
+@pytest.mark.parametrize("full_for", [1, 9])
+def test_a_traceback_that_a_full_disk_refuses_is_added_later_or_printed(
+    full_for: int, capsys: pytest.CaptureFixture[str], absl_handler: None
+) -> None:
+    calls, texts = [], []
+
+    def append(text: str) -> str:
+        calls.append(text)
+        if len(calls) <= full_for:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        texts.append(text)
+        return "errors.log"
+
+    with tracebacks_in_a_file(append):
+        for name in ("a", "b"):
+            fail(f"/x/site-packages/{name}/f.py")
+    printed = capsys.readouterr().err
+    both = printed if full_for == 9 else "\n".join(texts)
+    assert both.count("Traceback (most recent call last)") == 2
+    assert printed.count("Traceback") == (2 if full_for == 9 else 0)
+    assert "error: a: No space left on device; the traceback follows later" in printed
+
+
+def test_without_a_file_tracebacks_keep_their_form(capsys: pytest.CaptureFixture[str], absl_handler: None) -> None:
+    with tracebacks_in_a_file(lambda text: None):
+        fail("/x/site-packages/orbax/future.py")
+    printed = capsys.readouterr().err
+    assert "thread 3 failed\nTraceback" in printed and "error: orbax" not in printed

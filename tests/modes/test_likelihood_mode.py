@@ -94,6 +94,14 @@ def test_a_second_start_replaces_rows_of_the_same_settings_and_keeps_others(mixi
     assert rows_of(mixing_run)[:4] == before and len(rows_of(mixing_run)) == 8
 
 
+@pytest.mark.parametrize("damaged", [bytes(range(256)), b"[]\n", b"split,manifest\na,b,c\n", b"split,manifest\na\n"])
+def test_a_damaged_file_is_named_before_anything_is_computed(mixing_run: Path, damaged: bytes) -> None:
+    (mixing_run / "likelihood.csv").write_bytes(damaged + b"\n")
+    with pytest.raises(ValueError, match=r"likelihood\.csv is damaged, or has columns .*: move it away"):
+        likelihood(config_of(likelihood__weights=(1.0,), likelihood__classes=True), str(mixing_run), str(mixing_run))
+    assert (mixing_run / "likelihood.csv").read_bytes() == damaged + b"\n"
+
+
 def test_the_implicit_classifier_needs_w_0_and_a_student_has_no_bound(mixing_run: Path) -> None:
     folder = str(mixing_run)
     asked = config_of(likelihood__weights=(1.0,), likelihood__classes=True)

@@ -196,6 +196,17 @@ def test_damaged_samples_are_named_with_a_remedy_that_works(tmp_path: Path) -> N
     assert [state["w"] for state in states_of(text)] == list(WEIGHTS[1:-1])
 
 
+def test_the_explorer_names_the_measures_that_there_are(tmp_path: Path) -> None:
+    """DINOv2 gives no Inception score."""
+    folder = run_folder(tmp_path / "run", tiny_config(eval__weights=WEIGHTS), list("0123456789"))
+    rows = results.read_rows(str(folder))
+    (folder / "sweep.csv").unlink()
+    for row in rows:
+        results.append_row(str(folder), row | {"is": None})
+    states = states_of(Path(report(str(folder), str(folder))).read_text())
+    assert [state["text"] for state in states] == [f"FID-20 {3 + w:.2f}" for w in WEIGHTS]
+
+
 def test_a_run_without_results_still_has_a_page(tmp_path: Path) -> None:
     workdir.write_config(tmp_path, workdir.describe("diffusion", tiny_config().to_dict(), list("0123456789")))
     assert "Nothing is measured yet" in Path(report(str(tmp_path), str(tmp_path))).read_text()
@@ -203,7 +214,9 @@ def test_a_run_without_results_still_has_a_page(tmp_path: Path) -> None:
         report(str(tmp_path / "nowhere"), str(tmp_path))
 
 
-@pytest.mark.parametrize("line", ["{", "3", '{"loss": 1.0}'])
+@pytest.mark.parametrize(
+    "line", ["{", "3", '{"loss": 1.0}', '{"step": 2, "loss": []}', '{"step": 2, "loss": "1"}', '{"step": NaN}']
+)
 def test_a_damaged_line_of_the_metrics_is_named(tmp_path: Path, line: str) -> None:
     workdir.write_config(tmp_path, workdir.describe("diffusion", tiny_config().to_dict(), list("0123456789")))
     (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')

@@ -18,6 +18,10 @@ from cfd.runs.checkpoint import CheckpointError
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
+LIMIT = r"File too large: raise the limit on the size of a file \(ulimit -f\)"
+"""The reason and the remedy, where a limit on the size of a file makes saves fail."""
+
+
 @pytest.fixture(autouse=True)
 def no_late_complaints() -> Iterator[None]:
     """Complaints that garbage makes are made in the test that left it."""
@@ -25,8 +29,14 @@ def no_late_complaints() -> Iterator[None]:
     gc.collect()
 
 
-def check_failed_saves(folder: Path, full: Callable[[], Any], caplog: pytest.LogCaptureFixture, rows: int) -> list[int]:
-    """Saves to a disk that is full inside the context `full()`. Returns the steps in the folder at the end."""
+def check_failed_saves(
+    folder: Path, full: Callable[[], Any], caplog: pytest.LogCaptureFixture, rows: int, reason: str
+) -> list[int]:
+    """Saves to a disk that is full inside the context `full()`. Returns the steps in the folder at the end.
+
+    `reason` is the system's reason and the remedy for it.
+    """
+    why, remedy = reason.split(": ")
 
     def failures() -> list[Any]:
         return [r for r in caplog.records if "was not written" in r.getMessage()]
@@ -38,7 +48,9 @@ def check_failed_saves(folder: Path, full: Callable[[], Any], caplog: pytest.Log
         with full():
             save(manager, 2, make_state(2, rows))
             save(manager, 3, make_state(3, rows))
-            assert "step 2 was not written" in failures()[0].getMessage() and len(failures()) == 1
+            assert len(failures()) == 1
+            message = failures()[0].getMessage()
+            assert message == f"checkpoint of step 2 was not written in {folder / 'checkpoints'}: {why}"
             checkpoint.wait(manager)
             assert len(failures()) == 2 and steps(folder) == [1] and only_litter_of(folder, 2, 3)
         restored = checkpoint.restore(manager, template)
@@ -54,7 +66,9 @@ def check_failed_saves(folder: Path, full: Callable[[], Any], caplog: pytest.Log
             save(manager, 7, make_state(7, rows))
             save(manager, 8, make_state(8, rows))
             save(manager, 9, make_state(9, rows))
-            with pytest.raises(CheckpointError, match=r"3 saves in a row failed .* step 9: .* is step 6; free space"):
+            with pytest.raises(
+                CheckpointError, match=rf"3 saves in a row failed .* step 9: {why}. .* is step 6; {remedy} and"
+            ):
                 save(manager, 10, make_state(10, rows))
         assert steps(folder) == [5, 6] and only_litter_of(folder, 7, 8, 9)
         with full():
@@ -85,14 +99,17 @@ def test_litter_that_cannot_be_deleted_is_no_error(
 
 
 def test_failed_saves_by_a_limit_on_file_sizes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert check_failed_saves(tmp_path, lambda: file_size_limit(20_000), caplog, rows=64) == [6, 12]
+    assert check_failed_saves(tmp_path, lambda: file_size_limit(20_000), caplog, 64, LIMIT) == [6, 12]
 
 
 def test_the_last_save_of_a_run_must_not_fail_unheard(two_steps: Path) -> None:
     manager = checkpoint.open_manager(two_steps, keep=2)
     with file_size_limit(20_000):
         save(manager, 3, make_state(3))
-        with pytest.raises(CheckpointError, match="the last checkpoint, step 3, was not written"):
+        with pytest.raises(
+            CheckpointError,
+            match=r"the last checkpoint, step 3, was not written in .*: File too large. .* step 2; raise",
+        ):
             checkpoint.close(manager)
     assert steps(two_steps) == [1, 2] and only_litter_of(two_steps, 3)
     with opened(two_steps):
@@ -105,4 +122,5 @@ def test_failed_saves_on_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFi
     disk = tmp_path / "disk"
     with small_disk(disk, megabytes=200) as mounted:
         full = partial(filled, disk, but=2_000_000) if mounted else partial(file_size_limit, 1_000_000)
-        assert check_failed_saves(disk, full, caplog, rows=16384) == [6, 12]
+        reason = "No space left on device: free space" if mounted else LIMIT
+        assert check_failed_saves(disk, full, caplog, 16384, reason) == [6, 12]

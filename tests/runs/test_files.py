@@ -1,6 +1,8 @@
 """Files of a run: the same functions on a disk and in a bucket."""
 
+import errno
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,38 @@ def test_a_file_that_cannot_be_written_keeps_its_content_and_leaves_no_other(tmp
         files.write_atomically(path, "new content")
     assert raised.value.errno in files.FULL
     assert path.read_text() == "old" and files.names(tmp_path) == ["x.json"]
+
+
+@pytest.mark.parametrize(
+    ("number", "action", "remedy"),
+    [
+        (errno.ENOSPC, "written", "free space"),
+        (errno.EDQUOT, "written", "free space, or ask for a larger quota"),
+        (errno.EFBIG, "written", r"raise the limit on the size of a file \(ulimit -f\)"),
+        (errno.EROFS, "written", "mount its file system so that it can be written"),
+        (errno.EACCES, "read or written", "let this job write there, by chmod or chown"),
+        (errno.EIO, "read or written", "look whether its disk works and is mounted"),
+    ],
+)
+def test_a_disk_that_refuses_a_file_is_named_with_the_file_and_a_remedy_for_the_cause(
+    number: int, action: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, text = tmp_path / "x.json", os.strerror(number)
+
+    def refuse(place: Path, data: bytes) -> None:
+        raise OSError(number, text, *([] if number in files.FULL else [str(place)]))  # as the system says it
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    with pytest.raises(OSError) as raised:
+        files.write_atomically(path, "new")
+    message = files.reason_of_storage(raised.value, str(tmp_path))
+    assert re.fullmatch(f"{path} cannot be {action} \\({text}\\): {remedy}, and start again", message)
+
+
+def test_an_error_of_no_disk_is_no_message_about_one() -> None:
+    assert files.reason_of_storage(FileNotFoundError(errno.ENOENT, "no", "x"), "run") == ""
+    assert files.reason_of_storage(PermissionError(errno.EPERM, "not permitted"), "run") == ""  # of no file
+    assert files.reason_of_storage(OSError(errno.ENOSPC, "full"), "run").startswith("run cannot be written (full): ")
 
 
 def test_a_large_file_is_whole_or_absent(folder: str) -> None:

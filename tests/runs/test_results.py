@@ -125,6 +125,16 @@ def test_a_damaged_row_is_named(tmp_path: Path, damage: str) -> None:
         results.read_rows(str(tmp_path))
 
 
+@pytest.mark.parametrize("setting", ["step", "p_uncond", "num_steps", "v", "w", "num_samples", "seed"])
+def test_a_row_without_a_setting_is_damaged(tmp_path: Path, setting: str) -> None:
+    """A measure may be missing, and a setting that is a number may not."""
+    results.append_row(str(tmp_path), ROW | {"fid": None})
+    assert results.read_rows(str(tmp_path))[0]["fid"] is None
+    results.append_row(str(tmp_path), ROW | {setting: None})
+    with pytest.raises(ValueError, match=r"sweep\.csv: line 3 is damaged: delete it"):
+        results.read_rows(str(tmp_path))
+
+
 def test_a_file_with_other_columns_is_refused(tmp_path: Path) -> None:
     (tmp_path / "sweep.csv").write_text("w,fid\n0.0,3.0\n")
     with pytest.raises(ValueError, match="has other columns than this version writes"):

@@ -182,7 +182,7 @@ def test_a_run_without_a_checkpoint_takes_another_config(tmp_path: Path, capsys:
 
 def test_checkpoints_without_their_config_are_not_taken_for_this_run(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "2").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"has checkpoints but no config\.json: put it back.*--workdir"):
+    with pytest.raises(ValueError, match=r"has checkpoints but no config\.json: restore it from.*--workdir"):
         workdir.write_config(tmp_path, config_json())
     assert not (tmp_path / "config.json").exists()
 
