@@ -186,19 +186,34 @@ def first_targets(places: Float[np.ndarray, "k a"], count: int, budget: int) -> 
     ValueError if the budget is not FEWEST images of at least three cells, or of all if there are fewer.
     """
     cells, axes = places.shape
-    least = min(max(FEWEST, count // 50), count)
-    if (each := budget // rounds_left(cells) // cells) >= least or cells == 1:
-        return np.full(cells, min(each, count))
-    share, wanted = int(budget * FIRST_SHARE), 3 * (axes + 1) * (axes + 2) // 2
-    chosen = spread(places, min(cells, wanted, share // min(FEWEST, count)))
-    if len(chosen) < min(3, cells):
+    if not can_begin(cells, count, budget):
+        higher = (n for n in range(count + 1, 2**31) if can_begin(cells, n, default_budget(cells, n)))
         raise UserError(
             f"a race of {cells} cells of {count} images within {budget} images cannot begin with {FEWEST} images of at "
-            "least three cells: set eval.num_samples higher, or eval.racing to False"
+            f"least three cells: set eval.num_samples to {next(higher)}, or eval.racing to False"
         )
+    if samples_all(cells, count, budget):
+        return np.full(cells, min(budget // rounds_left(cells) // cells, count))
+    share, wanted = int(budget * FIRST_SHARE), 3 * (axes + 1) * (axes + 2) // 2
+    chosen = spread(places, min(cells, wanted, affordable(count, budget)))
     targets = np.zeros(cells, np.int64)
     targets[chosen] = min(share // len(chosen), count)
     return targets
+
+
+def samples_all(cells: int, count: int, budget: int) -> bool:
+    """Whether the first round samples all cells: a fiftieth of their images, and FEWEST, within its share."""
+    return cells == 1 or budget // rounds_left(cells) // cells >= min(max(FEWEST, count // 50), count)
+
+
+def affordable(count: int, budget: int) -> int:
+    """The cells that the first round of a part of the grid can sample, by its share of the budget."""
+    return int(budget * FIRST_SHARE) // min(FEWEST, count)
+
+
+def can_begin(cells: int, count: int, budget: int) -> bool:
+    """Whether the first round can sample all cells, or three at least."""
+    return samples_all(cells, count, budget) or affordable(count, budget) >= min(3, cells)
 
 
 def spread(places: Float[np.ndarray, "k a"], number: int) -> list[int]:

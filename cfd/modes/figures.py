@@ -16,9 +16,7 @@ from cfd.runs.files import write_atomically
 MAX_POINTS = 400
 """Points per training curve, at most about this many."""
 MAX_NAMED = 4
-"""Curves, at most, with their weights at the points, bands, and a legend among them."""
-MAX_NAME = 32
-"""Letters, at most, of a name in a legend among the curves. A legend of longer names is below the axes."""
+"""Curves, at most, with their weights at the points and bands."""
 Interval = tuple[float, float]
 """The ends of a 95 % interval."""
 
@@ -86,9 +84,8 @@ def curve_figure(
     `curves` and `published` map a name to rows of a sweep, whose curves are over `axis`, "w" or "step". Each row is a
     point; published curves are grey. Bands and bars are the rows' 95 % intervals; more than MAX_NAMED curves have bars
     alone. `real` is the interval of FID of real images. `baselines` are published results of other methods, each a mark
-    and lines of its height. The labels of the axes state the number of samples behind each
-    FID, and the feature network. Without Inception Scores, which some feature networks do not give, there is FID
-    against w alone.
+    and lines of its height. The title states the feature network and the number of samples, which is also in the label
+    of FID. Without Inception Scores, which some feature networks do not give, there is FID against w alone.
     """
     from matplotlib.figure import Figure  # imported here because it takes 0.3 s, which training need not wait for
 
@@ -96,13 +93,9 @@ def curve_figure(
     scored = any(row["is"] is not None for row in rows)
     pairs = [("is", "fid"), (axis, "fid"), (axis, "is")] if scored else [(axis, "fid")]
     crowded = len(curves) > MAX_NAMED
-    names = (*curves, *published, *(result.method for result in baselines))
-    below = crowded or len(baselines) > 0 or max(map(len, names)) > MAX_NAME
-    beside = max(1, 150 // max(10, *map(len, names)))  # names beside each other in a legend below the axes
-    height = 4.2 + (0.2 * math.ceil(len(names) / beside) if below else 0)
-    figure = Figure(figsize=(11 if scored else 6, height), layout="constrained")
+    figure = Figure(figsize=(11 if scored else 6, 4.2), layout="constrained")
     drawn = figure.subplots(1, len(pairs), squeeze=False)[0]
-    greys, own = iter(("0.35", "0.55", "0.75")), iter(styles(len(curves)))
+    greys, own, weights = iter(("0.35", "0.55", "0.75")), iter(styles(len(curves))), []
     for number, (name, line) in enumerate((curves | published).items()):
         line = sorted(line, key=lambda row: row[axis])
         style = {"color": next(greys), "linestyle": "--"} if name in published else next(own)
@@ -113,7 +106,7 @@ def curve_figure(
             if x == axis and not crowded:
                 band(axes, shown, x, y, style["color"])
             elif shown and x != axis and name in curves and not crowded:
-                for row in (shown[0], shown[len(shown) // 2], shown[-1]):
+                weights += [
                     axes.annotate(
                         f"{axis} = {row[axis]:g}",
                         (row[x], row[y]),
@@ -121,7 +114,10 @@ def curve_figure(
                         color=style["color"],
                         **{"xytext": (6, -12), "ha": "left"} if number % 2 else {"xytext": (-6, 4), "ha": "right"},
                     )
-    labels = {"is": "Inception score", "fid": "/".join(sorted({row["fid_name"] for row in rows})), axis: axis}
+                    for row in (shown[0], shown[-1], shown[len(shown) // 2])
+                ]
+    counts = sorted({(row["num_samples"], row["fid_name"]) for row in rows})
+    labels = {"is": "Inception score", "fid": "/".join(dict.fromkeys(name for _, name in counts)), axis: axis}
     for axes, (x, y) in zip(drawn, pairs, strict=True):
         axes.set(xlabel=labels[x], ylabel=labels[y])
         axes.grid(alpha=0.3)
@@ -130,14 +126,28 @@ def curve_figure(
             floor(axes, real)
         if x == "is":
             axes.margins(x=0.25, y=0.08)  # room for the annotations
+    remove_overlapping(weights)
     features = "/".join(sorted({row["features"] for row in rows}))
-    count = ", ".join(f"{n:,} samples" for n in sorted({row["num_samples"] for row in rows}))
-    drawn[0].set_title(f"{features} features, {count}")
-    if below:
-        figure.legend(*drawn[0].get_legend_handles_labels(), loc="outside lower center", ncols=beside, fontsize="small")
-    elif len(names) > 1 or real is not None:
-        drawn[0].legend(loc="upper left", fontsize="small")  # "best" is slow where points are many
+    count = "/".join(f"{n:,}" for n in dict.fromkeys(n for n, _ in counts))
+    figure.suptitle(f"{features} features, {count} samples")
+    handles, names = drawn[0].get_legend_handles_labels()
+    if len(names) > 1:  # below the axes, where it hides no point
+        beside = max(1, (150 if scored else 80) // (max(map(len, names)) + 6))
+        figure.set_figheight(4.2 + 0.2 * math.ceil(len(names) / beside))
+        figure.legend(handles, names, loc="outside lower center", ncols=beside, fontsize="small")
     return figure
+
+
+def remove_overlapping(texts: Sequence[Any]) -> None:
+    """Removes each text that would overlap an earlier one on axes of the size that they have before the layout."""
+    kept: list[Any] = []
+    for text in texts:
+        text.axes.autoscale_view()  # matplotlib would set the limits when it draws
+        box = text.get_window_extent()
+        if any(box.overlaps(other) for other in kept):
+            text.remove()
+        else:
+            kept.append(box)
 
 
 def styles(count: int) -> list[dict[str, Any]]:

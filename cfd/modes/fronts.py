@@ -130,8 +130,8 @@ def draw(axes: Any, line: list[Row], pair: tuple[str, str], **style: Any) -> Non
 
 
 def name_ends(axes: Any, pair: tuple[str, str], lines: Iterable[list[Row]], colour: Any) -> None:
-    """The weights at both ends of each line, beside them on the side with more room."""
-    middle = sum(axes.get_xlim()) / 2
+    """The weights at both ends of each line, beside them on the side with more room, but none on another one."""
+    middle, texts = sum(axes.get_xlim()) / 2, []
     for line in lines:
         shown = [row for row in line if has(row, pair)]
         if not shown:
@@ -139,11 +139,14 @@ def name_ends(axes: Any, pair: tuple[str, str], lines: Iterable[list[Row]], colo
         for row, height in ((shown[0], -9), (shown[-1], 4))[: len(shown)]:
             right = row[pair[0]] > middle
             side = {"xytext": (-4 if right else 4, height), "ha": "right" if right else "left"}
-            axes.annotate(
-                f"w = {row['w']:g}",
-                (row[pair[0]], row[pair[1]]),
-                textcoords="offset points",
-                fontsize="x-small",
-                color=colour,
-                **side,
+            texts.append(
+                axes.annotate(
+                    f"w = {row['w']:g}",
+                    (row[pair[0]], row[pair[1]]),
+                    textcoords="offset points",
+                    fontsize="x-small",
+                    color=colour,
+                    **side,
+                )
             )
+    figures.remove_overlapping(texts)

@@ -240,7 +240,8 @@ def measure_name(key: str, rows: Iterable[Row]) -> str:
     """The heading of a measure, with the number of samples behind a Fréchet distance."""
     if key not in ("fid", "fid_test"):
         return NAMES.get(key, key)
-    name = "/".join(sorted({fid_name(row["num_samples"], row["features"]) for row in rows}))
+    counts = sorted({(row["num_samples"], row["features"]) for row in rows})
+    name = "/".join(dict.fromkeys(fid_name(*count) for count in counts))
     return name if key == "fid" else f"{name} (held-out)"
 
 

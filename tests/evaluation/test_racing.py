@@ -1,5 +1,6 @@
 """Races over Gaussian cells, whose Fréchet distances are known in closed form."""
 
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -136,6 +137,10 @@ def test_the_default_budget_is_a_tenth_of_few_cells_and_a_fiftieth_of_many() -> 
 
 def test_a_budget_that_is_too_small_is_refused_and_its_remedy_works() -> None:
     places = racing.places_of([list(map(float, range(14)))])
-    with pytest.raises(UserError, match=r"within 70 images cannot begin.*set eval\.num_samples higher"):
+    message = r"within 70 images cannot begin.*set eval\.num_samples to (\d+), or"
+    with pytest.raises(UserError, match=message) as raised:
         racing.first_targets(places, 50, racing.default_budget(14, 50))
-    assert racing.first_targets(places, 500, racing.default_budget(14, 500)).any()
+    (enough,) = map(int, re.findall(message, str(raised.value)))
+    assert racing.first_targets(places, enough, racing.default_budget(14, enough)).any()
+    with pytest.raises(UserError):  # a smaller number is not enough
+        racing.first_targets(places, enough - 1, racing.default_budget(14, enough - 1))

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import math
 import re
 from typing import Any
@@ -42,13 +43,13 @@ def test_the_curves_are_of_what_their_axes_say() -> None:
     assert lines_of(left) == [[(5 + x, offset + 3 + x) for x in w] for offset in (0.0, 10.0)]
     assert lines_of(middle) == [[(x, offset + 3 + x) for x in w] for offset in (0.0, 10.0)]
     assert lines_of(right) == [[(x, 5 + x) for x in w]] * 2
-    assert left.get_title() == "classifier features, 20 samples"
-    assert [text.get_text() for text in left.get_legend().get_texts()] == ["a", "b"]
-    assert [text.get_text() for text in left.texts] == ["w = 0", "w = 1", "w = 3"] * 2
+    assert figure.get_suptitle() == "classifier features, 20 samples"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+    assert [text.get_text() for text in left.texts] == ["w = 0", "w = 3", "w = 1"] * 2
     for axes in figure.axes:  # more is to the right and higher up
         (x0, x1), (y0, y1) = axes.get_xlim(), axes.get_ylim()
         assert x0 < x1 and y0 < y1
-    assert figures.curve_figure({"a": curve()}, {}).axes[0].get_legend() is None
+    assert not figures.curve_figure({"a": curve()}, {}).legends
 
 
 def test_published_curves_are_grey_and_all_others_are_not() -> None:
@@ -62,7 +63,7 @@ def test_published_curves_are_grey_and_all_others_are_not() -> None:
         assert len(set(colours)) == 3 and all(len(set(colour)) == 1 for colour in colours)
         assert len(set(to_rgb(ours.get_color()))) > 1
         assert {line.get_linestyle() for line in theirs} == {"--"} and ours.get_linestyle() == "-"
-    names = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
     assert names == ["ours", *(f"paper, p_uncond = {p_uncond}" for p_uncond in paper.TABLE_1.columns)]
 
 
@@ -113,7 +114,26 @@ def test_real_images_are_a_band_on_the_axes_of_fid() -> None:
         bands = [patch.get_bbox().intervaly.tolist() for patch in axes.patches]
         assert bands == ([[1.75, 2.25]] if there else [])
         assert not there or axes.get_ylim()[0] < 1.75
-    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["a", "real images"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "real images"]
+
+
+def test_no_text_hides_another_one_or_a_point() -> None:
+    """A run that guidance changes little, beside one far above it, in files of different numbers of samples."""
+    near = [row | {"fid": 3 + row["w"] / 1e3, "is": 9 + row["w"] / 1e3} for row in curve()]
+    far = [row | {"fid": 1200 + row["w"], "num_samples": n} for row, n in zip(curve(), (100, 1000, 20), strict=True)]
+    far = [row | {"fid_name": f"FID-{row['num_samples']}"} for row in far]
+    figure = figures.curve_figure({"a curve whose name is long": far, "b": near}, {}, real=(1.0, 2.0))
+    figure.draw_without_rendering()
+    left, *others = figure.axes
+    # There is one name for all points of `near`.
+    assert [text.get_text() for text in left.texts] == ["w = 0", "w = 3", "w = 1", "w = 0"]
+    title, (legend,) = figure._suptitle, figure.legends
+    boxes = [text.get_window_extent() for text in (*left.texts, title)] + [legend.get_window_extent()]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes)
+    assert not any(legend.get_window_extent().overlaps(axes.get_tightbbox()) for axes in figure.axes)
+    assert title.get_text() == "classifier features, 20/100/1,000 samples"
+    assert [axes.get_ylabel() for axes in (left, *others)][:2] == ["FID-20/FID-100/FID-1000"] * 2
 
 
 def test_without_inception_scores_there_is_fid_against_w_alone() -> None:

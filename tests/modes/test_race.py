@@ -103,7 +103,7 @@ def test_a_race_refuses_several_seeds_and_too_few_images_before_it_samples(run: 
     with pytest.raises(UserError, match=r"eval.seeds has 2 seeds.*set eval.seeds to \(\) and eval.seed"):
         sweep.check(tiny_config(**GRID | {"eval__seeds": (0, 1)}), str(run))
     sweep.check(tiny_config(**GRID | {"eval__seeds": (), "eval__seed": 1}), str(run))
-    with pytest.raises(UserError, match=r"set eval\.num_samples higher, or eval\.racing to False"):
+    with pytest.raises(UserError, match=r"set eval\.num_samples to 800, or eval\.racing to False"):
         sweep.check(tiny_config(**GRID | {"eval__num_samples": 100}), str(run))
     sweep.check(tiny_config(**GRID | {"eval__num_samples": 100, "eval__racing": False}), str(run))
 
