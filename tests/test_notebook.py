@@ -1,9 +1,12 @@
 """launch/colab.ipynb needs no other file: it installs the package, trains, resumes, and draws while a slider moves."""
 
+import ast
 import base64
+import builtins
 import os
 import re
 import shutil
+import symtable
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -156,6 +159,48 @@ def test_the_stored_outputs_are_complete_and_small() -> None:
     assert "widgets" not in notebook.metadata and "widget-view" not in text
 
 
+def bound(tree: ast.AST) -> list[str]:
+    """The global names that the code of a cell binds, in order."""
+    names = []
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.append(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names += [(alias.asname or alias.name).partition(".")[0] for alias in node.names]
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.append(node.id)
+        elif not isinstance(node, ast.Lambda | ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
+            names += bound(node)
+    return names
+
+
+def globals_read(table: symtable.SymbolTable) -> set[str]:
+    """The global names that code reads, in its functions too."""
+    own = {
+        s.get_name()
+        for s in table.get_symbols()
+        if s.is_referenced() and (s.is_global() or table.get_type() == "module")
+    }
+    return own.union(*(globals_read(child) for child in table.get_children()))
+
+
+@pytest.mark.parametrize("name", ["colab", "editing", "guidance"])
+def test_a_cell_out_of_order_asks_for_those_above(name: str) -> None:
+    """Each later cell asserts a name. The cells up to the one that binds it bind all that the cell reads."""
+    first, *rest = (cell.source for cell in cells(ROOT / "launch" / f"{name}.ipynb").values())
+    above = [bound(ast.parse(first))]
+    for text in rest:
+        with pytest.raises(
+            AssertionError, match=r"^Run the cells above first \(Runtime → Run before, in Jupyter Run → "
+        ):
+            exec(text, {})
+        (needed,) = re.findall(r'^assert "(\w+)" in globals\(\), ', text, re.MULTILINE)
+        count = next(i for i, names in enumerate(above) if needed in names) + 1
+        there = {name for names in above[:count] for name in names}.union(bound(ast.parse(text)), dir(builtins))
+        assert not globals_read(symtable.symtable(text, name, "exec")) - there
+        above.append(bound(ast.parse(text)))
+
+
 def test_without_the_package_the_first_cell_installs_it_from_its_address_or_says_how(tmp_path: Path) -> None:
     pytest.importorskip("hatchling", reason="hatchling is in the extra `test`")
     hiding, target, wheels = (tmp_path / name for name in ("hiding", "target", "wheels"))
@@ -219,6 +264,7 @@ def test_it_resumes_and_the_slider_draws_without_compiling(tmp_path: Path) -> No
         printed(run(source(INSTALL)))
         printed(run(source(PLACE)))
         assert "Saving step 2 of 2." in printed(run(source(TRAIN, STEPS=2)))
+        assert len(pictures(run(source(GRID, WEIGHTS=(0.0, 2.0))))) == 1
         for title, (name, values, expected) in WRONG.items():
             for value in values:
                 shown = tuple(value) if isinstance(value, list) else value
@@ -227,7 +273,6 @@ def test_it_resumes_and_the_slider_draws_without_compiling(tmp_path: Path) -> No
         for value in ("7", 1.5, None, -1, 2**32):
             assert f"SEED is {value!r}; expected an integer in [0, 2^32)" in stopped(run(source(GRID, SEED=value)))
         assert (folder / "runs" / "notebook" / "config.json").is_file()
-        assert len(pictures(run(source(GRID, WEIGHTS=(0.0, 2.0))))) == 1
         printed(run(UNTRAINED))
         drawn = run(source(SLIDER))
         (at_zero,) = pictures(drawn)
@@ -262,7 +307,9 @@ def test_it_resumes_and_the_slider_draws_without_compiling(tmp_path: Path) -> No
         assert len(pictures(run(source(GRID, WEIGHTS=[0.0])))) == 1
 
         printed(run(source(PLACE, WORKDIR="elsewhere")))
-        assert f"{folder / 'elsewhere'} is not the folder of a run" in stopped(run(source(GRID)))
+        elsewhere = str(folder / "elsewhere")
+        assert f"{elsewhere} is not the folder of a run: train one there first" in stopped(run(source(GRID)))
+        assert f"{elsewhere} is a folder without config.json, which is no run" in stopped(run(source(SWEEP)))
 
 
 @pytest.mark.slow

@@ -26,6 +26,13 @@ def tiny_run(folder: Path) -> None:
         checkpoint.save(manager, 1, State(jnp.asarray(1), ema, ema, ()), data_state={}, config_json=config_json)
 
 
+def test_the_guide_for_contributors_names_what_the_code_has() -> None:
+    names = set(re.findall(r"`(_[a-z_]+|[A-Z][A-Z_]+)`", (ROOT / ".github" / "CONTRIBUTING.md").read_text()))
+    code = "".join(path.read_text() for folder in ("cfd", "tests") for path in (ROOT / folder).rglob("*.py"))
+    assert "STEP_RULES" in names
+    assert not [name for name in names if not re.search(rf"\b{name}\b", code)]
+
+
 def test_the_snippet_runs_and_its_program_has_the_weights_as_arguments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
