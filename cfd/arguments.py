@@ -5,20 +5,22 @@ A traced number is unknown until the program runs. It is never checked, so these
 """
 
 import functools
+import inspect
 import operator
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.core import Tracer
-from jaxtyping import Bool, Float, Int, Key, UInt32
+from jaxtyping import Bool, Float, Int, Key, PyTree, UInt32
 
 INT_LIMIT = 2**31
 """Counts are int32 on the devices."""
+EPS_FN = "(z, logsnr, labels) -> eps"
 YNN_OPTION = "xla_cpu_experimental_ynn_fusion_type"
 
 
@@ -80,8 +82,16 @@ def check_count(name: str, value: Any, lowest: int = 1) -> int:
     if not lowest <= count < INT_LIMIT:
         upper = " and < 2^31" if count >= INT_LIMIT else ""
         given = repr(value) if isinstance(value, str) else value
-        raise ValueError(f"{name} is {given}; it is a count: give an integer {name} >= {lowest}{upper}")
+        raise ValueError(
+            f"{name} is {given}; it is a count: give an integer {name} >= {lowest}{upper}{if_traced(value)}"
+        )
     return count
+
+
+def if_traced(value: Any) -> str:
+    """The end of a remedy for a value on which the program itself depends: under `jit`, it must be static."""
+    traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value))
+    return ", and name its argument in static_argnames of jax.jit" if traced else ""
 
 
 def check_shape(shape: Any) -> tuple[int, ...]:
@@ -93,6 +103,7 @@ def check_shape(shape: Any) -> tuple[int, ...]:
     if min(sizes, default=1) < 1:
         raise ValueError(
             f"shape is {shape!r}; it is that of one image, without a batch axis: give integers >= 1, such as (8, 8, 1)"
+            + if_traced(shape)
         )
     return sizes
 
@@ -136,16 +147,73 @@ def check_output(function: str, output: Any, shape: tuple[int, ...]) -> tuple[Ar
     return eps.astype(jnp.float32), v.astype(jnp.float32)
 
 
+def check_same_shape(**arrays: Any) -> None:
+    """Raises ValueError unless the arrays have one shape. They would be broadcast."""
+    if len({np.shape(array) for array in arrays.values()}) > 1:
+        shapes = " and ".join(f"{name} has shape {np.shape(array)}" for name, array in arrays.items())
+        raise ValueError(f"{shapes}; give arrays of the same shape")
+
+
 def check_function(name: str, value: Any, signature: str) -> None:
-    """Raises ValueError unless the caller's argument `name` is a function."""
+    """Raises ValueError unless the caller's argument `name` is a function, and as `check_called` does."""
+    check_called(name, value)
     if not callable(value):
-        raise ValueError(f"{name} is {value!r}; give a function {signature}")
+        given = f"a {type(value).__name__}" if isinstance(value, tuple | list | dict) else repr(value)
+        wanted = f"its {name}" if hasattr(value, name) else f"a function {signature}"
+        raise ValueError(f"{name} is {given}; give {wanted}")
+
+
+def check_called(name: str, value: Any) -> None:
+    """Raises ValueError for a function or class that makes arguments and was not called: `cosine` for `cosine()`.
+
+    Such a function is annotated to return a function, or a tuple of this package, such as `cfd.rules.Rule`.
+    """
+    made = value if isinstance(value, type) else getattr(value, "__annotations__", {}).get("return")
+    if _is_argument(made):
+        call = f"{value.__name__}({', '.join(inspect.signature(value).parameters)})"
+        raise ValueError(f"{name} is {value.__name__}, which was not called: give {name}={call}")
+
+
+def _is_argument(hint: Any) -> bool:
+    """Whether a type is that of functions or of tuples of this package, or a union with one."""
+    if get_origin(hint) is Callable or any(map(_is_argument, get_args(hint))):
+        return True
+    return isinstance(hint, type) and issubclass(hint, tuple) and hint.__module__.startswith("cfd.")
 
 
 def check_switch(name: str, value: Any) -> None:
     """Raises ValueError unless `value` is True or False. A function or a text would mean True."""
     if not isinstance(value, bool | np.bool_):
-        raise ValueError(f"{name} is {value!r}; give True or False")
+        raise ValueError(f"{name} is {value!r}; give True or False{if_traced(value)}")
+
+
+def check_representable(labels: PyTree) -> None:
+    """Raises ValueError for labels of NumPy or Python that JAX does not have, or has only as other numbers.
+
+    Without `jax_enable_x64`, 2^31 of int64 would become −2^31, and 1e39 of float64 would be infinite.
+    """
+    for leaf in jax.tree.leaves(labels):
+        if isinstance(leaf, Array):
+            continue
+        given = np.asarray(leaf)
+        if given.dtype.kind in "OSUmM":
+            raise ValueError(f"labels have {given.ravel()[:1].tolist()} of {given.dtype}; give numbers, as int32")
+        with np.errstate(all="ignore"):
+            kept = given.astype(jax.dtypes.canonicalize_dtype(given.dtype))
+            changed = (kept != given) if given.dtype.kind in "iu" else np.isinf(kept) & np.isfinite(given)
+        if np.any(changed):
+            raise ValueError(
+                f"labels have {given[changed].ravel()[0]}, which {kept.dtype} cannot represent, and JAX casts "
+                f"{given.dtype} to it: give the numbers of classes as int32, or set jax_enable_x64"
+            )
+
+
+def levels_at(schedule: Callable[[Array], Array], u: Float[Array, "t"]) -> Float[Array, "t"]:
+    """λ = schedule(u). Raises ValueError unless it is a function that returns one λ for each u."""
+    check_function("schedule", schedule, "of u in [0, 1] that returns λ, such as cosine(-20.0, 20.0)")
+    logsnr = schedule(u)
+    check_returned("schedule", logsnr, u.shape, "λ for each u")
+    return logsnr
 
 
 def row_weights(weight: Callable[[Array], Array], logsnr: Float[Array, "b"]) -> Float[Array, "b"]:
@@ -176,6 +244,13 @@ def check_data(x: Array, labels_shape: tuple[int, ...]) -> Array:
     return x.astype(jnp.float32)
 
 
+def check_examples(x: Array, labels_shape: tuple[int, ...]) -> Array:
+    """`check_data` for a mean over examples. Raises ValueError also if there are none: the mean would be NaN."""
+    if np.shape(x)[:1] == (0,):
+        raise ValueError(f"x has shape {np.shape(x)}; a mean over no examples is undefined: give at least one")
+    return check_data(x, labels_shape)
+
+
 def known_labels(labels: Int[Array, "b"], logits: Float[Array, "b k"], lowest: int) -> Bool[Array, "b"]:
     """Which labels are lowest, lowest + 1, ..., K − 1. The caller makes the rows of all others NaN.
 
@@ -193,6 +268,8 @@ def known_labels(labels: Int[Array, "b"], logits: Float[Array, "b k"], lowest: i
         lambda x: (x >= lowest) & (x < num_classes),
         f"the classifier has K = {num_classes} classes: give labels of {classes}",
     )
+    if jnp.issubdtype(labels.dtype, jnp.unsignedinteger):
+        return labels.astype(jnp.promote_types(labels.dtype, jnp.uint32)) < num_classes
     labels = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))
     return (labels >= lowest) & (labels < num_classes)
 

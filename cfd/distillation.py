@@ -16,12 +16,14 @@ from jax import Array
 from jaxtyping import Float, Key, PyTree, UInt32
 
 from cfd.arguments import (
+    EPS_FN,
     check_count,
-    check_data,
+    check_examples,
+    check_function,
     check_numbers,
     check_output,
-    check_returned,
     check_switch,
+    levels_at,
     row_weights,
     threefry,
 )
@@ -32,6 +34,7 @@ from cfd.steps import ddim, grid
 
 StudentFn = Callable[[Array, Array, Any, Array], Array]
 """(z [B, ...], logsnr [B], labels [B], w float32 [B]) -> eps [B, ...]: the guided score for the weight w."""
+WITH_W = "(z, logsnr, labels, w) -> eps"
 
 
 def distillation_loss(
@@ -63,7 +66,9 @@ def distillation_loss(
     the teacher is a student itself, which has no score for ∅.
     """
     lo, hi = _checked_range(weights)
-    x = check_data(x, (batch_size(labels),))
+    check_function("student_fn", student_fn, WITH_W)
+    check_function("teacher_fn", teacher_fn, EPS_FN)
+    x = check_examples(x, (batch_size(labels),))
     if is_student(teacher_fn):
         raise ValueError(
             "teacher_fn is a student, which has no unconditional score to mix: give the network that it learned from, "
@@ -71,8 +76,7 @@ def distillation_loss(
         )
     key_u, key_noise, key_w = jax.random.split(threefry(key), 3)
     rows = jnp.arange(len(x), dtype=jnp.float32)
-    logsnr = schedule((jax.random.uniform(key_u, (), jnp.float32) + rows / len(x)) % 1.0)
-    check_returned("schedule", logsnr, rows.shape, "λ for each u")
+    logsnr = levels_at(schedule, (jax.random.uniform(key_u, (), jnp.float32) + rows / len(x)) % 1.0)
     w = _spread(key_w, rows, lo, hi)
     z = diffuse(x, jax.random.normal(key_noise, x.shape, jnp.float32), logsnr)
     nulls = nulls_like(jax.tree.map(jnp.asarray, labels), null)
@@ -105,8 +109,10 @@ def halving_loss(
     The teacher takes w as the student does. The other arguments, and what is raised, are as in `distillation_loss`.
     """
     lo, hi = _checked_range(weights)
+    check_function("student_fn", student_fn, WITH_W)
+    check_function("teacher_fn", teacher_fn, WITH_W)
     count = check_count("num_steps", num_steps)
-    x = check_data(x, (batch_size(labels),))
+    x = check_examples(x, (batch_size(labels),))
     key_i, key_noise, key_w = jax.random.split(threefry(key), 3)
     levels = jnp.append(grid(2 * count, schedule, clean_end=False), jnp.inf)
     i = 2 * jax.random.randint(key_i, x.shape[:1], 0, count, jnp.int32)

@@ -15,13 +15,16 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int, Key, PyTree, Real, UInt32
 
 from cfd.arguments import (
+    EPS_FN,
+    check_called,
     check_function,
     check_number,
     check_numbers,
     check_output,
+    check_representable,
     check_returned,
+    check_same_shape,
     concrete,
-    eps_and_v,
     is_zero,
     known_labels,
     threefry,
@@ -91,7 +94,11 @@ def nulls_like(labels: PyTree, null: PyTree, *, batched: bool = False) -> PyTree
 
 
 def batch_size(labels: PyTree) -> int:
-    """The length B of the batch axis of a pytree of arrays [B, ...]. Raises ValueError if they do not share one."""
+    """The length B of the batch axis of a pytree of arrays [B, ...].
+
+    Raises ValueError if they do not share one, and as `check_representable` does.
+    """
+    check_representable(labels)
     leading = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(labels)}
     if len(leading) != 1 or leading == {()}:
         raise ValueError(
@@ -106,9 +113,10 @@ def guide(
 ) -> Float[Array, "..."]:
     """ε̃ = (1 + w) ε(z, c) − w ε(z): Eq. 6. w is a scalar or [B]. The result is exact at w = 0 and at w = −1.
 
-    Raises ValueError if a concrete w is not finite.
+    Raises ValueError if a concrete w is not finite, and if the two scores have different shapes.
     """
     check_weight(w)
+    check_same_shape(eps_cond=eps_cond, eps_uncond=eps_uncond)
     if callable(w) or isinstance(w, Interval):
         raise ValueError(f"w is {w}; this is the mix at one λ: give its weight there, a number or one per row")
     w = per_example(w, eps_cond)
@@ -123,6 +131,7 @@ def guided(
     A concrete scalar 0 as w costs one evaluation of eps_fn, and every other w two, outside of an `Interval` too. A
     student always costs one.
     """
+    check_function("eps_fn", eps_fn, EPS_FN)
     batch = batch_size(labels)
     check_weight(w, batch)
     student = is_student(eps_fn)
@@ -174,6 +183,7 @@ def check_weight(w: Any, batch: int | None = None) -> None:
     w is as in `guided_sample`. If `batch` is given, w must be a scalar or have the shape [batch]. The numbers of traced
     arrays and of functions are not checked.
     """
+    check_called("w", w)
     weight = w.w if isinstance(w, Interval) else w
     if isinstance(w, Interval) and callable(weight):
         raise ValueError(
@@ -254,6 +264,7 @@ def classifier_guidance(
     same for all λ.
     """
     check_weight(w)
+    check_function("eps_fn", eps_fn, EPS_FN)
     check_function("classifier_fn", classifier_fn, "(z, logsnr) -> logits")
     if is_student(eps_fn):
         raise ValueError(
@@ -265,7 +276,7 @@ def classifier_guidance(
 
     def guided(z: Array, logsnr: Array, labels: Array) -> Any:
         _, sigma = alpha_sigma(logsnr)
-        eps, v = eps_and_v(eps_fn(z, logsnr, labels))
+        eps, v = check_output("eps_fn", eps_fn(z, logsnr, labels), z.shape)
         eps = eps - per_example(sigma, z) * _weighted_gradient(classifier_fn, w, z, logsnr, labels)
         return eps if v is None else (eps, v)
 
@@ -280,8 +291,10 @@ def clipped(eps_fn: Callable[..., Any]) -> Callable[..., Any]:
     A classifier's gradient is added to it after the clipping, as in ADM's code, if the sampler has clip=False.
     """
 
+    check_function("eps_fn", eps_fn, EPS_FN)
+
     def of_clipped(z: Array, logsnr: Array, labels: Array, *w: Array) -> Any:
-        eps, v = eps_and_v(eps_fn(z, logsnr, labels, *w))
+        eps, v = check_output("eps_fn", eps_fn(z, logsnr, labels, *w), z.shape)
         eps = eps_from_x(z, jnp.clip(x_from_eps(z, eps, logsnr), -1.0, 1.0), logsnr)
         return eps if v is None else (eps, v)
 
@@ -312,6 +325,7 @@ def shift_mean(
         raise ValueError(f"sampler is {sampler!r}; it must be a step rule that adds noise: give ancestral(v)")
     learned = isinstance(sampler, LearnedVariance)
     rule: Any = sampler.rule if learned else rule_of(sampler)
+    check_representable(labels)
     labels = jnp.asarray(labels)
 
     def step(z: Array, x: Array, logsnr: Array, logsnr_next: Array, *v: Array) -> tuple[Array, Array]:
@@ -369,6 +383,7 @@ def without_null(eps_fn: Callable[..., Any]) -> Callable[..., Any]:
     ADM's published models are of this kind. The guarded function raises ValueError if a concrete label is ∅. Under
     `jit`, labels are not known; rows of ∅ then come out as NaN instead of an image from an untrained embedding.
     """
+    check_function("eps_fn", eps_fn, EPS_FN)
 
     def guarded(z: Array, logsnr: Array, labels: Array, *w: Array) -> Any:
         given = concrete(labels)

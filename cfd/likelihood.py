@@ -25,7 +25,16 @@ from jax.scipy.special import log_ndtr
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int, Key, PyTree, Real, UInt32
 
-from cfd.arguments import check_count, check_data, check_number, check_numbers, check_switch, image_keys
+from cfd.arguments import (
+    check_count,
+    check_data,
+    check_function,
+    check_number,
+    check_numbers,
+    check_returned,
+    check_switch,
+    image_keys,
+)
 from cfd.attributes import check_trained
 from cfd.guidance import NULL_LABEL, batch_size, guided
 from cfd.process import alpha_sigma, check_grid, check_v, diffuse, step_divergence, x_from_eps
@@ -133,6 +142,7 @@ def bound(
 
     Raises: ValueError on concrete numbers out of range, and on arguments whose shapes do not agree.
     """
+    check_function("decoder", decoder, "(x, z, x̂, λ) -> −log p(x | z), such as gaussian_decoder(5e-5)")
     batch = batch_size(labels)
     x = check_data(x, (batch,))
     if decoder is softmax_decoder:
@@ -164,11 +174,13 @@ def bound(
     z, x_hat = at_level(jnp.asarray(count), levels[-1])
     alpha_squared = jax.nn.sigmoid(levels[0])
     prior = 0.5 * mean(alpha_squared * (jnp.square(x) - 1.0) + softplus(levels[0]))
+    costs = decoder(x, z, x_hat, levels[-1])
+    check_returned("decoder", costs, x.shape, "−log p(x | z) in nats")
     bits = 1.0 / math.log(2.0)
     return Bound(
         bits * prior,
         bits * kl,
-        bits * mean(decoder(x, z, x_hat, levels[-1])),
+        bits * mean(costs),
         jnp.concatenate([errors, mean(jnp.square(x - x_hat))[None]]),
     )
 
@@ -189,7 +201,7 @@ def decoder_costs(
     check_pixels(x)
     x = jnp.asarray(x, jnp.float32)
     levels, d, keys = jnp.asarray(logsnr, jnp.float32), math.prod(x.shape[1:]), image_keys(key, len(x))
-    if not 0 <= first < len(levels):
+    if check_count("first", first, 0) >= len(levels):
         raise ValueError(f"first is {first}; it is one of {len(levels)} levels: give an integer from 0 on, below that")
 
     def cost(at: tuple[Array, Array]) -> Array:

@@ -16,7 +16,7 @@ from jax import Array
 from jax.sharding import Sharding, SingleDeviceSharding
 from jaxtyping import Float, Int
 
-from cfd.arguments import check_numbers
+from cfd.arguments import check_numbers, check_switch
 from cfd.errors import UserError
 from cfd.guidance import without_null
 from cfd.networks.classifier import Classifier, ClassifierFn
@@ -153,6 +153,8 @@ def load(
     Raises ValueError if there is no run, no such step or no such EMA, and CheckpointError if the checkpoints are
     damaged.
     """
+    check_switch("fast", fast)
+    check_switch("variance", variance)
     found = load_ema(workdir, "diffusion", step, ema, sharding=sharding)
     params, config_json = found.params, found.config_json
     config = config_json["config"]
@@ -212,6 +214,7 @@ def load_classifier(workdir: str | os.PathLike[str], step: int | None = None, *,
     Its weights are the EMA weights of the newest undamaged step, or of `step`. Raises ValueError if the folder holds
     another kind of run, and CheckpointError if its checkpoints are damaged.
     """
+    check_switch("fast", fast)
     params, config_json, *_ = load_ema(workdir, "classifier", step)
     config = config_json["config"]
     net = Classifier(image_size=config["data"]["image_size"], fast=fast, **_network_fields(config["classifier"]))

@@ -12,12 +12,16 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Key, PyTree, Real, UInt32
 
 from cfd.arguments import (
-    check_data,
+    EPS_FN,
+    check_examples,
+    check_function,
     check_number,
     check_numbers,
     check_output,
     check_returned,
+    check_switch,
     eps_and_v,
+    levels_at,
     row_weights,
     threefry,
 )
@@ -62,15 +66,13 @@ def eps_loss(
 
     The key is as in `threefry`.
 
-    Raises ValueError as `drop_labels` does, if x and labels do not agree, and if eps_fn returns no array of the shape
-    of z, or schedule or weight none of shape [B].
+    Raises ValueError as `drop_labels` does, if x and labels are empty or do not agree, and if eps_fn returns no array
+    of the shape of z, or schedule or weight none of shape [B].
     """
-    x = check_data(x, (batch_size(labels),))
+    x = check_examples(x, (batch_size(labels),))
     key_u, key_eps, key_drop = jax.random.split(threefry(key), 3)
     labels = drop_labels(key_drop, labels, p_uncond, null)
-    u = _times(key_u, len(x), low_discrepancy)
-    logsnr = schedule(u)
-    check_returned("schedule", logsnr, u.shape, "λ for each u")
+    logsnr = levels_at(schedule, _times(key_u, len(x), low_discrepancy))
     squared = _squared_error(key_eps, eps_fn, x, logsnr, labels)
     if weight is not None:
         squared = per_example(row_weights(weight, logsnr), x) * squared
@@ -101,7 +103,7 @@ def learned_loss(
 
     `schedule` is strictly falling and differentiable. The other arguments, and what is raised, are as in `eps_loss`.
     """
-    x = check_data(x, (batch_size(labels),))
+    x = check_examples(x, (batch_size(labels),))
     key_u, key_eps, key_drop = jax.random.split(threefry(key), 3)
     labels = drop_labels(key_drop, labels, p_uncond, null)
     u = _times(key_u, len(x), low_discrepancy)
@@ -109,8 +111,7 @@ def learned_loss(
     def slope_at(u: Array) -> Array:
         return jax.jvp(schedule, (u,), (jnp.ones_like(u),))[1]
 
-    level = schedule(u)
-    check_returned("schedule", level, u.shape, "λ for each u")
+    level = levels_at(schedule, u)
     logsnr, slope, ends = jax.lax.stop_gradient((level, slope_at(u), schedule(jnp.array([0.0, 1.0]))))
     squared = _squared_error(key_eps, eps_fn, x, logsnr, labels)
     rows = slope / (ends[1] - ends[0]) * jnp.mean(squared.reshape(len(x), -1), axis=1)
@@ -124,7 +125,8 @@ def learned_loss(
 
 
 def _times(key: Array, rows: int, low_discrepancy: bool) -> Float[Array, "b"]:
-    """u of each row, as `eps_loss` says."""
+    """u of each row, as `eps_loss` says. Raises ValueError unless low_discrepancy is True or False."""
+    check_switch("low_discrepancy", low_discrepancy)
     if low_discrepancy:
         return (jax.random.uniform(key, (), jnp.float32) + jnp.arange(rows, dtype=jnp.float32) / rows) % 1.0
     return jax.random.uniform(key, (rows,), jnp.float32)
@@ -134,6 +136,7 @@ def _squared_error(
     key: Array, eps_fn: Callable[[Array, Array, Any], Any], x: Float[Array, "b ..."], logsnr: Array, labels: PyTree
 ) -> Float[Array, "b ..."]:
     """(ε_θ(z_λ, c) − ε)² for one draw of ε."""
+    check_function("eps_fn", eps_fn, EPS_FN)
     eps = jax.random.normal(key, x.shape, jnp.float32)
     z = diffuse(x, eps, logsnr)
     eps_hat, _ = eps_and_v(eps_fn(z, logsnr, labels))
@@ -174,7 +177,7 @@ def sigmoid_weight(schedule: Schedule, bias: float = 0.0) -> Callable[[Array], A
     Raises ValueError unless bias, a λ, is in [−80, 80].
     """
     check_number("bias", bias, lambda x: abs(x) <= 80.0, "it is a log-SNR λ: give a number in [-80, 80]")
-    edges = schedule(jnp.linspace(0.0, 1.0, 4097, dtype=jnp.float32))[::-1]
+    edges = levels_at(schedule, jnp.linspace(0.0, 1.0, 4097, dtype=jnp.float32))[::-1]
     widths = jnp.diff(edges)
     total = jnp.sum(jax.nn.softplus(bias - edges[:-1]) - jax.nn.softplus(bias - edges[1:]))
 
@@ -205,7 +208,8 @@ def variance_loss(
     The other arguments, and what is raised, are as in `eps_loss`. Also raises ValueError as `check_grid` does, if
     eps_fn returns no v, and if weight is negative or not finite.
     """
-    x = check_data(x, (batch_size(labels),))
+    check_function("eps_fn", eps_fn, "(z, logsnr, labels) -> (eps, v)")
+    x = check_examples(x, (batch_size(labels),))
     check_grid(logsnr, "logsnr")
     remedy = "it multiplies L_vlb: give one number >= 0 that is finite in float32"
     check_number("weight", weight, lambda x: (x >= 0.0) & (x < np.inf), remedy)

@@ -46,7 +46,7 @@ def advance(average: Any, params: Any, step: Int[Array, ""], gamma: float) -> An
     Step s of t then has the share (s^(γ + 1) − (s − 1)^(γ + 1)) / t^(γ + 1), the integral of the profile from s − 1 to
     s. At t = 1, β is 0: what the average was before does not matter.
     """
-    share = -jnp.expm1((gamma + 1.0) * jnp.log1p(-1.0 / step.astype(jnp.float32)))
+    share = -jnp.expm1((gamma + 1.0) * jnp.log1p(-1.0 / jnp.asarray(step, jnp.float32)))
     return jax.tree.map(lambda mean, x: mean + share * (x - mean), average, params)
 
 

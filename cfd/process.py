@@ -20,7 +20,7 @@ from jax.scipy.special import ndtr, ndtri
 from jax.typing import ArrayLike
 from jaxtyping import Float, Real
 
-from cfd.arguments import check_floating, check_number, check_numbers, check_returned
+from cfd.arguments import EPS_FN, check_floating, check_function, check_number, check_numbers, check_returned
 
 Schedule = Callable[[Any], Array]
 """u in [0, 1] -> λ, falling: u = 0 is the clean end. With uniform u it is the density p(λ) of training."""
@@ -32,21 +32,22 @@ INCREASING = "λ rises as noise falls: give finite values in [-80, 80], each lar
 
 
 def cosine_logsnr(
-    u: Real[ArrayLike, "*b"],
-    logsnr_min: Real[ArrayLike, ""] = -20.0,
-    logsnr_max: Real[ArrayLike, ""] = 20.0,
+    u: Real[ArrayLike, "*b"], logsnr_min: Real[ArrayLike, ""] = -20.0, logsnr_max: Real[ArrayLike, ""] = 20.0
 ) -> Float[Array, "*b"]:
     """λ(u) = −2 log tan(a u + b) for u in [0, 1]: the cosine schedule, Section 2. λ(0) is logsnr_max.
 
-    The angle is measured from the nearer end of the schedule, because tan near π/2 loses 1e-3 of λ in float32.
+    The angle is measured from the nearer of 0 and π/2, because tan near π/2 loses 1e-3 of λ in float32.
     Raises ValueError if u is outside [0, 1], and as `check_ends` does.
     """
     check_ends(logsnr_min, logsnr_max)
     u = as_time(u)
-    b_clean = jnp.arctan(jnp.exp(-0.5 * jnp.asarray(logsnr_max, jnp.float32)))
-    b_noise = jnp.arctan(jnp.exp(0.5 * jnp.asarray(logsnr_min, jnp.float32)))
-    a = 0.5 * jnp.pi - b_clean - b_noise
-    clean_half = u < 0.5
+    first, last = 0.5 * jnp.asarray(logsnr_max, jnp.float32), 0.5 * jnp.asarray(logsnr_min, jnp.float32)
+    b_clean, b_noise = jnp.arctan(jnp.exp(-first)), jnp.arctan(jnp.exp(last))
+    # If both λ have one sign, all angles are measured from one of the two: their difference would cancel otherwise.
+    clean, noisy = last > 0.0, first < 0.0
+    a = jnp.where(noisy, jnp.arctan(jnp.exp(first)) - b_noise, 0.5 * jnp.pi - b_clean - b_noise)
+    a = jnp.where(clean, jnp.arctan(jnp.exp(-last)) - b_clean, a)
+    clean_half = (clean | (u < 0.5)) & ~noisy
     angle = jnp.where(clean_half, a * u + b_clean, a * (1.0 - u) + b_noise)
     return jnp.where(clean_half, -2.0, 2.0) * jnp.log(jnp.tan(angle))
 
@@ -225,8 +226,7 @@ def mean_factors(
     λ' is the level, of `levels` [T], rising, that follows the one nearest to λ. At the last level there is no step, and
     the factors are 0 and 1: DDPM's chain ends with x̂.
     """
-    levels = jnp.asarray(levels, jnp.float32)
-    logsnr = jnp.asarray(logsnr, jnp.float32)
+    levels, logsnr = jnp.asarray(levels, jnp.float32), jnp.asarray(logsnr, jnp.float32)
     # By the nearest level. Counted from λ, a level that is rounded to just above λ would be its own next one.
     at = jnp.searchsorted(0.5 * (levels[1:] + levels[:-1]), logsnr, side="right")
     logsnr_next = levels[jnp.minimum(at + 1, len(levels) - 1)]
@@ -252,6 +252,7 @@ def from_velocity(velocity_fn: Prediction) -> Prediction:
     y = z / (α + σ), t = σ / (α + σ) [B], and ε = y + (1 − t) u: Lipman et al. (arXiv:2210.02747), Liu et al.
     (arXiv:2209.03003). A network with the data at t = 1 is `from_velocity(lambda y, t, c: -u(y, 1.0 - t, c))`.
     """
+    check_function("velocity_fn", velocity_fn, "(y, t, labels) -> ε − x")
 
     def velocity(z: Array, logsnr: Array, labels: Any) -> Array:
         # t = σ / (α + σ) = sigmoid(−λ/2).
@@ -272,11 +273,9 @@ def rescaled(eps_fn: Prediction, scale: Callable[[Array], Array]) -> Prediction:
     al. (arXiv:2107.00630): at equal λ, all such processes have the same bound, flow and ancestral steps. A network that
     predicts the data of that process is `from_x(rescaled(x_fn, scale))`.
     """
-
-    def adapted(z: Array, logsnr: Array, labels: Any) -> Any:
-        return eps_fn(per_example(scale(logsnr), z) * z, logsnr, labels)
-
-    return functools.wraps(eps_fn)(adapted)
+    check_function("eps_fn", eps_fn, EPS_FN)
+    check_function("scale", scale, "of λ [B]")
+    return functools.wraps(eps_fn)(lambda z, logsnr, labels: eps_fn(per_example(scale(logsnr), z) * z, logsnr, labels))
 
 
 def variance_exploding(eps_fn: Prediction) -> Prediction:
@@ -305,6 +304,7 @@ def _adapted(
     predict: Prediction, name: str, meaning: str, eps_of: Callable[[Array, Array, Array], Array], given: Any = None
 ) -> Prediction:
     """(z, λ, labels) -> eps_of(z, prediction, λ). It keeps the attribute `logsnr_range` of the network."""
+    check_function(name, predict, f"(z, logsnr, labels) -> {meaning}")
 
     def eps_fn(z: Array, logsnr: Array, labels: Any) -> Array:
         prediction = predict(z, logsnr, labels)
@@ -387,9 +387,8 @@ def step_divergence(
 
 def check_v(v: Real[ArrayLike, "*v"]) -> None:
     """Raises ValueError if v is outside [0, 1]. Traced numbers are not checked."""
-    check_numbers(
-        "v", v, lambda x: (x >= 0.0) & (x <= 1.0), "it interpolates between two variances: give a value in [0, 1]"
-    )
+    remedy = "it interpolates between two variances: give a value in [0, 1]"
+    check_numbers("v", v, lambda x: (x >= 0.0) & (x <= 1.0), remedy)
 
 
 def per_example(value: Real[ArrayLike, "*b"], like: Array) -> Float[Array, "..."]:

@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from cfd.arguments import check_count, check_number
+from cfd.arguments import check_called, check_count, check_number, check_switch
 from cfd.process import per_example
 
 Number = int | float | np.number
@@ -131,9 +131,11 @@ def evaluations(reuse: Reuse | None, steps: int) -> int:
 
 def check_reuse(reuse: Any) -> None:
     """Raises ValueError unless `reuse` is of this file."""
+    check_called("reuse", reuse)
     if not isinstance(reuse, Reuse):
         raise ValueError(f"reuse is {reuse!r}; give every(k), extrapolated(k) or similar(cosine, k), or None")
     check_count("k", reuse.k)
+    check_switch("extrapolate", reuse.extrapolate)
     _check_cosine(reuse.cosine)
 
 

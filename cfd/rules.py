@@ -17,7 +17,17 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int, PyTree
 
-from cfd.arguments import check_count, check_number, check_numbers, threefry
+from cfd.arguments import (
+    EPS_FN,
+    check_called,
+    check_count,
+    check_function,
+    check_number,
+    check_numbers,
+    check_representable,
+    check_same_shape,
+    threefry,
+)
 from cfd.process import alpha_sigma, eps_from_x, per_example, x_from_eps
 
 Number = int | float | np.number | Array
@@ -40,7 +50,18 @@ class Rule(NamedTuple):
 
 def stateless(mix: Callable[[Array, Array, Array, Array, Array], tuple[Array, Array]]) -> Rule:
     """A rule without a state, of `mix(z, eps_cond, eps_guide, logsnr, w) -> (z, ε̃)`."""
-    return Rule(lambda z: (), lambda *given: (*mix(*given[:-1]), given[-1]))
+    check_function("mix", mix, "(z, eps_cond, eps_guide, logsnr, w) -> (z, ε̃)")
+    return _rule(lambda z: (), lambda *given: (*mix(*given[:-1]), given[-1]))
+
+
+def _rule(init: Callable[[Array], Any], mix: Callable[..., Any]) -> Rule:
+    """The rule of these functions. It raises ValueError for scores of another shape than z."""
+
+    def checked(z: Array, eps_cond: Array, eps_guide: Array, *others: Any) -> Any:
+        check_same_shape(z=z, eps_cond=eps_cond, eps_guide=eps_guide)
+        return mix(z, eps_cond, eps_guide, *others)
+
+    return Rule(init, checked)
 
 
 def apg(eta: Number, norm: Number, momentum: Number) -> Rule:
@@ -57,11 +78,13 @@ def apg(eta: Number, norm: Number, momentum: Number) -> Rule:
     def mix(z: Array, eps_cond: Array, eps_guide: Array, logsnr: Array, w: Array, before: Array) -> Any:
         x = x_from_eps(z, eps_cond, logsnr)
         delta = x - x_from_eps(z, eps_guide, logsnr) + momentum * before
-        kept = delta * jnp.minimum(1.0, norm / _norm(delta))
+        unlimited = jnp.isinf(norm)
+        limit = jnp.where(unlimited, 1.0, norm)  # the gradient of an infinite quotient would be NaN
+        kept = delta * jnp.where(unlimited, 1.0, jnp.minimum(1.0, limit / _norm(delta)))
         parallel = x * _dot(kept, x) / jnp.maximum(_dot(x, x), TINY)
         return z, eps_from_x(z, x + per_example(w, z) * (kept + (eta - 1.0) * parallel), logsnr), delta
 
-    return Rule(lambda z: 0.0 * z, mix)
+    return _rule(lambda z: 0.0 * z, mix)
 
 
 def cfgpp() -> Rule:
@@ -118,9 +141,10 @@ def power_law(alpha: Number) -> Rule:
     """Power-law guidance: Pavasovic et al. (arXiv:2502.07849), in the space of ε.
 
     ε̃ = ε_c + w ‖Δ‖^α Δ with Δ = ε_c − ε_g. ‖Δ‖ grows with the number of pixels, and w must follow it. Plain guidance is
-    α = 0.
+    α = 0. Below α = −1, the guidance of ever more similar scores would be without limit, and this is a ValueError.
     """
-    _check_one(alpha=alpha)
+    remedy = "scores that are nearly equal would be guided without limit: give a number >= -1, finite in float32"
+    check_number("alpha", alpha, lambda x: (x >= -1.0) & (x < np.inf), remedy)
     alpha = _narrow(alpha)
 
     def mix(z: Array, eps_cond: Array, eps_guide: Array, logsnr: Array, w: Array) -> tuple[Array, Array]:
@@ -163,7 +187,7 @@ def feedback(pi: Number, temperature: Number, offset: Number, w_max: Number) -> 
         state = log_p, y, 0.5 * (x_cond + x_guide), x_cond - x_guide, zeros(z) + logsnr
         return z, _linear(eps_cond, eps_guide, weight), state
 
-    return Rule(init, mix)
+    return _rule(init, mix)
 
 
 def tangential() -> Rule:
@@ -209,6 +233,7 @@ def cads(
     share psi of that is brought back to the mean and the standard deviation of c. γ rises from 0 at logsnr_lo to 1 at
     logsnr_hi, linearly in λ.
     """
+    check_function("eps_fn", eps_fn, EPS_FN)
     _check_one(logsnr_lo=logsnr_lo, logsnr_hi=logsnr_hi, noise=noise)
     _check_width(logsnr_hi - logsnr_lo, "logsnr_lo < logsnr_hi")
     _check_share(psi=psi)
@@ -233,13 +258,15 @@ def other_labels(key: Array, labels: Int[Array, "b"], num_classes: int) -> Int[A
     The key is as in `cfd.arguments.threefry`. Raises ValueError as that does, if num_classes is no integer >= 2, and if
     a concrete label is not one of 0 to num_classes − 1.
     """
+    check_representable(labels)
     count, labels = check_count("num_classes", num_classes, 2), jnp.asarray(labels)
     remedy = f"another class takes its place: give integers from 0 to {count - 1}, or another num_classes"
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(f"labels have dtype {labels.dtype}; {remedy}")
     check_numbers("label", labels, lambda c: (c >= 0) & (c < count), remedy)
     others = jax.random.randint(threefry(key), labels.shape, 1, count, jnp.int32)
-    return (labels.astype(jnp.int32) + others) % count
+    moved = labels.astype(jnp.int32) - (count - others)  # the sum of both could exceed int32
+    return jnp.where(moved < 0, moved + count, moved)
 
 
 def constant(w: Number) -> Callable[[Array], Array]:
@@ -322,6 +349,7 @@ def _narrow(x: Number) -> Number:
 
 def _check(**numbers: Any) -> None:
     for name, number in numbers.items():
+        check_called(name, number)
         if not isinstance(number, int | float | np.number | np.ndarray | Array):
             raise ValueError(f"{name} is {number!r}; give a number, or an array of shape (B,) with one per image")
         check_numbers(name, number, np.isfinite, "give a number that is finite in float32")

@@ -17,10 +17,14 @@ from jaxtyping import Key, PyTree, Real, UInt32
 
 from cfd import steps
 from cfd.arguments import (
+    EPS_FN,
+    check_called,
     check_function,
     check_output,
     check_returned,
     check_shape,
+    check_switch,
+    if_traced,
     image_keys,
     is_zero,
     warn_of_wrong_rows,
@@ -149,11 +153,13 @@ def guided_sample(
 
     Returns: float32 [B, *shape]; with `trajectory`, the pair of that and x̃, float32 [T, B, *shape].
 
-    Raises: ValueError on concrete numbers out of range, on λ outside the `logsnr_range` of eps_fn, on an Interval that
-    no step falls into, on arguments whose shapes do not agree, and on a student with a null, a guide, a rule, a
-    reuse or doubled.
+    Raises: ValueError on concrete numbers out of range, on labels that a cast would change, on λ outside the
+    `logsnr_range` of eps_fn, on an Interval that no step falls into, on arguments of another kind or whose shapes do
+    not agree, and on a student with a null, a guide, a rule, a reuse or doubled.
     """
     batch, shape = batch_size(labels), check_shape(shape)
+    check_switch("trajectory", trajectory)
+    check_switch("doubled", doubled)
     warn_of_wrong_rows(2 * batch if doubled else batch)
     check_weight(w, batch)
     levels = schedule(num_steps, logsnr_min, logsnr_max)
@@ -186,13 +192,12 @@ def guided_sample(
         check_reached(own_w, known)
         corrector_eps = _guided(eps_fn, guide, rule, reuse, labels, null, own_w, batch, doubled)
     if start is not None:
+        expected = f"it is z at the first λ: give float32 of shape {(batch, *shape)}"
+        if not isinstance(start, Array | np.ndarray | list | tuple):
+            raise ValueError(f"start is {start!r}; {expected}")
         start = jnp.asarray(start)
-        z_shape = (batch, *shape)
-        if start.shape != z_shape or not jnp.issubdtype(start.dtype, jnp.floating):
-            raise ValueError(
-                f"start has dtype {start.dtype} and shape {start.shape}; it is z at the first λ: give float32 of shape "
-                f"{z_shape}"
-            )
+        if start.shape != (batch, *shape) or not jnp.issubdtype(start.dtype, jnp.floating):
+            raise ValueError(f"start has dtype {start.dtype} and shape {start.shape}; {expected}")
     # The last λ' is never reached. A step of zero length there would make the gradients of some rules NaN.
     levels_next = jnp.concatenate([levels[1:], levels[-1:] + 1.0])
     reach = steps.reach(levels, levels_next) if isinstance(sampler, SecondOrder) else None
@@ -258,11 +263,14 @@ def _check_functions(rule: Any, clip: Any, **networks: Any) -> None:
     """Raises ValueError for a rule without its functions, for a clip of another kind, and for what is no network."""
     for name, network in networks.items():
         if network is not None or name == "eps_fn":
-            check_function(name, network, "(z, logsnr, labels) -> eps")
+            check_function(name, network, EPS_FN)
+    check_called("rule", rule)
+    check_called("clip", clip)
     if rule is not None and not (callable(getattr(rule, "init", None)) and callable(getattr(rule, "mix", None))):
         raise ValueError(f"rule is {rule!r}; give the result of a function of cfd.rules, such as cfgpp(), or None")
     if not (callable(clip) or isinstance(clip, bool | np.bool_)):
-        raise ValueError(f"clip is {clip!r}; give True, False, or a function of x̃, such as dynamic_threshold(99.5)")
+        wanted = "give True, False, or a function of x̃, such as dynamic_threshold(99.5)"
+        raise ValueError(f"clip is {clip!r}; {wanted}{if_traced(clip)}")
 
 
 def _guided(

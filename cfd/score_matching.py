@@ -12,7 +12,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float, Key, PyTree, Real, UInt32
 
-from cfd.arguments import check_data, check_numbers, random_signs, threefry
+from cfd.arguments import check_examples, check_numbers, random_signs, threefry
 from cfd.attributes import check_trained
 from cfd.guidance import NULL_LABEL, batch_size, guided
 from cfd.process import alpha_sigma, per_example
@@ -107,7 +107,7 @@ def _probed(key: Array, eps_fn: Any, z: Array, labels: PyTree, logsnr: Any) -> t
 
 def _check(eps_fn: Any, z: Array, labels: PyTree, logsnr: Any) -> None:
     batch = batch_size(labels)
-    check_data(z, (batch,))
+    check_examples(z, (batch,))
     fits = lambda x: (abs(x) <= 80.0) & (x.shape in ((), (batch,)))  # noqa: E731
     known = check_numbers("logsnr", logsnr, fits, f"it is the λ of z: give a number in [-80, 80], or shape ({batch},)")
     if known is not None:

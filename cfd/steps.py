@@ -11,7 +11,16 @@ from jax.nn import log_sigmoid
 from jax.typing import ArrayLike
 from jaxtyping import Float, Real
 
-from cfd.arguments import check_count, check_number, check_returned, concrete, is_zero
+from cfd.arguments import (
+    check_called,
+    check_count,
+    check_number,
+    check_returned,
+    check_switch,
+    concrete,
+    is_zero,
+    levels_at,
+)
 from cfd.process import Schedule, alpha_sigma, check_ends, check_grid, check_v, cosine_logsnr, eps_from_x, posterior
 
 StepRule = Callable[[Array, Array, Array, Array], tuple[Array, Array | None]]
@@ -28,6 +37,8 @@ def schedule(
     An array [T] in place of num_steps is the grid itself, and the ends are not used. `grid` makes one of any schedule.
     Raises ValueError if num_steps is no integer >= 1, and as `check_ends` and `check_grid` do.
     """
+    if callable(num_steps):
+        raise ValueError("num_steps is a function; give T, or, for a schedule, its levels: grid(T, schedule)")
     if is_grid(num_steps):
         check_grid(num_steps)
         return jnp.asarray(num_steps, jnp.float32)
@@ -43,9 +54,13 @@ def grid(num_steps: SupportsIndex, schedule: Schedule, *, clean_end: bool = True
 
     u falls from 1 to 0. Without `clean_end`, it falls to 1/T: the x̃ of that level is then the image, and no evaluation
     is spent where z has hardly any noise. Every second level of such a grid is that of half as many steps.
+
+    Raises ValueError if num_steps is no integer >= 1, if schedule is no function or returns another shape, and unless
+    clean_end is True or False.
     """
     count = check_count("num_steps", num_steps)
-    return schedule(_uniform(count) if clean_end else _uniform(count + 1)[:-1])
+    check_switch("clean_end", clean_end)
+    return levels_at(schedule, _uniform(count) if clean_end else _uniform(count + 1)[:-1])
 
 
 def _uniform(count: int) -> Float[Array, "t"]:
@@ -69,8 +84,9 @@ def known_levels(num_steps: Any, logsnr_min: Any, logsnr_max: Any) -> Float[np.n
     if known[0] is None or known[1] is None:
         return None
     first, last = float(known[0]), float(known[1])
-    angles = np.arctan(np.exp(-0.5 * first)), np.arctan(np.exp(-0.5 * last))
-    levels = -2.0 * np.log(np.tan(np.linspace(*angles, operator.index(num_steps))))
+    factor = -0.5 if first + last >= 0.0 else 0.5  # angles near 0, where they are precise
+    angles = np.arctan(np.exp(factor * first)), np.arctan(np.exp(factor * last))
+    levels = np.log(np.tan(np.linspace(*angles, operator.index(num_steps)))) / factor
     levels[-1], levels[0] = last, first
     return levels
 
@@ -182,6 +198,7 @@ class Langevin(NamedTuple):
 
 def check_corrector(corrector: Langevin) -> None:
     """Raises ValueError unless c is one number in (0, 2) and `steps` a count. A traced c is not checked."""
+    check_called("corrector", corrector)
     if not isinstance(corrector, Langevin):
         raise ValueError(f"corrector is {corrector!r}; give Langevin(c, steps), or None")
     remedy = "Langevin dynamics with larger steps diverge: give one number c with 0 < c < 2, such as 0.05"
@@ -208,8 +225,8 @@ def rule_of(sampler: Any) -> Any:
     that is extrapolated.
     """
     rule = sampler.rule if isinstance(sampler, SecondOrder) else sampler
-    made_by = (ancestral, ddim, dpm_solver, sde_dpm_solver, euler_maruyama, hold)
-    if not (callable(rule) or isinstance(rule, LearnedVariance)) or rule in made_by:
+    check_called("sampler", rule)
+    if not (callable(rule) or isinstance(rule, LearnedVariance)):
         raise ValueError(f"sampler is {sampler!r}; give a step rule, such as the result of ancestral(v) or ddim()")
     if isinstance(sampler, SecondOrder) and rule is _held:
         raise ValueError("sampler is SecondOrder(hold()), and hold() uses no x̃ to extrapolate: give hold() alone")

@@ -26,7 +26,17 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Key, PyTree, Real, UInt32
 
 from cfd import steps
-from cfd.arguments import check_count, check_number, check_output, check_shape, threefry
+from cfd.arguments import (
+    EPS_FN,
+    check_called,
+    check_count,
+    check_function,
+    check_number,
+    check_output,
+    check_representable,
+    check_shape,
+    threefry,
+)
 from cfd.attributes import check_trained, is_student
 from cfd.guidance import NULL_LABEL, check_weight, guide, nulls_like
 from cfd.process import alpha_sigma, check_ends, x_from_eps
@@ -100,10 +110,13 @@ def tilted_sample(
     """
     count, num_steps = check_count("num_particles", num_particles), check_count("num_steps", num_steps, 3)
     shape = check_shape(shape)
+    check_function("eps_fn", eps_fn, EPS_FN)
+    check_representable(label)
     check_ends(logsnr_min, logsnr_max)
     check_trained(eps_fn, logsnr_min, logsnr_max)
     if is_student(eps_fn):
         raise ValueError("eps_fn is a student, which has no unconditional score: give the network that it learned from")
+    check_called("w", w)
     if callable(w) or jnp.ndim(w) != 0:
         raise ValueError(f"w is {w!r}; the density has one exponent: give one number")
     check_weight(w)

@@ -256,7 +256,8 @@ def test_what_does_not_fit_is_refused() -> None:
             r"\(3,\) numbers for an array of shape \(2,\)",
         ),
         (lambda: decoder_costs(jax.random.key(0), x, logsnr=levels), "x is 0.0 at index 0, 0; the decoder knows"),
-        (lambda: decoder_costs(jax.random.key(0), x - 1.0, logsnr=levels, first=-1), "first is -1; it is one of 2"),
+        (lambda: decoder_costs(jax.random.key(0), x - 1.0, logsnr=levels, first=-1), "first is -1; it is a count"),
+        (lambda: decoder_costs(jax.random.key(0), x - 1.0, logsnr=levels, first=0.5), "first is 0.5; it is a count"),  # pyright: ignore
         (lambda: decoder_costs(jax.random.key(0), x - 1.0, logsnr=levels, first=2), "first is 2; it is one of 2"),
         (lambda: best_grid(np.array([1.0, np.nan]), levels, 2), "squared_error is nan at index 1; give a finite mean"),
         (lambda: best_grid(np.array([-1.0, 1.0]), levels, 2), "squared_error is -1.0 at index 0"),

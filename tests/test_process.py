@@ -10,7 +10,7 @@ import pytest
 from recursion import jaxtyping_off
 
 from cfd.process import alpha_sigma, check_ends, cosine_logsnr, diffuse, eps_from_x, posterior, x_from_eps
-from cfd.steps import ancestral
+from cfd.steps import ancestral, known_levels
 
 LOGSNRS = np.linspace(-20.0, 20.0, 81, dtype=np.float32)
 PAIRS = [(-20.0, -19.9), (-20.0, 20.0), (-3.0, -1.0), (0.0, 0.01), (0.0, 20.0), (5.0, 6.0), (19.9, 20.0)]
@@ -47,13 +47,20 @@ def exact_bayes(z, x, logsnr, logsnr_next):
     return mean, 1 / precision, forward
 
 
-@pytest.mark.parametrize(("logsnr_min", "logsnr_max", "atol"), [(-20, 20, 3e-6), (-5, 20, 3e-6), (10, 20, 1e-4)])
-def test_cosine_schedule_against_mpmath(logsnr_min, logsnr_max, atol):
+ENDS = [(-20, 20), (-5, 20), (0, 20), (10, 20), (16, 20), (-20, -16), (30, 40), (70, 80), (-80, -70)]
+
+
+@pytest.mark.parametrize(("logsnr_min", "logsnr_max"), ENDS)
+def test_cosine_schedule_against_mpmath(logsnr_min, logsnr_max):
     near_ends = np.array([1e-7, 1e-6, 1e-4, 0.499999, 0.500001, 1 - 1e-4, 1 - 1e-6], np.float32)
     u = np.concatenate([np.linspace(0, 1, 101, dtype=np.float32), near_ends])
     expected = [exact_cosine(value, logsnr_min, logsnr_max) for value in u]
     got = cosine_logsnr(jnp.asarray(u), float(logsnr_min), float(logsnr_max))
-    np.testing.assert_allclose(got, expected, rtol=0, atol=atol)
+    np.testing.assert_allclose(got, expected, rtol=1e-7, atol=3e-6)
+    grid = [exact_cosine(1 - i / 4, logsnr_min, logsnr_max) for i in range(5)]
+    levels = known_levels(5, logsnr_min, logsnr_max)
+    assert levels is not None
+    np.testing.assert_allclose(levels, grid, rtol=1e-14, atol=1e-13)
 
 
 def test_cosine_schedule_falls_from_logsnr_max_to_logsnr_min():

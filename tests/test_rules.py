@@ -13,7 +13,7 @@ from mixtures import mixture_eps
 from tiny import EMITTERS, QUICK
 
 from cfd import rules
-from cfd.guidance import Interval
+from cfd.guidance import Interval, guide
 from cfd.process import alpha_sigma, eps_from_x, x_from_eps
 from cfd.sampling import ancestral, ddim, dpm_solver, guided_sample, schedule
 
@@ -149,6 +149,19 @@ def test_gradients_are_finite_where_the_two_scores_are_equal(name):
             assert of_w == 0.0  # w multiplies the difference
 
 
+@pytest.mark.parametrize("name", NEUTRAL)
+def test_neutral_settings_have_the_gradients_of_plain_guidance(name):
+    rule, logsnr = NEUTRAL[name], jnp.float32(0.5)
+    z, *scores = jax.random.normal(KEY, (3, 6, 3))
+
+    def gradients(mix):
+        return jax.grad(lambda *given: jnp.sum(jnp.sin(mix(*given))), argnums=(0, 1, 2))(*scores, jnp.float32(1.5))
+
+    ours = gradients(lambda cond, other, w: rule.mix(z, cond, other, logsnr, w, rule.init(z))[1])
+    for gradient, plain in zip(ours, gradients(guide), strict=True):
+        np.testing.assert_allclose(gradient, plain, rtol=1e-4, atol=1e-5)
+
+
 def test_a_null_for_each_image_guides_each_away_from_its_own():
     keys, nulls = jax.random.split(KEY, 6), jnp.array([1, 2, 0, -1, -1, 1])
     draw = partial(guided_sample, eps_fn=exact, shape=(3,), num_steps=8, w=1.0)
@@ -169,6 +182,10 @@ def test_other_labels_are_uniform_over_the_other_classes():
     np.add.at(counts, (np.asarray(labels), others), 1)
     assert np.all(np.diag(counts) == 0)
     assert np.all(np.abs(counts[~np.eye(4, dtype=bool)] - 1000) < 5 * math.sqrt(1000 * 2 / 3))
+    count = 2**31 - 1  # the sum of a label and its shift is not in int32
+    shifts = np.asarray(jax.random.randint(KEY, (9,), 1, count), np.int64)
+    many = rules.other_labels(KEY, jnp.full(9, count - 1), count)
+    np.testing.assert_array_equal(many, (count - 1 + shifts) % count)
 
 
 def test_rules_work_inside_shard_map():
@@ -287,6 +304,7 @@ def test_a_weight_that_depends_on_the_noise_level_may_differ_from_image_to_image
         (lambda: rules.feedback(0.9, 1.0, 0.0, -1.0), "w_max is -1.0"),
         (lambda: rules.feedback(-0.1, 1.0, 0.0, 1.0), "pi is -0.1"),
         (lambda: rules.power_law(math.inf), "alpha is inf"),
+        (lambda: rules.power_law(-1.5), "alpha is -1.5; .*give a number >= -1"),
         (lambda: rules.cfg_zero_star(np.nan), "zero_until is nan"),
         (lambda: rules.dynamic_threshold(101.0), "percentile is 101.0; give one percentage, from 0 to 100"),
         (lambda: rules.dynamic_threshold(jnp.full(6, 90.0)), "percentile is 90.0 at index 0; give one percentage"),
