@@ -108,7 +108,7 @@ def test_a_folder_that_is_no_run_is_refused(run: Path, tmp_path: Path) -> None:
             0.5,
             rf"has the field train\.momentum, which this version of cfd, {__version__}, does not",
         ),
-        ("train", "num_steps", "4", r"is damaged, because it has train\.num_steps = '4': restore it from checkpoints/"),
+        ("train", "num_steps", "4", r"is damaged, because it has train\.num_steps = '4': restore it from a backup"),
         ("data", "channels", None, r"is damaged, because it has data\.channels = None: restore it"),
         ("data", "source", REMOVED, r"is damaged, because it has no data\.source: restore it"),
         ("process", None, REMOVED, r"is damaged, because it has no process\.logsnr_min: restore it"),
@@ -165,5 +165,5 @@ def test_a_full_disk_is_reported_in_a_line_and_nothing_half_written_is_left(run:
     done = subprocess.run(["bash", "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
     remedy = "raise the limit on the size of a file (ulimit -f), and start again"
-    assert done.stderr == f"error: runs/mine cannot be written (File too large): {remedy}\n"
+    assert done.stderr == f"error: {run}/report.html cannot be written (File too large): {remedy}\n"
     assert sorted(run.rglob("*")) == sorted([*before, run / "errors.log"])
