@@ -14,12 +14,17 @@ def by_platform(*arrays: Any, default: Callable[..., Any], **forms: Callable[...
     """The result of the form for the platform on which the program will run: "cpu", "tpu", "cuda" or "rocm".
 
     `default` serves all platforms without a form. This is `jax.lax.platform_dependent`, which traces every form,
-    because a program may be compiled for any platform. Within `of_default_backend`, one form alone is traced, which
-    saves a quarter of the time to trace and lower a training step.
+    because a program may be compiled for any platform. Within `of_platform`, one form alone is traced, which saves a
+    quarter of the time to trace and lower a training step.
     """
     if platform := _PLATFORM.value:
         return forms.get(platform, default)(*arrays)
     return jax.lax.platform_dependent(*arrays, default=default, **forms)
+
+
+def of_platform(platform: str) -> AbstractContextManager[Any]:
+    """Within the block, programs are traced for a platform alone: a name as in `by_platform`, or "" for any."""
+    return _PLATFORM(platform)
 
 
 def of_default_backend() -> AbstractContextManager[Any]:
@@ -28,4 +33,4 @@ def of_default_backend() -> AbstractContextManager[Any]:
     "gpu" does not tell a CUDA device from a ROCm device, so that all forms are traced there.
     """
     backend = jax.default_backend()
-    return _PLATFORM(backend if backend in ("cpu", "tpu") else "")
+    return of_platform(backend if backend in ("cpu", "tpu") else "")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from cfd.devices import xla
-from cfd.platforms import by_platform, of_default_backend
+from cfd.platforms import by_platform, of_default_backend, of_platform
 
 
 def times(traced: list[str]) -> Callable[[Any], Any]:
@@ -71,3 +71,11 @@ def test_shapes_spare_the_trace_of_the_program() -> None:
     assert xla.shapes(fun, jnp.float32(7.0)) == jax.ShapeDtypeStruct((), jnp.float32)
     assert xla.lowered(fun, jnp.float32(7.0)).compile()(jnp.float32(7.0)) == 14.0
     assert traced == ["cpu"]
+
+
+def test_a_program_for_another_machine_traces_the_form_of_its_platform() -> None:
+    traced: list[str] = []
+    fun = times(traced)
+    with of_platform("tpu"):
+        text = jax.jit(fun).trace(jnp.float32(1.0)).lower(lowering_platforms=("tpu",)).as_text()
+    assert traced == ["tpu"] and "3.0" in text

@@ -21,6 +21,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding
 
+from cfd import platforms
 from cfd.benchmark import hlo
 from cfd.benchmark.ours import training
 from cfd.benchmark.side import IMAGE_SIZE, NETWORKS, PASSES
@@ -84,9 +85,10 @@ def compile_ahead(setting: Setting) -> Iterator[dict[str, Any]]:
         words = f"Compiling {name} ({number} of {len(setting.rows)}) for {mesh.size} chips"
         start = time.perf_counter()
         try:
-            compiled = aside(
-                words, jax.jit(fun, compiler_options=compiler_options, **options).lower(*arguments).compile
-            )
+            # As `devices.xla` traces it on a TPU. The gradient of all forms together would keep arrays of each.
+            with platforms.of_platform("tpu"):
+                lowered = jax.jit(fun, compiler_options=compiler_options, **options).lower(*arguments)
+            compiled = aside(words, lowered.compile)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
