@@ -80,7 +80,7 @@ def absl_handler(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
 
 
 def fail(place: str, logger: object = logging) -> None:
-    """What a function in this file logs of an error of TensorStore."""
+    """The traceback that a function in this file logs of an error of TensorStore."""
     code = """
 try:
     raise ValueError("Failed to write 9 bytes to file 5: [os_error_code='28']")
