@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from cfd import __version__
 from cfd.checks import PATH, TEXT, accepts, has_type
-from cfd.errors import CommandError, UserError
+from cfd.errors import RESTORE, CommandError, UserError
 from cfd.fields import BEFORE, DEFAULTS, FIELDS, FOREIGN
 
 Config: TypeAlias = Any
@@ -98,10 +98,7 @@ def recorded_fields(file: str | os.PathLike[str], fields: Mapping[str, Any]) -> 
         )
     wrong = [f"{name} = {value!r}" for name, value in values.items() if not has_type(FIELDS[name].check, value)]
     if wrong or (wrong := [f"no {name}" for name in ALWAYS_RECORDED if name not in values]):
-        raise UserError(
-            f'{os.fspath(file)} is damaged, because it has {wrong[0]}: restore it from a backup, or from "config" in '
-            "checkpoints/<step>/meta/metadata, which is JSON"
-        )
+        raise UserError(f"{os.fspath(file)} is damaged, because it has {wrong[0]}: {RESTORE}")
     return values
 
 

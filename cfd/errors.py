@@ -6,6 +6,9 @@ import os
 import re
 from collections.abc import Iterator
 
+RESTORE = 'restore it from a backup, or from "config" in checkpoints/<step>/meta/metadata, which is JSON'
+"""The remedy for a config.json that is damaged or missing."""
+
 
 class UserError(ValueError):
     """An error whose message names a value, what was expected, and a remedy.

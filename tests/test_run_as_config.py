@@ -108,7 +108,12 @@ def test_a_folder_that_is_no_run_is_refused(run: Path, tmp_path: Path) -> None:
             0.5,
             rf"has the field train\.momentum, which this version of cfd, {__version__}, does not",
         ),
-        ("train", "num_steps", "4", r"is damaged, because it has train\.num_steps = '4': restore it from a backup"),
+        (
+            "train",
+            "num_steps",
+            "4",
+            r"is damaged, because it has train\.num_steps = '4': restore it from .* checkpoints/<step>/meta/metadata",
+        ),
         ("data", "channels", None, r"is damaged, because it has data\.channels = None: restore it"),
         ("data", "source", REMOVED, r"is damaged, because it has no data\.source: restore it"),
         ("process", None, REMOVED, r"is damaged, because it has no process\.logsnr_min: restore it"),

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 from cfd.devices import parallel
-from cfd.errors import CommandError, InputError, UserError
+from cfd.errors import RESTORE, CommandError, InputError, UserError
 from cfd.runs import files
 from cfd.runs.access import check_run_path
 from cfd.runs.log import METRICS
@@ -28,8 +28,6 @@ CHECKPOINTS = "checkpoints"
 SNAPSHOTS = "snapshots"
 POSTHOC = "posthoc"
 CONFIG = "config.json"
-RESTORE = f'restore it from a backup, or from "config" in {CHECKPOINTS}/<step>/meta/metadata, which is JSON'
-"""The remedy for a config.json that is damaged or missing."""
 
 CONVENTIONS = {
     "w": "the paper's weight: eps = (1 + w) eps(z, c) - w eps(z); w = 0 is conditional, w = -1 unconditional",
