@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from cfd.evaluation.paper import Result
 from cfd.runs.files import write_atomically
+from cfd.runs.results import fid_names
 
 MAX_POINTS = 400
 """Points per training curve, at most about this many."""
@@ -116,8 +117,7 @@ def curve_figure(
                     )
                     for row in (shown[0], shown[-1], shown[len(shown) // 2])
                 ]
-    counts = sorted({(row["num_samples"], row["fid_name"]) for row in rows})
-    labels = {"is": "Inception score", "fid": "/".join(dict.fromkeys(name for _, name in counts)), axis: axis}
+    labels = {"is": "Inception score", "fid": fid_names(rows), axis: axis}
     for axes, (x, y) in zip(drawn, pairs, strict=True):
         axes.set(xlabel=labels[x], ylabel=labels[y])
         axes.grid(alpha=0.3)
@@ -128,7 +128,7 @@ def curve_figure(
             axes.margins(x=0.25, y=0.08)  # room for the annotations
     remove_overlapping(weights)
     features = "/".join(sorted({row["features"] for row in rows}))
-    count = "/".join(f"{n:,}" for n in dict.fromkeys(n for n, _ in counts))
+    count = "/".join(f"{n:,}" for n in sorted({row["num_samples"] for row in rows}))
     figure.suptitle(f"{features} features, {count} samples")
     handles, names = drawn[0].get_legend_handles_labels()
     if len(names) > 1:  # below the axes, where it hides no point

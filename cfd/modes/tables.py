@@ -11,7 +11,7 @@ from cfd.config import Config
 from cfd.evaluation import intervals, paper
 from cfd.evaluation.floor import read_floor
 from cfd.runs import manifest
-from cfd.runs.results import MEASURED, SETTINGS, Row, fid_name
+from cfd.runs.results import MEASURED, SETTINGS, Row, fid_names
 
 SYMBOLS = {"num_steps": "T", "num_samples": "N", "run_name": "run"}
 NAMES = {"sfid": "sFID", "kid": "KID", "is": "IS", "class_accuracy": "asked class"}
@@ -240,8 +240,7 @@ def measure_name(key: str, rows: Iterable[Row]) -> str:
     """The heading of a measure, with the number of samples behind a Fréchet distance."""
     if key not in ("fid", "fid_test"):
         return NAMES.get(key, key)
-    counts = sorted({(row["num_samples"], row["features"]) for row in rows})
-    name = "/".join(dict.fromkeys(fid_name(*count) for count in counts))
+    name = fid_names(rows)
     return name if key == "fid" else f"{name} (held-out)"
 
 

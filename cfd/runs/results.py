@@ -11,7 +11,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,12 @@ def fid_name(num_samples: int, features: str) -> str:
     """
     name = "FD-DINOv2" if features == "dinov2" else "FID"
     return name if num_samples >= 50_000 else f"{name}-{num_samples}"
+
+
+def fid_names(rows: Iterable[Row]) -> str:
+    """The names of the Fréchet distances of these rows, in the order of their numbers of samples, joined by /."""
+    counts = sorted({(row["num_samples"], row["features"]) for row in rows})
+    return "/".join(dict.fromkeys(fid_name(*count) for count in counts))
 
 
 def samples_path(folder: str, row: Row) -> str:
