@@ -93,7 +93,7 @@ def read_metrics(path: str) -> list[Row]:
     for number, line in enumerate(results.whole_lines(path), 1):
         try:
             row = json.loads(line)
-            if not all(value is None or math.isfinite(value) for value in (row["step"] + 0, *row.values())):
+            if row["step"] is None or not all(value is None or math.isfinite(value) for value in row.values()):
                 raise ValueError
             rows.append(row)
         except (ValueError, TypeError, KeyError, OverflowError):
