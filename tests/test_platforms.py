@@ -77,5 +77,5 @@ def test_a_program_for_another_machine_traces_the_form_of_its_platform() -> None
     traced: list[str] = []
     fun = times(traced)
     with of_platform("tpu"):
-        text = jax.jit(fun).trace(jnp.float32(1.0)).lower(lowering_platforms=("tpu",)).as_text()
-    assert traced == ["tpu"] and "3.0" in text
+        assert float(factor_for(fun, "tpu")) == 3.0
+    assert traced == ["tpu"]

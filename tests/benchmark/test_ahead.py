@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from cfd.benchmark import ahead
 from cfd.benchmark.side import COMMON, IMAGE_SIZE, NETWORKS
 from cfd.networks.mp_unet import MPUNet
 from cfd.networks.unet import UNet
+from cfd.platforms import by_platform
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 TINY: dict[str, Any] = COMMON | dict(
@@ -198,6 +200,25 @@ def test_a_program_that_fits_no_chip_is_an_error_of_the_user(
     if is_expected:
         assert str(end.value).startswith("error: train does not fit into the memory of a chip (JaxRuntimeError: ")
         assert str(end.value).endswith("give a smaller --batch_size, which is per chip, --remat, or a larger --fsdp")
+
+
+def test_programs_are_traced_for_tpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As training on a TPU does: the gradient of a choice among all forms would keep arrays of each."""
+    traced: list[str] = []
+
+    def form(name: str) -> Callable[[Any], Any]:
+        return lambda x: traced.append(name) or x
+
+    def fun(x: Any) -> Any:
+        return by_platform(x, cpu=form("cpu"), tpu=form("tpu"), default=form("default"))
+
+    monkeypatch.setattr(ahead, "mesh_of", lambda setting: Mesh(np.array(jax.devices()[:1]), ("data",)))
+    monkeypatch.setattr(ahead, "program", lambda *_: (fun, (1.0,), {}))
+    monkeypatch.setattr(ahead, "aside", lambda words, call: None)
+    monkeypatch.setattr(ahead, "facts", lambda *_: {})
+    monkeypatch.setitem(NETWORKS, "small", TINY)
+    assert len(list(ahead.compile_ahead(ahead.Setting("v5e:1x1", 1, 1, "small", 1, "float32", False, ("train",))))) == 1
+    assert traced == ["tpu"]
 
 
 @pytest.mark.skipif(not HAS_LIBTPU, reason="needs libtpu")
