@@ -33,6 +33,14 @@ CPU_OPTIONS: dict[str, str | bool | int] = {
     "xla_backend_optimization_level": 1,
 }
 
+# In a process with several CPU devices, the YNN library takes the convolutions too: XLA's own, if two devices run them
+# in a loop at the same time, have wrong values in some rows (jaxlib 0.10.2).
+CPU_DEVICES_OPTIONS: dict[str, str | bool | int] = {
+    "xla_cpu_experimental_ynn_fusion_type": (
+        "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"
+    ),
+}
+
 # A program that runs once, such as the one that draws the initial parameters, takes 0.6 of the time to compile without
 # optimizations, and without the emitters that give fast loops.
 CPU_ONCE_OPTIONS: dict[str, str | bool | int] = {
@@ -108,9 +116,12 @@ def _are_divided(arguments: tuple[Any, ...]) -> bool:
 def compiler_options() -> dict[str, str | bool | int]:
     """The compiler options for the default backend: of CPU_OPTIONS or TPU_OPTIONS, those that its compiler knows.
 
-    XLA's versions differ in the options that they know.
+    In a process with several CPU devices, those of CPU_DEVICES_OPTIONS replace some. XLA's versions differ in the
+    options that they know.
     """
-    return _accepted({"cpu": CPU_OPTIONS, "tpu": TPU_OPTIONS}.get(jax.default_backend(), {}))
+    if jax.default_backend() == "cpu":
+        return _accepted(CPU_OPTIONS | (CPU_DEVICES_OPTIONS if jax.local_device_count() > 1 else {}))
+    return _accepted(TPU_OPTIONS if jax.default_backend() == "tpu" else {})
 
 
 @functools.cache

@@ -48,6 +48,10 @@ def test_gradients_under_the_options_are_those_of_plain_layers_without(
     x = jnp.asarray(random.uniform(-1.0, 1.0, (batch_size, size, size, 1)), jnp.float32)
     arguments = jax.random.key(1), params, x, jnp.arange(batch_size) % 10
 
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "local_device_count", lambda: 1)
+        options = xla.compiler_options.__wrapped__()
+    monkeypatch.setattr(xla, "compiler_options", lambda: options)
     loss, gradient = xla.jit(jax.value_and_grad(loss_fn, argnums=1))(*arguments)
     monkeypatch.setattr(settings, "build", partial(build, fast=False))
     _, plain_loss_fn = diffusion(config)
@@ -82,6 +86,7 @@ def test_a_compiler_gets_the_options_that_it_knows_and_one_line_names_the_others
     known = {"xla_disable_hlo_passes": "cse_barrier_expander"}
     unknown = {"xla_of_another_version": True, "xla_of_a_third": "NAME"}
     monkeypatch.setattr(xla, "CPU_OPTIONS", unknown | known)
+    monkeypatch.setattr(xla, "CPU_DEVICES_OPTIONS", {})
     xla.compiler_options.cache_clear()
     try:
         assert xla.jit(lambda x: x + 1)(1) == 2 and xla.compiler_options() == known
@@ -95,9 +100,15 @@ def test_a_compiler_gets_the_options_that_it_knows_and_one_line_names_the_others
 def test_each_backend_has_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
     """The options of another backend, which this one's compiler may not know."""
     monkeypatch.setattr(xla, "_rejection", lambda name, value: "")
-    expected = {"tpu": (xla.TPU_OPTIONS, xla.TPU_FSDP_OPTIONS), "cpu": (xla.CPU_OPTIONS, {}), "cuda": ({}, {})}
-    for backend, options in expected.items():
+    expected: dict[tuple[str, int], Any] = {
+        ("tpu", 1): (xla.TPU_OPTIONS, xla.TPU_FSDP_OPTIONS),
+        ("cpu", 1): (xla.CPU_OPTIONS, {}),
+        ("cpu", 2): (xla.CPU_OPTIONS | xla.CPU_DEVICES_OPTIONS, {}),
+        ("cuda", 1): ({}, {}),
+    }
+    for (backend, count), options in expected.items():
         monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        monkeypatch.setattr(jax, "local_device_count", lambda count=count: count)
         found = xla.compiler_options.__wrapped__(), xla.fsdp_options.__wrapped__()
         assert found == options
 
