@@ -34,7 +34,7 @@ CPU_OPTIONS: dict[str, str | bool | int] = {
 }
 
 # In a process with several CPU devices, the YNN library takes the convolutions too: XLA's own, if two devices run them
-# in a loop at the same time, have wrong values in some rows (jaxlib 0.10.2).
+# in a loop at the same time, have wrong values in some rows (jaxlib 0.7.2 and 0.10.2).
 CPU_DEVICES_OPTIONS: dict[str, str | bool | int] = {
     "xla_cpu_experimental_ynn_fusion_type": (
         "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"
@@ -119,9 +119,18 @@ def compiler_options() -> dict[str, str | bool | int]:
     In a process with several CPU devices, those of CPU_DEVICES_OPTIONS replace some. XLA's versions differ in the
     options that they know.
     """
-    if jax.default_backend() == "cpu":
-        return _accepted(CPU_OPTIONS | (CPU_DEVICES_OPTIONS if jax.local_device_count() > 1 else {}))
-    return _accepted(TPU_OPTIONS if jax.default_backend() == "tpu" else {})
+    if jax.default_backend() != "cpu":
+        return _accepted(TPU_OPTIONS if jax.default_backend() == "tpu" else {})
+    if jax.local_device_count() == 1:
+        return _accepted(CPU_OPTIONS)
+    options = _accepted(CPU_OPTIONS | CPU_DEVICES_OPTIONS)
+    if not CPU_DEVICES_OPTIONS.items() <= options.items():
+        logging.warning(
+            "%d CPU devices run convolutions of this XLA at the same time, which can give wrong values in some rows: "
+            "use one CPU device, or jax 0.10.2",
+            jax.local_device_count(),
+        )
+    return options
 
 
 @functools.cache

@@ -113,6 +113,18 @@ def test_each_backend_has_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
         assert found == options
 
 
+def test_one_line_says_that_convolutions_on_several_cpu_devices_can_be_wrong(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """XLA of jaxlib 0.7.2 has no YNN library."""
+    monkeypatch.setattr(xla, "_rejection", lambda name, value: "unknown" if "ynn" in name else "")
+    for count, said in ((1, False), (2, True)):
+        monkeypatch.setattr(jax, "local_device_count", lambda count=count: count)
+        caplog.clear()
+        xla.compiler_options.__wrapped__()
+        assert ("2 CPU devices run convolutions" in caplog.text) == said
+
+
 def test_only_programs_with_divided_parameters_get_the_options_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch is divided over both axes of the mesh, and is none."""
     mesh = parallel.make_mesh(2, 4)
