@@ -50,7 +50,7 @@ def get_config() -> ConfigDict:
                 base_channels=32, channel_mult=(1, 1), num_res_blocks=1, attention_resolutions=(4,), head_channels=32
             ),
             classifier_train=dict(num_steps=600, batch_size=128, learning_rate=1e-3),
-            sample=dict(num_steps=32, schedule="adm_linear", v=0.3, w=(-1.0,), batch_size=128),
+            sample=dict(num_steps=32, schedule="adm_linear", v=0.3, w=(-1.0,)),
             eval=dict(weights=(-1.0,), num_samples=500, classifier_steps=400),
             likelihood=dict(num_images=0),
         )
