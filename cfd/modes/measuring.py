@@ -65,14 +65,15 @@ class Model(NamedTuple):
 
 
 class Measuring(NamedTuple):
-    """A cell whose sampling began at `start`. `scoring` computes its metrics on process 0, and is None on others.
+    """A cell that was sampled in `seconds`. `scoring` computes its metrics on process 0, and is None on others.
 
-    `where` names the cell for the user, and `has_classes` says whether classes were asked for.
+    The metrics are computed while the next cell is sampled. `where` names the cell for the user, and `has_classes` says
+    whether classes were asked for.
     """
 
     cell: Cell
     scoring: Scoring | None
-    start: float
+    seconds: float
     where: str
     has_classes: bool
 
@@ -124,6 +125,7 @@ def measure_cells(
                             scoring.put((outputs, labels))
                         bar.update(len(images) * cost)
                         before = finish(folder, before, wait=False)
+                seconds = time.perf_counter() - start
                 finish(folder, before)
             except BaseException as error:
                 if scoring is not None:
@@ -137,7 +139,7 @@ def measure_cells(
             step += f"EMA {row['ema']:g}  " if row["ema"] else ""
             guidance = "".join(f"{row[key]}  " for key in ("rule", "guide") if row[key])
             where = f"{step}T {row['num_steps']}  {guidance}w {row['w']:g}"
-            before = Measuring(cell, scoring, start, where, num_classes > 0)
+            before = Measuring(cell, scoring, seconds, where, num_classes > 0)
         finish(folder, before)
 
 
@@ -196,7 +198,7 @@ def save(folder: str, cell: Measuring) -> None:
     manifest.write_manifest(folder, cell.cell.manifest)
     results.append_row(folder, row)
     measured = "  ".join(f"{key} {row[key]:.4g}" for key in MEASURED if row[key] is not None)
-    rate = cell.cell.row["num_samples"] / (time.perf_counter() - cell.start)
+    rate = cell.cell.row["num_samples"] / cell.seconds
     tqdm.write(f"{cell.where}  {measured}  ({rate:.3g} images/s sampled and measured)")
 
 

@@ -186,6 +186,22 @@ def test_random_labels_come_from_the_seed(on_eight_devices: Path) -> None:
 # Files
 
 
+def test_the_rate_of_a_weight_is_of_its_own_time(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A weight's metrics are computed while the next weight is sampled. By this clock, 20 images take 4 s."""
+    clock = [0.0]
+
+    def features(images: np.ndarray) -> Outputs:
+        clock[0] += 4.0
+        return brightness(images)
+
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(sweep, "open_features", lambda *_: FeatureNetwork("classifier", "0" * 64, features))
+    swept(tiny_config(sample__batch_size=20), str(run))
+    assert capsys.readouterr().out.count("(5 images/s sampled and measured)") == 3
+
+
 def test_a_sweep_leaves_rows_images_and_pictures(run: Path, capsys: pytest.CaptureFixture) -> None:
     config = tiny_config()
     rows = swept(config, str(run))
