@@ -91,12 +91,17 @@ def recorded_fields(file: str | os.PathLike[str], fields: Mapping[str, Any]) -> 
     ALWAYS_RECORDED is missing.
     """
     values = {name: as_tuples(value) for name, value in fields.items()}
-    if unknown := [name for name in values if name not in FIELDS]:
+    groups = {name.partition(".")[0] for name in FIELDS}
+    if unknown := [name for name in values if name not in FIELDS and name not in groups]:
         raise UserError(
             f"{os.fspath(file)} has the field {unknown[0]}, which this version of cfd, {__version__}, does not have: "
             "use the version that wrote it, which is a later one"
         )
-    wrong = [f"{name} = {value!r}" for name, value in values.items() if not has_type(FIELDS[name].check, value)]
+    wrong = [
+        f"{name} = {value!r}"
+        for name, value in values.items()
+        if name not in FIELDS or not has_type(FIELDS[name].check, value)
+    ]
     if wrong or (wrong := [f"no {name}" for name in ALWAYS_RECORDED if name not in values]):
         raise UserError(f"{os.fspath(file)} is damaged, because it has {wrong[0]}: {RESTORE}")
     return values

@@ -116,6 +116,7 @@ def test_a_folder_that_is_no_run_is_refused(run: Path, tmp_path: Path) -> None:
         ),
         ("data", "channels", None, r"is damaged, because it has data\.channels = None: restore it"),
         ("data", "source", REMOVED, r"is damaged, because it has no data\.source: restore it"),
+        ("sample", None, 5, r"is damaged, because it has sample = 5: restore it"),
         ("process", None, REMOVED, r"is damaged, because it has no process\.logsnr_min: restore it"),
     ],
 )
@@ -128,7 +129,7 @@ def test_a_config_of_another_version_or_a_damaged_one_is_named(
     if value is REMOVED:
         del (content["config"][group] if field else content["config"])[field or group]
     else:
-        content["config"][group][field] = value
+        (content["config"][group] if field else content["config"])[field or group] = value
     (run / "config.json").write_text(json.dumps(content))
     if has_begun:
         (run / "checkpoints" / "4").mkdir(parents=True)

@@ -73,7 +73,8 @@ def check(config: Config, folder: str, teacher: str | None) -> None:
         )
     if teacher is None and recorded is None:
         raise UserError(f"{folder} has no teacher yet: name the run that the student learns from, by --init_from=RUN")
-    place = recorded.run if recorded is not None else finetune.parse(teacher or "")[0]
+    named = "config.distill.teacher" if teacher == config.distill.teacher else "--init_from"
+    place = recorded.run if recorded is not None else finetune.parse(teacher or "", named)[0]
     if recorded is None and not workdir.has_config(place):
         raise UserError(f"the teacher {place} is no run yet: train it first, or name another run by --init_from=RUN")
     if workdir.has_config(place) and workdir.read_config(place)["kind"] == "diffusion":

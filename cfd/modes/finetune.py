@@ -15,7 +15,7 @@ from jax import Array
 
 from cfd.config import Config, as_tuples, recorded_fields
 from cfd.devices import parallel
-from cfd.errors import UserError
+from cfd.errors import RESTORE, UserError
 from cfd.fields import BEFORE, NETWORK, OF_TRANSFORMER, OF_UNETS
 from cfd.loading import Ema, load_ema
 from cfd.modes import settings
@@ -76,6 +76,8 @@ def check(config: Config, folder: str, init_from: str | None) -> None:
     if content["kind"] != "diffusion":
         raise UserError(f"{run} holds a {content['kind']} run: --init_from takes the run of a diffusion model")
     recorded_fields(files.place(run, workdir.CONFIG), workdir.flatten(content["config"]))
+    if "model" not in content["config"]:
+        raise UserError(f'{files.place(run, workdir.CONFIG)} has no "model" in its "config": {RESTORE}')
     if content["config"]["model"].get("weight_range") and not config.model.weight_range:
         teacher = content.get("init_from", {}).get("run", "its teacher")
         raise UserError(
@@ -119,9 +121,9 @@ def find(config: Config, folder: str, init_from: str | None) -> Start | None:
     return Start(recorded, [ema].pop)
 
 
-def parse(init_from: str) -> tuple[str, int | None]:
-    """(absolute path or URL, step) of RUN:STEP; the step is None for RUN alone."""
-    whole = run_path("--init_from", init_from)
+def parse(init_from: str, name: str = "--init_from") -> tuple[str, int | None]:
+    """(absolute path or URL, step) of RUN:STEP; the step is None for RUN alone. Errors are about the setting `name`."""
+    whole = run_path(name, init_from)
     whole = whole if is_url(whole) else os.path.abspath(whole)
     run, _, step = whole.rpartition(":")
     is_step = step.isdecimal() and not (files.names(whole) if is_url(whole) else os.path.isdir(whole))

@@ -298,6 +298,12 @@ def test_a_new_student_needs_a_teacher_and_a_folder_of_its_own(tmp_path: Path, t
         distill.check(student_config(), str(tmp_path / "run"), None)
     with pytest.raises(UserError, match=r"the teacher .*none is no run yet: train it first, or name another run"):
         distill.check(student_config(), str(tmp_path / "run"), str(tmp_path / "none"))
+    for named, config in (
+        ("--init_from", student_config()),
+        (r"config\.distill\.teacher", student_config(distill__teacher="gs://")),
+    ):
+        with pytest.raises(UserError, match=rf"^{named} is 'gs://'"):
+            distill.check(config, str(tmp_path / "run"), "gs://")
     with pytest.raises(UserError, match="give another --workdir"):
         distill.check(student_config(), teacher, teacher)
     with pytest.raises(UserError, match="give --mode=distill"):
