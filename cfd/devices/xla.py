@@ -33,8 +33,9 @@ CPU_OPTIONS: dict[str, str | bool | int] = {
     "xla_backend_optimization_level": 1,
 }
 
-# In a process with several CPU devices, the YNN library takes the convolutions too: XLA's own, if two devices run them
-# in a loop at the same time, have wrong values in some rows (jaxlib 0.7.2 and 0.10.2).
+# With several CPU devices, the YNN library takes the convolutions too: XLA's own, if two devices of a process run them
+# in a loop at the same time, have wrong values in some rows (jaxlib 0.7.2 and 0.10.2). The devices of all processes
+# count, so that results do not depend on how they are divided over processes.
 CPU_DEVICES_OPTIONS: dict[str, str | bool | int] = {
     "xla_cpu_experimental_ynn_fusion_type": (
         "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"
@@ -116,15 +117,15 @@ def _are_divided(arguments: tuple[Any, ...]) -> bool:
 def compiler_options() -> dict[str, str | bool | int]:
     """The compiler options for the default backend: of CPU_OPTIONS or TPU_OPTIONS, those that its compiler knows.
 
-    In a process with several CPU devices, those of CPU_DEVICES_OPTIONS replace some. XLA's versions differ in the
-    options that they know.
+    With several CPU devices, those of CPU_DEVICES_OPTIONS replace some. XLA's versions differ in the options that they
+    know.
     """
     if jax.default_backend() != "cpu":
         return _accepted(TPU_OPTIONS if jax.default_backend() == "tpu" else {})
-    if jax.local_device_count() == 1:
+    if jax.device_count() == 1:
         return _accepted(CPU_OPTIONS)
     options = _accepted(CPU_OPTIONS | CPU_DEVICES_OPTIONS)
-    if not CPU_DEVICES_OPTIONS.items() <= options.items():
+    if jax.local_device_count() > 1 and not CPU_DEVICES_OPTIONS.items() <= options.items():
         logging.warning(
             "%d CPU devices run convolutions of this XLA at the same time, which can give wrong values in some rows: "
             "use one CPU device, or jax 0.10.2",

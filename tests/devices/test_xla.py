@@ -49,7 +49,7 @@ def test_gradients_under_the_options_are_those_of_plain_layers_without(
     arguments = jax.random.key(1), params, x, jnp.arange(batch_size) % 10
 
     with monkeypatch.context() as patch:
-        patch.setattr(jax, "local_device_count", lambda: 1)
+        patch.setattr(jax, "device_count", lambda: 1)
         options = xla.compiler_options.__wrapped__()
     monkeypatch.setattr(xla, "compiler_options", lambda: options)
     loss, gradient = xla.jit(jax.value_and_grad(loss_fn, argnums=1))(*arguments)
@@ -108,7 +108,7 @@ def test_each_backend_has_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     for (backend, count), options in expected.items():
         monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
-        monkeypatch.setattr(jax, "local_device_count", lambda count=count: count)
+        monkeypatch.setattr(jax, "device_count", lambda count=count: count)
         found = xla.compiler_options.__wrapped__(), xla.fsdp_options.__wrapped__()
         assert found == options
 
@@ -118,8 +118,9 @@ def test_one_line_says_that_convolutions_on_several_cpu_devices_can_be_wrong(
 ) -> None:
     """XLA of jaxlib 0.7.2 has no YNN library."""
     monkeypatch.setattr(xla, "_rejection", lambda name, value: "unknown" if "ynn" in name else "")
-    for count, said in ((1, False), (2, True)):
-        monkeypatch.setattr(jax, "local_device_count", lambda count=count: count)
+    for count, local, said in ((1, 1, False), (2, 1, False), (2, 2, True)):
+        monkeypatch.setattr(jax, "device_count", lambda count=count: count)
+        monkeypatch.setattr(jax, "local_device_count", lambda local=local: local)
         caplog.clear()
         xla.compiler_options.__wrapped__()
         assert ("2 CPU devices run convolutions" in caplog.text) == said
