@@ -113,7 +113,7 @@ def program(x):
 mesh = parallel.make_mesh(2, 1)
 on_two = xla.jit(program, out_shardings=NamedSharding(mesh, parallel.BATCH))
 found = np.asarray(on_two(parallel.shard_rows(mesh, np.concatenate([x, x]))))
-np.testing.assert_allclose(found, np.tile(jax.jit(program)(x), (2, 1, 1, 1)), atol=1e-4)
+print(np.abs(found - np.tile(jax.jit(program)(x), (2, 1, 1, 1))).max())
 """
 
 
@@ -139,9 +139,10 @@ def test_every_form_and_its_gradients_have_the_same_bits_on_one_core_and_on_two(
 
 def test_convolutions_in_a_loop_have_the_same_values_on_two_devices() -> None:
     """With XLA's own convolution, rows 0 to 6 of each device are wrong on two cores."""
-    subprocess.run(
-        [sys.executable, "-c", LOOP], check=True, env=os.environ | dict(JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT))
-    )
+    environment = os.environ | dict(JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT))
+    done = subprocess.run([sys.executable, "-c", LOOP], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1e-4
 
 
 @pytest.mark.slow
