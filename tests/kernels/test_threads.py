@@ -88,20 +88,13 @@ print(json.dumps(hashes({"step": xla.jit(step)(params), "sample": xla.jit(sample
 """
 )
 
-LOOP = """
-import os
-
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
-
-import jax
-import jax.numpy as jnp
-import numpy as np
+LOOP = (
+    PROGRAM
+    + """
 from jax.sharding import NamedSharding
-from cfd.devices import parallel, xla
+from cfd.devices import parallel
 
-noise = np.random.default_rng(0)
-kernel = noise.standard_normal((3, 3, 64, 32), np.float32) / 24
-x = noise.standard_normal((128, 8, 8, 64), np.float32)
+kernel, x = array(3, 3, 64, 32) / 24, np.asarray(array(128, 8, 8, 64))
 
 def program(x):
     def add(i, total):
@@ -115,6 +108,7 @@ on_two = xla.jit(program, out_shardings=NamedSharding(mesh, parallel.BATCH))
 found = np.asarray(on_two(parallel.shard_rows(mesh, np.concatenate([x, x]))))
 print(np.abs(found - np.tile(jax.jit(program)(x), (2, 1, 1, 1))).max())
 """
+)
 
 
 def on_one_core_and_on_two(program: str) -> list[dict[str, str]]:
@@ -139,8 +133,9 @@ def test_every_form_and_its_gradients_have_the_same_bits_on_one_core_and_on_two(
 
 def test_convolutions_in_a_loop_have_the_same_values_on_two_devices() -> None:
     """With XLA's own convolution, rows 0 to 6 of each device are wrong on two cores."""
-    environment = os.environ | dict(JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT))
-    done = subprocess.run([sys.executable, "-c", LOOP], capture_output=True, text=True, env=environment)
+    two = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    environment = os.environ | dict(JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT)) | two
+    done = subprocess.run([sys.executable, "-c", LOOP, "2"], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 1e-4
 
