@@ -25,6 +25,9 @@ ALWAYS_RECORDED = (
 )
 """Fields that the config.json of every run records, also that of an imported network."""
 
+GROUPS = tuple(dict.fromkeys(field.partition(".")[0] for field in FIELDS if "." in field))
+"""The groups of a config, in the order in which they are shown."""
+
 
 def complete(config: ConfigDict) -> Config:
     """A locked copy of `config` in which every field that it leaves out has its default.
@@ -91,8 +94,7 @@ def recorded_fields(file: str | os.PathLike[str], fields: Mapping[str, Any]) -> 
     ALWAYS_RECORDED is missing.
     """
     values = {name: as_tuples(value) for name, value in fields.items()}
-    groups = {name.partition(".")[0] for name in FIELDS}
-    if unknown := [name for name in values if name not in FIELDS and name not in groups]:
+    if unknown := [name for name in values if name not in FIELDS and name not in GROUPS]:
         raise UserError(
             f"{os.fspath(file)} has the field {unknown[0]}, which this version of cfd, {__version__}, does not have: "
             "use the version that wrote it, which is a later one"
@@ -362,8 +364,7 @@ def _siblings(name: str) -> str:
     group = name.rpartition(".")[0]
     if known := [field.rpartition(".")[2] for field in FIELDS if field.rpartition(".")[0] == group]:
         return f"the group has {', '.join(known)}"
-    groups = dict.fromkeys(field.partition(".")[0] for field in FIELDS if "." in field)
-    return f"there is no group {group!r}, and the groups are {', '.join(groups)}"
+    return f"there is no group {group!r}, and the groups are {', '.join(GROUPS)}"
 
 
 def _meant(name: str) -> str:

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from cfd.runs import checkpoint
 
-CONFIG_JSON = {"kind": "diffusion", "config": {"seed": 0}, "class_names": ["a", "b"], "conventions": {}}
+CONFIG_JSON = {"kind": "diffusion", "config": {"seed": 0, "model": {}}, "class_names": ["a", "b"], "conventions": {}}
 
 
 class State(NamedTuple):

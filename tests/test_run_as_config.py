@@ -117,6 +117,7 @@ def test_a_folder_that_is_no_run_is_refused(run: Path, tmp_path: Path) -> None:
         ("data", "channels", None, r"is damaged, because it has data\.channels = None: restore it"),
         ("data", "source", REMOVED, r"is damaged, because it has no data\.source: restore it"),
         ("sample", None, 5, r"is damaged, because it has sample = 5: restore it"),
+        ("model", None, REMOVED, r'has no "model" in its "config": restore it'),
         ("process", None, REMOVED, r"is damaged, because it has no process\.logsnr_min: restore it"),
     ],
 )

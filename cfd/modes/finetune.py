@@ -15,7 +15,7 @@ from jax import Array
 
 from cfd.config import Config, as_tuples, recorded_fields
 from cfd.devices import parallel
-from cfd.errors import RESTORE, UserError
+from cfd.errors import UserError
 from cfd.fields import BEFORE, NETWORK, OF_TRANSFORMER, OF_UNETS
 from cfd.loading import Ema, load_ema
 from cfd.modes import settings
@@ -76,8 +76,6 @@ def check(config: Config, folder: str, init_from: str | None) -> None:
     if content["kind"] != "diffusion":
         raise UserError(f"{run} holds a {content['kind']} run: --init_from takes the run of a diffusion model")
     recorded_fields(files.place(run, workdir.CONFIG), workdir.flatten(content["config"]))
-    if "model" not in content["config"]:
-        raise UserError(f'{files.place(run, workdir.CONFIG)} has no "model" in its "config": {RESTORE}')
     if content["config"]["model"].get("weight_range") and not config.model.weight_range:
         teacher = content.get("init_from", {}).get("run", "its teacher")
         raise UserError(

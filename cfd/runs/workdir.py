@@ -252,6 +252,8 @@ def _parsed(path: str, text: bytes) -> dict[str, Any]:
     content = content if isinstance(content, dict) else {}
     if wrong := [f'"{name}"' for name, holds in PARTS.items() if not holds(content.get(name))]:
         raise UserError(f"{path} has no valid {', '.join(wrong)}: {RESTORE}")
+    if content["kind"] == "diffusion" and "model" not in content["config"]:
+        raise UserError(f'{path} has no "model" in its "config": {RESTORE}')
     return content
 
 

@@ -154,7 +154,8 @@ def test_fields_younger_than_a_run_are_taken_to_have_had_their_defaults(tmp_path
 
 
 def test_a_run_of_other_images_is_named(tmp_path: Path) -> None:
-    described = workdir.describe("diffusion", {"data": {"image_size": 8, "channels": 1, "num_classes": 10}}, ("a", "b"))
+    data = {"image_size": 8, "channels": 1, "num_classes": 10}
+    described = workdir.describe("diffusion", {"data": data, "model": {}}, ("a", "b"))
     workdir.write_config(tmp_path, described)
     assert workdir.read_config(tmp_path) == described
     workdir.check_images(tmp_path, image_size=8, channels=1, num_classes=10)
